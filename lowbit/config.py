@@ -1,0 +1,133 @@
+"""What is quantized, to how many bits, and how: one dataclass that travels from `prepare` to `config.json`.
+
+Bits are written W-E-A as in the papers: `weight_bits`, `embedding_bits`, `activation_bits` (2-2-8, 1-1-8).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+FORMAT_VERSION = 1
+
+# (field, accepted values); None means "left in float".
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "weight_bits": (None, 2, 1),
+    "embedding_bits": (None, 8, 2, 1),
+    "position_embedding_bits": (None, 8),
+    "activation_bits": (None, 8, 4),
+    "granularity": ("per_row", "per_tensor"),
+    "embedding_granularity": ("per_row", "per_tensor"),
+    "activation_granularity": ("per_token", "per_tensor"),
+    "stage": ("float", "prepared", "packed"),
+    "format_version": (FORMAT_VERSION,),
+    "quant_method": ("lowbit",),
+}
+_SITES = ("linear", "ffn_output", "query", "key", "attention_probs", "value")
+
+
+@dataclass
+class LowbitConfig:
+    """How a model's linears, embeddings, activations and attention are quantized.
+
+    Attributes:
+        weight_bits: 2 (ternary), 1 (binary) or None (float linears).
+        weight_quantizer: name in `lowbit.quantizers.WEIGHT_QUANTIZERS`: "twn", "lat" (ternary) or "bwn" (binary).
+        embedding_bits: word embedding table: 2, 1, 8 or None (float).
+        position_embedding_bits: position embedding table: 8 or None (float, as released).
+        activation_bits: inputs of quantized linears, and Q, K, V and attention probabilities: 8, 4 or None (float).
+        granularity: scales of the linears, "per_row" or "per_tensor" (the published mode).
+        embedding_granularity: scales of the embeddings, "per_row" (published) or "per_tensor".
+        activation_granularity: "per_token" (a sentence never depends on its batch) or "per_tensor" (published).
+        activation_clip: clip activations to [-clip, clip] first (published: 2.5), with zero gradient outside;
+            None (default) does not clip.
+        asymmetric: sites quantized with a zero point, out of "linear", "ffn_output" (the input of the FFN's output
+            linear, after GELU), "query", "key", "attention_probs", "value". The default is released BinaryBERT's.
+        quantize_attention: quantize Q, K, V and the attention probabilities.
+        quantize_pooler: quantize the pooler's linear (released models do).
+        modules_to_not_convert: full module names, or suffixes that start at a dot, left in float.
+        split: each quantized weight is a pair of binary planes (ternary weight splitting). Set by `lowbit.split`.
+        num_attention_heads: attention heads kept by `lowbit.slim`, None for all. Set by `lowbit.slim`.
+        stage: "float" (only slimmed), "prepared" (fake-quantized) or "packed". Set by `prepare` and `convert`.
+        format_version: version of the packed checkpoint format.
+    """
+
+    weight_bits: int | None = 2
+    weight_quantizer: str = "twn"
+    embedding_bits: int | None = 2
+    position_embedding_bits: int | None = None
+    activation_bits: int | None = 8
+    granularity: str = "per_row"
+    embedding_granularity: str = "per_row"
+    activation_granularity: str = "per_token"
+    activation_clip: float | None = None
+    asymmetric: list[str] = field(default_factory=lambda: ["attention_probs", "ffn_output"])
+    quantize_attention: bool = True
+    quantize_pooler: bool = True
+    modules_to_not_convert: list[str] = field(default_factory=list)
+    split: bool = False
+    num_attention_heads: int | None = None
+    stage: str = "float"
+    format_version: int = FORMAT_VERSION
+    quant_method: str = "lowbit"
+
+    def __post_init__(self) -> None:
+        for name, accepted in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in accepted or isinstance(value, bool):
+                raise ValueError(f"{type(self).__name__}: {name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
+        unknown = sorted(set(self.asymmetric) - set(_SITES))
+        if unknown:
+            raise ValueError(f"{type(self).__name__}: asymmetric={unknown}; accepted: {', '.join(_SITES)}")
+        if self.activation_clip is not None and not self.activation_clip > 0:
+            raise ValueError(f"{type(self).__name__}: activation_clip={self.activation_clip}; accepted: None or > 0")
+        if self.split and (self.weight_bits, self.embedding_bits) != (1, 1):
+            raise ValueError(
+                f"{type(self).__name__}: split=True needs weight_bits=1 and embedding_bits=1, got "
+                f"{self.weight_bits} and {self.embedding_bits}"
+            )
+
+    def skips(self, module_name: str) -> bool:
+        """Whether `modules_to_not_convert` names this module (the full name, or a suffix starting at a dot)."""
+        return any(module_name == name or module_name.endswith("." + name) for name in self.modules_to_not_convert)
+
+    def replace(self, **changes: Any) -> LowbitConfig:
+        """A copy with some fields changed; always a plain `LowbitConfig`."""
+        return LowbitConfig(**{**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields, as written under `quantization_config` in config.json."""
+        return dataclasses.asdict(self)
+
+    to_diff_dict = to_dict  # the name transformers calls when it writes config.json
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LowbitConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: a field this version does not know, or a value outside its range.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"quantization_config has fields this lowbit does not know: {', '.join(unknown)}; "
+                "the checkpoint was written by a newer version, upgrade lowbit"
+            )
+        return cls(**values)
+
+
+@dataclass
+class TernaryConfig(LowbitConfig):
+    """TernaryBERT, 2-2-8 by default (Zhang et al. 2020)."""
+
+
+@dataclass
+class BinaryConfig(LowbitConfig):
+    """BinaryBERT without splitting, 1-1-8 by default (BWN); `lowbit.split` makes the split pair (Bai et al. 2021)."""
+
+    weight_bits: int | None = 1
+    weight_quantizer: str = "bwn"
+    embedding_bits: int | None = 1

@@ -1,0 +1,67 @@
+"""Attention with quantized Q, K, V and probabilities, registered with transformers as `attn_implementation="lowbit"`.
+
+    scores = q(Q) q(K)^T / sqrt(d)        probs = softmax(scores + mask)        out = q(dropout(probs)) q(V)
+
+(Placement as in the released TernaryBERT and BinaryBERT.) `q` is the module's child `quantizers` (a
+`torch.nn.ModuleDict` by site name, put there by `lowbit.prepare`); a float model has none and is left exact.
+The scores that distillation compares are returned instead of the probabilities where the caller passes
+`output_scores=True` to the model's forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+NAME = "lowbit"
+
+
+def attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    output_scores: bool = False,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """transformers' attention interface.
+
+    Args:
+        module: the self-attention module; its `quantizers` child, if any, quantizes the four operands.
+        query, key, value: float [B, H, S, D].
+        attention_mask: additive float [B, 1, S, S] or None.
+        output_scores: return the scaled scores before mask and softmax in place of the probabilities.
+
+    Returns:
+        output [B, S, H, D] and [B, H, S, S] probabilities (after dropout) or scores.
+    """
+    quantizers = getattr(module, "quantizers", {})
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    if quantizers:
+        query, key, value = quantizers["query"](query), quantizers["key"](key), quantizers["value"](value)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    masked = scores if attention_mask is None else scores + attention_mask
+    probs = nn.functional.softmax(masked, dim=-1)
+    probs = nn.functional.dropout(probs, p=dropout, training=module.training)
+    if quantizers:
+        probs = quantizers["attention_probs"](probs)
+    output = torch.matmul(probs, value).transpose(1, 2).contiguous()
+    return output, scores if output_scores else probs
+
+
+def register() -> None:
+    """Make "lowbit" known to transformers; both interfaces, since without a mask function padding is ignored."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, eager_mask)
+
+
+register()
