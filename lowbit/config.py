@@ -33,7 +33,7 @@ class LowbitConfig:
 
     Attributes:
         weight_bits: 2 (ternary), 1 (binary) or None (float linears).
-        weight_quantizer: name in `lowbit.quantizers.WEIGHT_QUANTIZERS`: "twn", "lat" (ternary) or "bwn" (binary).
+        weight_quantizer: name in `lowbit.quantizers.WEIGHT_QUANTIZERS`: "twn" (ternary) or "bwn" (binary).
         embedding_bits: word embedding table: 2, 1, 8 or None (float).
         position_embedding_bits: position embedding table: 8 or None (float, as released).
         activation_bits: inputs of quantized linears, and Q, K, V and attention probabilities: 8, 4 or None (float).
@@ -82,9 +82,9 @@ class LowbitConfig:
             raise ValueError(f"{type(self).__name__}: asymmetric={unknown}; accepted: {', '.join(_SITES)}")
         if self.activation_clip is not None and not self.activation_clip > 0:
             raise ValueError(f"{type(self).__name__}: activation_clip={self.activation_clip}; accepted: None or > 0")
-        if self.split and (self.weight_bits, self.embedding_bits) != (1, 1):
+        if self.split and (self.weight_bits != 1 or self.embedding_bits == 2):
             raise ValueError(
-                f"{type(self).__name__}: split=True needs weight_bits=1 and embedding_bits=1, got "
+                f"{type(self).__name__}: split=True needs weight_bits=1 and embedding_bits of 1, 8 or None, got "
                 f"{self.weight_bits} and {self.embedding_bits}"
             )
 

@@ -1,0 +1,81 @@
+"""lowbit: BERT in 2-bit and 1-bit weights, packed and fast.
+
+    lowbit.quantize(model, lowbit.TernaryConfig())     post-training, one line
+    lowbit.prepare / lowbit.convert                    quantization-aware training, then packing
+    lowbit.slim / lowbit.split                         half width and ternary weight splitting (BinaryBERT)
+    lowbit.DistillationTrainer                         transformers.Trainer with a teacher
+
+Names are resolved on first use, so that importing lowbit costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import _plugin
+
+if TYPE_CHECKING:
+    from . import nn
+    from .config import BinaryConfig, LowbitConfig, TernaryConfig
+    from .conversion import convert, prepare, quantize, split
+    from .distill import AttentionScoreLoss, DistillationTrainer, HiddenStateLoss, LogitsLoss, TaskLoss
+    from .errors import CheckpointError
+    from .info import backend
+    from .slimming import slim
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "BinaryConfig": "config",
+    "LowbitConfig": "config",
+    "TernaryConfig": "config",
+    "convert": "conversion",
+    "prepare": "conversion",
+    "quantize": "conversion",
+    "split": "conversion",
+    "AttentionScoreLoss": "distill",
+    "DistillationTrainer": "distill",
+    "HiddenStateLoss": "distill",
+    "LogitsLoss": "distill",
+    "TaskLoss": "distill",
+    "CheckpointError": "errors",
+    "backend": "info",
+    "slim": "slimming",
+}
+
+__all__ = [
+    "AttentionScoreLoss",
+    "BinaryConfig",
+    "CheckpointError",
+    "DistillationTrainer",
+    "HiddenStateLoss",
+    "LogitsLoss",
+    "LowbitConfig",
+    "TaskLoss",
+    "TernaryConfig",
+    "backend",
+    "convert",
+    "nn",
+    "prepare",
+    "quantize",
+    "slim",
+    "split",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "nn":
+        return importlib.import_module(".nn", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+_plugin.install()

@@ -1,0 +1,239 @@
+"""prepare -> (train) -> convert: swap the modules of a Hugging Face BERT for quantized, then packed ones.
+
+    prepare    nn.Linear -> QuantLinear,  nn.Embedding -> QuantEmbedding,  attention gets its quantizers
+    split      ternary latent weights -> pairs of binary latent weights, same function (BinaryBERT section 3.2)
+    convert    QuantLinear -> PackedLinear,  QuantEmbedding -> PackedEmbedding
+    quantize   prepare + convert
+
+All work in place and return the model. New modules are built before the first old one is replaced, so an error
+leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from lowbit_kernels import split_ternary
+from torch import nn
+
+from . import hf, models
+from .config import LowbitConfig
+from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
+from .nn import attention as lowbit_attention
+from .nn.linear import attention_quantizers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
+    """Fake-quantize a float model for training; its parameters stay float and keep their names.
+
+    Args:
+        model: `BertModel` or any `BertFor*`, float (possibly slimmed).
+        config: `TernaryConfig()` or `BinaryConfig()`.
+
+    Returns:
+        The same model, with `attn_implementation="lowbit"`.
+
+    Raises:
+        TypeError, ValueError: not a supported model; or already prepared or packed.
+    """
+    current = hf.current_config(model)
+    if current.stage != "float":
+        raise ValueError(f"the model is already {current.stage}; prepare takes a float model")
+    config = config.replace(stage="prepared", split=False, num_attention_heads=current.num_attention_heads)
+    _swap(model, _quantized(model, config))
+    _add_attention_quantizers(model, config)
+    model.set_attn_implementation(lowbit_attention.NAME)
+    return hf.attach(model, config)
+
+
+def convert(model: PreTrainedModel) -> PreTrainedModel:
+    """Pack a prepared model: 2- and 1-bit codes instead of latent floats, integer matrix products.
+
+    A decoder tied to the word embedding (masked-LM heads) keeps the latent float weight and is untied.
+
+    Raises:
+        ValueError: the model is not prepared, is already packed, or holds NaN.
+    """
+    config = _expect_prepared(model, "convert")
+    packed: dict[str, nn.Module] = {}
+    sites = dict(models.linears(model))
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            packed[name] = PackedLinear.from_float(module, config, sites[name])
+        elif isinstance(module, QuantEmbedding):
+            packed[name] = PackedEmbedding.from_float(module, module.bits, module.granularity)
+    _untie(model)
+    _swap(model, packed)
+    return hf.attach(model, config.replace(stage="packed"))
+
+
+def quantize(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
+    """Post-training quantization: `convert(prepare(model, config))`."""
+    return convert(prepare(model, config))
+
+
+def split(model: PreTrainedModel) -> PreTrainedModel:
+    """Ternary weight splitting: each ternary weight becomes two binary ones whose sum is the same function.
+
+    (Bai et al. 2021, section 3.2, eq. 8-10.) Biases are not doubled: the pair shares one input and one bias. Activation
+    quantizers are kept. A decoder tied to the word embedding is untied, keeping the latent weight.
+
+    Args:
+        model: prepared with ternary weights (`TernaryConfig`), usually at half width.
+
+    Returns:
+        The same model, prepared as a binary pair (1-1-8), `weight` of shape [2, N, K].
+
+    Raises:
+        ValueError: not prepared, not ternary, or already split.
+    """
+    config = _expect_prepared(model, "split")
+    if config.split or config.weight_bits != 2 or config.embedding_bits == 1:
+        raise ValueError(
+            f"split takes a ternary model (weight_bits=2, embedding_bits=2, 8 or None), got "
+            f"weight_bits={config.weight_bits}, embedding_bits={config.embedding_bits}, split={config.split}"
+        )
+    embedding_bits = 1 if config.embedding_bits == 2 else config.embedding_bits
+    config = config.replace(weight_bits=1, weight_quantizer="bwn", embedding_bits=embedding_bits, split=True)
+    pairs: list[tuple[QuantLinear | QuantEmbedding, nn.Parameter]] = []
+    for module in model.modules():
+        if isinstance(module, QuantLinear) or (isinstance(module, QuantEmbedding) and module.bits == 2):
+            halves = split_ternary(module.weight.detach(), granularity=module.granularity)
+            pairs.append((module, nn.Parameter(torch.stack(halves).to(module.weight.dtype))))
+    if embedding_bits == 1:
+        _untie(model)
+    for module, weight in pairs:
+        module.weight = weight
+        _as_pair(module)
+    return hf.attach(model, config)
+
+
+def build(model: PreTrainedModel, config: LowbitConfig) -> None:
+    """Give a freshly constructed model (usually on the meta device) the modules of a checkpoint with `config`."""
+    if config.num_attention_heads is not None:
+        from .slimming import resize
+
+        resize(model, config.num_attention_heads, model.config.intermediate_size)
+    if config.stage == "float":
+        return
+    if config.stage == "prepared":
+        modules = _quantized(model, config)
+        for module in modules.values():
+            if config.split and (isinstance(module, QuantLinear) or module.bits == 1):
+                module.weight = nn.Parameter(torch.empty_like(module.weight).expand(2, -1, -1).clone())
+                _as_pair(module)
+    else:
+        modules = _packed_like(model, config)
+    _swap(model, modules)
+    _add_attention_quantizers(model, config)
+    model.set_attn_implementation(lowbit_attention.NAME)
+
+
+def _as_pair(module: nn.Module) -> None:
+    """Mark a module whose weight has become a pair of binary planes."""
+    if isinstance(module, QuantLinear):
+        module.quantizer = "bwn"
+    else:
+        module.bits = 1
+
+
+def _expect_prepared(model: PreTrainedModel, verb: str) -> LowbitConfig:
+    config = hf.current_config(model)
+    if config.stage != "prepared":
+        hint = "it is already packed" if config.stage == "packed" else "call lowbit.prepare(model, config) first"
+        raise ValueError(f"{verb} takes a prepared model; this one is {config.stage}: {hint}")
+    return config
+
+
+def _linear_targets(model: PreTrainedModel, config: LowbitConfig) -> dict[str, str]:
+    """Names of the linears to quantize, with the activation site of their input."""
+    if config.weight_bits is None:
+        return {}
+    pooler = f"{models.base_name(model)}{models.describe(model).pooler}"
+    return {
+        name: site
+        for name, site in models.linears(model)
+        if not config.skips(name) and (config.quantize_pooler or name != pooler)
+    }
+
+
+def _embedding_targets(model: PreTrainedModel, config: LowbitConfig) -> dict[str, int]:
+    """Names of the embeddings to quantize, with their bits."""
+    architecture, prefix = models.describe(model), models.base_name(model)
+    bits = {
+        f"{prefix}{architecture.word_embeddings}": config.embedding_bits,
+        f"{prefix}{architecture.position_embeddings}": config.position_embedding_bits,
+    }
+    return {name: value for name, value in bits.items() if value is not None and not config.skips(name)}
+
+
+def _quantized(model: PreTrainedModel, config: LowbitConfig) -> dict[str, nn.Module]:
+    modules: dict[str, nn.Module] = {}
+    for name, site in _linear_targets(model, config).items():
+        modules[name] = QuantLinear(_expect(model, name, nn.Linear), config, site)
+    for name, bits in _embedding_targets(model, config).items():
+        modules[name] = QuantEmbedding(_expect(model, name, nn.Embedding), bits, config.embedding_granularity)
+    return modules
+
+
+def _packed_like(model: PreTrainedModel, config: LowbitConfig) -> dict[str, nn.Module]:
+    """Empty packed modules of the float model's shapes and device, to load a checkpoint into."""
+    modules: dict[str, nn.Module] = {}
+    for name, site in _linear_targets(model, config).items():
+        linear, weight = _expect(model, name, nn.Linear), model.get_parameter(f"{name}.weight")
+        bias = linear.bias is not None
+        modules[name] = PackedLinear(
+            linear.in_features, linear.out_features, bias, config, site, weight.device, weight.dtype
+        )
+    for name, bits in _embedding_targets(model, config).items():
+        table, weight = _expect(model, name, nn.Embedding), model.get_parameter(f"{name}.weight")
+        modules[name] = PackedEmbedding(
+            table.num_embeddings,
+            table.embedding_dim,
+            bits,
+            config.embedding_granularity,
+            config.split and bits == 1,
+            table.padding_idx,
+            weight.device,
+            weight.dtype,
+        )
+    return modules
+
+
+def _expect(model: PreTrainedModel, name: str, kind: type) -> nn.Module:
+    module = model.get_submodule(name)
+    if type(module) is not kind:
+        raise ValueError(
+            f"{name} is {type(module).__module__}.{type(module).__name__}, expected {kind.__name__}; "
+            "a model quantized or patched by another library cannot be prepared"
+        )
+    return module
+
+
+def _swap(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        module.train(model.get_submodule(name).training)
+        model.set_submodule(name, module)
+
+
+def _add_attention_quantizers(model: PreTrainedModel, config: LowbitConfig) -> None:
+    for _, layer in models.layers(model):
+        quantizers = attention_quantizers(config)
+        if quantizers is not None:
+            layer.get_submodule(models.describe(model).attention).quantizers = quantizers
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give a decoder that shares the word embedding's table its own float weight (packed codes cannot be shared)."""
+    decoder, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if decoder is None or decoder.weight is not table.weight or not isinstance(table, QuantEmbedding):
+        return
+    decoder.weight = nn.Parameter(decoder.weight.detach().clone())
+    if decoder.bias is not None:
+        decoder.bias = nn.Parameter(decoder.bias.detach().clone())
+    model.config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}

@@ -1,0 +1,202 @@
+"""The transformers plug-in: `save_pretrained` and `from_pretrained` of slimmed, prepared and packed models.
+
+A model's `config.quantization_config` is a `LowbitConfig`; with `quant_method: "lowbit"` in config.json, transformers
+hands the freshly built model (on the meta device) to `LowbitQuantizer`, which gives it the checkpoint's modules. Packed
+checkpoints carry a CRC-32 of every tensor in the safetensors header and are verified before any weight is used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import types
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .config import LowbitConfig
+from .errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CHECKSUMS = "lowbit.crc32"  # key in the safetensors header
+
+
+@register_quantization_config("lowbit")
+class _RegisteredConfig(QuantizationConfigMixin):
+    """What transformers calls to read config.json; the object it gets is a `LowbitConfig`."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        try:
+            config = LowbitConfig.from_dict(config_dict)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"config.json: {error}") from error
+        return (config, kwargs) if return_unused_kwargs else config
+
+
+@register_quantizer("lowbit")
+class LowbitQuantizer(HfQuantizer):
+    """Builds lowbit modules before weights load, checks them after."""
+
+    quantization_config: LowbitConfig
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        if self.pre_quantized:
+            from .conversion import build
+
+            build(model, self.quantization_config)
+            if self.quantization_config.stage == "packed":
+                _verify_files(model, checkpoint_files or [])
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self.pre_quantized:
+            from .conversion import quantize
+
+            # transformers has already noted the wanted config on the model, which is still float.
+            wanted, model.config.quantization_config = self.quantization_config, None
+            return quantize(model, wanted)
+        if self.quantization_config.stage == "packed":
+            _verify_modules(model)
+        return attach(model, self.quantization_config)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Checksums for the file header; the state dict is the model's own."""
+        if self.quantization_config.stage != "packed":
+            return None, {}
+        checksums = {name: _crc32(tensor) for name, tensor in model.state_dict().items()}
+        return None, {_CHECKSUMS: json.dumps(checksums)}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        raise ValueError("a lowbit model cannot be dequantized in place; load the float checkpoint it came from")
+
+
+def current_config(model: PreTrainedModel) -> LowbitConfig:
+    """The model's `LowbitConfig`; a fresh one with stage "float" where it has none.
+
+    Raises:
+        TypeError, ValueError: not a supported model, or quantized by another method.
+    """
+    from .models import describe
+
+    describe(model)
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return LowbitConfig(stage="float")
+    if not isinstance(config, LowbitConfig):
+        raise ValueError(f"the model is already quantized by another method ({config}); load its float checkpoint")
+    return config
+
+
+def attach(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
+    """Make `model` save and load as what `config` says it is."""
+    model.config.quantization_config = config
+    model.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
+    # transformers refuses .half() and .float() on models marked quantized; lowbit modules survive both.
+    model.is_quantized = False
+    model.config._is_quantized = config.stage == "packed"
+    model.save_pretrained = types.MethodType(_save_pretrained, model)
+    return model
+
+
+def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    """`PreTrainedModel.save_pretrained`, with files written aside and renamed: a failure leaves the old ones intact.
+
+    Raises:
+        NotADirectoryError: `save_directory` is a file.
+        OSError: no space left, no permission; nothing has changed.
+    """
+    target = Path(save_directory)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"{target} is a file; save_pretrained needs a directory")
+    target.mkdir(parents=True, exist_ok=True)
+    if kwargs.get("push_to_hub"):
+        kwargs.setdefault("repo_id", target.name)
+    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    try:
+        type(self).save_pretrained(self, staging, **kwargs)
+        written = {path.name for path in staging.iterdir()}
+        # config.json last: until then a reader sees the old configuration, and mismatches are refused by the checks.
+        for name in sorted(written, key=lambda name: (name == "config.json", name)):
+            os.replace(staging / name, target / name)
+        for stale in target.glob("model*.safetensors*"):
+            if stale.name not in written and any(name.startswith("model") for name in written):
+                stale.unlink()
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
+    """Refuse files whose packed tensors are missing, of another type or shape, or changed since they were written."""
+    expected = {_bare(model, name): tensor for name, tensor in _packed_tensors(model).items()}
+    found: set[str] = set()
+    for file in files:
+        if not str(file).endswith(".safetensors"):
+            raise CheckpointError(f"{file}: packed models are read from safetensors only")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                checksums = json.loads((tensors.metadata() or {}).get(_CHECKSUMS, "{}"))
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    tensor = tensors.get_tensor(name)
+                    if checksums.get(name, _crc32(tensor)) != _crc32(tensor):
+                        raise CheckpointError(f"{file}: {name} does not match its checksum; the file is damaged")
+                    bare = _bare(model, name)
+                    found.add(bare)
+                    if bare in expected and (tensor.dtype, tensor.shape) != (
+                        expected[bare].dtype,
+                        expected[bare].shape,
+                    ):
+                        raise CheckpointError(
+                            f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, config.json asks for "
+                            f"{expected[bare].dtype} {tuple(expected[bare].shape)}"
+                        )
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+    missing = sorted(set(expected) - found)
+    if files and missing:
+        raise CheckpointError(f"{files[0]}: {len(missing)} packed tensors are missing, the first is {missing[0]}")
+
+
+def _verify_modules(model: PreTrainedModel) -> None:
+    from .nn._packed import Packed
+
+    for name, module in model.named_modules():
+        if isinstance(module, Packed) and (problem := module.problems()):
+            raise CheckpointError(f"{name}: {problem}; the checkpoint is damaged")
+
+
+def _packed_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    from .nn._packed import Packed
+
+    return {
+        f"{name}.{key}": getattr(module, key)
+        for name, module in model.named_modules()
+        if isinstance(module, Packed)
+        for key in ("weight", "weight_scale")
+    }
+
+
+def _bare(model: PreTrainedModel, name: str) -> str:
+    """A tensor's name without the base model's prefix: heads and bare models load each other's files."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _crc32(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -1,0 +1,22 @@
+"""Which backend runs here, in one line."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+
+def backend() -> str:
+    """What `lowbit_kernels` dispatches to on this machine, e.g. "triton 3.7.1 on NVIDIA H200" or "cpu: ...".
+
+    The dispatch itself is by tensor: CPU tensors take the CPU path on a GPU machine too.
+    """
+    if torch.cuda.is_available():
+        if importlib.util.find_spec("triton") is None:
+            return f"cuda: {torch.cuda.get_device_name()}, but triton is not installed (pip install triton)"
+        import triton
+
+        return f"cuda: triton {triton.__version__} on {torch.cuda.get_device_name()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"cpu: torch {torch.__version__} int8 products, {capability}, {torch.get_num_threads()} threads"

@@ -1,0 +1,38 @@
+"""What packed modules share: integer codes and float32 scales survive `.half()`, and bad codes are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class Packed(nn.Module):
+    """A module with packed `weight` codes (uint8 or int8) and float32 `weight_scale` buffers."""
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    layout: str
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Packed:
+        """Move with the module, but keep the scales float32: half precision would change what was trained."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    @staticmethod
+    def check_finite(scale: torch.Tensor) -> None:
+        """Raise ValueError where a scale is NaN, infinite or negative: the float weight was not finite."""
+        if not bool(torch.isfinite(scale).all()) or bool((scale < 0).any()):
+            raise ValueError("the weight holds NaN or infinity and cannot be quantized; check the float model")
+
+    def problems(self) -> str | None:
+        """What is wrong with the loaded codes and scales, in words; None if nothing."""
+        if not bool(torch.isfinite(self.weight_scale).all()) or bool((self.weight_scale < 0).any()):
+            return "weight_scale must be finite and not negative"
+        if self.layout == "ternary" and bool((self.weight & (self.weight >> 1) & 0x55).any()):
+            return "ternary codes must be 0, 1 or 2, found 3"
+        return None

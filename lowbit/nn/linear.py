@@ -1,0 +1,173 @@
+"""Quantized linears: `QuantLinear` trains on latent floats, `PackedLinear` runs on 2- or 1-bit codes.
+
+    QuantLinear   y = q_a(x) q_w(W)^T + b                    float arithmetic on quantized values
+    PackedLinear  y = s_x[m] s_w[n] (x_codes . w_codes) + b  integer arithmetic, `lowbit_kernels`
+
+Both are the same function up to float rounding. A split pair holds two binary planes, W = q(W1) + q(W2).
+"""
+
+from __future__ import annotations
+
+import torch
+from lowbit_kernels import (
+    binary_linear,
+    pack_binary,
+    pack_split,
+    pack_ternary,
+    split_linear,
+    ternary_linear,
+    unpack_binary,
+    unpack_split,
+    unpack_ternary,
+)
+from torch import nn
+
+from ..config import LowbitConfig
+from ..quantizers import ActivationQuantizer, quantize_weight, weight_codes
+from ._packed import Packed
+
+LINEARS = {"ternary": ternary_linear, "binary": binary_linear, "split": split_linear}
+
+
+def activation_quantizer(config: LowbitConfig, site: str) -> ActivationQuantizer | None:
+    """The quantizer of one activation site (see `LowbitConfig.asymmetric`), None where activations stay float."""
+    if config.activation_bits is None:
+        return None
+    symmetric = site not in config.asymmetric
+    return ActivationQuantizer(
+        config.activation_bits, symmetric, config.activation_granularity, config.activation_clip
+    )
+
+
+def attention_quantizers(config: LowbitConfig) -> nn.ModuleDict | None:
+    """The `quantizers` child that `lowbit.nn.attention` looks for, None where attention stays float."""
+    if config.activation_bits is None or not config.quantize_attention:
+        return None
+    return nn.ModuleDict(
+        {site: activation_quantizer(config, site) for site in ("query", "key", "value", "attention_probs")}
+    )
+
+
+def layout(config: LowbitConfig) -> str:
+    """Kind of the packed linear weights: "ternary", "binary" or "split"."""
+    return "split" if config.split else {2: "ternary", 1: "binary"}[config.weight_bits or 2]
+
+
+class QuantLinear(nn.Module):
+    """Linear with fake-quantized weight and input, for training; latent `weight` and `bias` keep their names.
+
+    Args:
+        linear: float linear whose parameters are taken over (not copied).
+        config: bits and granularity.
+        site: activation site of the input.
+
+    `weight` is float [N, K], or [2, N, K] after `lowbit.split`.
+    """
+
+    def __init__(self, linear: nn.Linear, config: LowbitConfig, site: str = "linear") -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.quantizer, self.granularity = config.weight_quantizer, config.granularity
+        self.input_quantizer = activation_quantizer(config, site)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """float [..., K] -> float [..., N]."""
+        if self.input_quantizer is not None:
+            x = self.input_quantizer(x)
+        return nn.functional.linear(x, quantize_weight(self.weight, self.quantizer, self.granularity), self.bias)
+
+    def extra_repr(self) -> str:
+        planes = ", split" if self.weight.dim() == 3 else ""
+        return f"{self.in_features}, {self.out_features}, {self.quantizer}, {self.granularity}{planes}"
+
+
+class PackedLinear(Packed):
+    """Linear on packed codes: `weight` uint8 (lb2 or lb1), `weight_scale` float32, `bias` float.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether there is one.
+        config: bits and granularity; `config.split` for a pair.
+        site: activation site of the input.
+        device, dtype: of the parameters; the scales are float32 whatever the dtype.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        config: LowbitConfig,
+        site: str = "linear",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.layout = in_features, out_features, layout(config)
+        block = 256 if self.layout == "binary" else 128
+        columns = -(-in_features // block) * 32
+        rows = out_features if config.granularity == "per_row" else 1
+        scale_shape = (2, rows) if config.split else (rows,)
+        self.register_buffer("weight", torch.empty(out_features, columns, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        self.input_quantizer = activation_quantizer(config, site)
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Linear | QuantLinear, config: LowbitConfig | None = None, site: str = "linear"
+    ) -> PackedLinear:
+        """Quantize and pack a linear; a `QuantLinear` is packed as it was trained.
+
+        Args:
+            linear: `torch.nn.Linear` or `QuantLinear`.
+            config: default `TernaryConfig()`.
+            site: activation site of the input.
+
+        Raises:
+            TypeError: another kind of module.
+            ValueError: NaN or infinity in the weight.
+        """
+        if not isinstance(linear, nn.Linear | QuantLinear):
+            raise TypeError(f"PackedLinear.from_float takes torch.nn.Linear or QuantLinear, got {type(linear).__name__}")
+        config = config or LowbitConfig()
+        weight = linear.weight
+        packed = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, config, site, weight.device, weight.dtype
+        )
+        codes, scale = weight_codes(weight, config.weight_quantizer, config.granularity)
+        packed.check_finite(scale)
+        packed.weight.copy_(
+            pack_split(*codes) if config.split else (pack_ternary if packed.layout == "ternary" else pack_binary)(codes)
+        )
+        packed.weight_scale.copy_(scale)
+        if linear.bias is not None:
+            packed.bias = linear.bias
+        return packed
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """float [..., K] -> float [..., N] in x's dtype."""
+        if self.input_quantizer is None:
+            return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
+        codes, scale, zero_point = self.input_quantizer.codes(x)
+        return LINEARS[self.layout](
+            codes,
+            self.weight,
+            self.weight_scale,
+            self.bias,
+            x_scale=scale,
+            x_zero_point=zero_point,
+            out_dtype=x.dtype,
+        )
+
+    def dequantize(self) -> torch.Tensor:
+        """The float32 weight [N, K] that the codes stand for."""
+        if self.layout == "split":
+            first, second = unpack_split(self.weight, self.in_features)
+            return first * self.weight_scale[0].unsqueeze(-1) + second * self.weight_scale[1].unsqueeze(-1)
+        unpack = unpack_ternary if self.layout == "ternary" else unpack_binary
+        return unpack(self.weight, self.in_features) * self.weight_scale.unsqueeze(-1)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.layout}, bias={self.bias is not None}"

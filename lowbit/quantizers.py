@@ -1,0 +1,122 @@
+"""Quantizers: latent float tensor -> quantized float tensor, with a straight-through gradient, and the codes to pack.
+
+    weight     q(w) = scale * code(w)           dq/dw = 1 (TWN: Li et al. 2016; BWN: Rastegari et al. 2016)
+    activation q(x) = scale * (code - zero)     dq/dx = 1, and 0 where |x| reaches the clip
+
+A weight quantizer is any function `codes(w, granularity) -> (codes int8, scale float32)`; add one to
+`WEIGHT_QUANTIZERS` under a name and `LowbitConfig(weight_quantizer=name)` finds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from lowbit_kernels import binarize, quantize_per_tensor, quantize_per_token, ternarize
+from torch import nn
+
+Codes = tuple[torch.Tensor, torch.Tensor]
+
+
+def twn(weight: torch.Tensor, granularity: str) -> Codes:
+    """Ternary weight network: threshold 0.7 mean|w|, scale = mean |w| above it (TernaryBERT eq. 4)."""
+    return ternarize(weight, granularity=granularity)
+
+
+def bwn(weight: torch.Tensor, granularity: str) -> Codes:
+    """Binary weight network: sign, scale = mean|w| (BinaryBERT eq. 3); sign(0) = +1."""
+    return binarize(weight, granularity=granularity)
+
+
+# name -> (bits of the codes, function)
+WEIGHT_QUANTIZERS: dict[str, tuple[int, Callable[[torch.Tensor, str], Codes]]] = {"twn": (2, twn), "bwn": (1, bwn)}
+DEFAULT_FOR_BITS = {2: "twn", 1: "bwn"}
+
+
+def weight_codes(weight: torch.Tensor, quantizer: str, granularity: str) -> Codes:
+    """Codes and scale of a latent weight, by quantizer name.
+
+    Args:
+        weight: float [N, K], or [2, N, K] for a split pair (each plane quantized by itself).
+
+    Returns:
+        codes int8 like `weight`; scale float32 [N] or [1], with the leading 2 for a pair.
+    """
+    _, codes = WEIGHT_QUANTIZERS[quantizer]
+    weight = weight.detach()
+    if weight.dim() == 2:
+        return codes(weight, granularity)
+    planes = [codes(plane, granularity) for plane in weight]
+    return torch.stack([code for code, _ in planes]), torch.stack([scale for _, scale in planes])
+
+
+class StraightThrough(torch.autograd.Function):
+    """Forward: the given quantized value. Backward: the gradient goes to the latent tensor unchanged."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, latent: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+        return quantized
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+def quantize_weight(weight: torch.Tensor, quantizer: str, granularity: str) -> torch.Tensor:
+    """Fake-quantized weight in the latent's dtype, straight-through gradient.
+
+    Args:
+        weight: float [N, K]; or [2, N, K], whose quantized planes are summed (BinaryBERT eq. 8).
+
+    Returns:
+        float [N, K].
+    """
+    codes, scale = weight_codes(weight, quantizer, granularity)
+    quantized = StraightThrough.apply(weight, codes.to(weight.dtype).mul_(scale.unsqueeze(-1).to(weight.dtype)))
+    return quantized if weight.dim() == 2 else quantized.sum(0)
+
+
+class ActivationQuantizer(nn.Module):
+    """Min-max fake quantization of an activation, dynamic scale (TernaryBERT section 3.1; BinaryBERT for 4 bits).
+
+    Symmetric: scale = max|x| / (2^(bits-1) - 1), x ~ scale * code. Asymmetric: scale = (max - min) / (2^bits - 1) and
+    an integer zero point, x ~ scale * (code - zero_point). The extrema are taken over the last dimension
+    ("per_token") or the whole tensor ("per_tensor").
+
+    Args:
+        bits: 8 or 4.
+        symmetric: without or with a zero point.
+        granularity: "per_token" or "per_tensor".
+        clip: clip x to [-clip, clip] first, gradient 0 where |x| >= clip; None for no clipping.
+    """
+
+    def __init__(self, bits: int, symmetric: bool, granularity: str = "per_token", clip: float | None = None) -> None:
+        super().__init__()
+        self.bits, self.symmetric, self.granularity, self.clip = bits, symmetric, granularity, clip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Quantized and dequantized `x`, same shape and dtype; straight-through gradient."""
+        with torch.no_grad():
+            quantized = self._fake_quantize(x)
+        if not x.requires_grad:
+            return quantized
+        if self.clip is not None:
+            # Zero the gradient where |x| reaches the clip: clamp alone would pass it at equality.
+            x = torch.where(x.abs() < self.clip, x, x.detach())
+        return StraightThrough.apply(x, quantized)
+
+    def codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """(codes int8 like x, scale float32, zero_point int32 or None): what a packed linear multiplies."""
+        quantize = quantize_per_token if self.granularity == "per_token" else quantize_per_tensor
+        return quantize(x if self.clip is None else x.clamp(-self.clip, self.clip), self.bits, self.symmetric)
+
+    def _fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
+        codes, scale, zero_point = self.codes(x)
+        quantized = codes.float()
+        if zero_point is not None:
+            quantized.sub_(zero_point.unsqueeze(-1))
+        return quantized.mul_(scale.unsqueeze(-1)).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return f"bits={self.bits}, {kind}, {self.granularity}" + (f", clip={self.clip}" if self.clip else "")
