@@ -1,0 +1,336 @@
+"""Every op of this package by its definition, in float64 and int64, written for reading and for tests to compare with.
+
+Same names and arguments as the ops, no shared code with them, no speed. Only `quantize_per_token` computes in float32,
+because there the float32 roundings are part of the definition.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+Tensor = torch.Tensor
+
+# --- layouts -------------------------------------------------------------------------------------------------------
+
+
+def _fields(packed: Tensor, K: int, bits: int) -> Tensor:
+    """The unsigned `bits`-wide field of every value: int64 [N, K].
+
+    A block is 32 bytes; byte t of it holds the values t, t + 32, t + 64, ... Two-bit fields start at the top of the
+    byte (bits 7:6 first), one-bit fields at the bottom (bit 0 first).
+    """
+    per_byte = 8 // bits
+    fields = torch.zeros(packed.shape[0], K, dtype=torch.int64)
+    for k in range(K):
+        block, place = divmod(k, 32 * per_byte)
+        plane, t = divmod(place, 32)
+        shift = 6 - 2 * plane if bits == 2 else plane
+        fields[:, k] = packed[:, block * 32 + t].long() // 2**shift % 2**bits
+    return fields
+
+
+def unpack_ternary(packed: Tensor, K: int) -> Tensor:
+    """uint8 [N, ceil(K/128)*32] -> int8 [N, K]; field = code + 1."""
+    return (_fields(packed, K, 2) - 1).to(torch.int8)
+
+
+def unpack_binary(packed: Tensor, K: int) -> Tensor:
+    """uint8 [N, ceil(K/256)*32] -> int8 [N, K]; field = (code + 1) / 2."""
+    return (2 * _fields(packed, K, 1) - 1).to(torch.int8)
+
+
+def unpack_split(packed: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """uint8 [N, ceil(K/128)*32] -> two int8 [N, K]; field = 2 * b1 + b2, code = 2 b - 1."""
+    fields = _fields(packed, K, 2)
+    return (2 * (fields // 2) - 1).to(torch.int8), (2 * (fields % 2) - 1).to(torch.int8)
+
+
+def _pack(fields: Tensor, bits: int, padding: int) -> Tensor:
+    """Inverse of `_fields`; the last block is filled up with `padding`."""
+    per_byte = 8 // bits
+    rows, K = fields.shape
+    blocks = math.ceil(K / (32 * per_byte))
+    packed = torch.zeros(rows, blocks * 32, dtype=torch.int64)
+    for k in range(blocks * 32 * per_byte):
+        block, place = divmod(k, 32 * per_byte)
+        plane, t = divmod(place, 32)
+        shift = 6 - 2 * plane if bits == 2 else plane
+        packed[:, block * 32 + t] += 2**shift * (fields[:, k].long() if k < K else padding)
+    return packed.to(torch.uint8)
+
+
+def pack_ternary(codes: Tensor) -> Tensor:
+    """int8 {-1, 0, 1} [N, K] -> uint8 [N, ceil(K/128)*32]; padded with the field of 0."""
+    return _pack(codes.long() + 1, 2, 1)
+
+
+def pack_binary(codes: Tensor) -> Tensor:
+    """int8 {-1, 1} [N, K] -> uint8 [N, ceil(K/256)*32]; padded with 0 bits."""
+    return _pack((codes.long() + 1) // 2, 1, 0)
+
+
+def pack_split(codes1: Tensor, codes2: Tensor) -> Tensor:
+    """Two int8 {-1, 1} [N, K] -> uint8 [N, ceil(K/128)*32]; padded with 0 bits."""
+    return _pack(codes1.long() + 1 + (codes2.long() + 1) // 2, 2, 0)
+
+
+# --- activations ---------------------------------------------------------------------------------------------------
+
+SMALLEST_NORMAL = 2.0**-126
+
+
+def _quantize_row(row: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """One float32 row [K] -> (q int8 [K], scale float32 [], zero_point int32 [])."""
+    no_zero_point = torch.tensor(0, dtype=torch.int32)
+    if not bool(row.isfinite().all()):
+        return torch.zeros(len(row), dtype=torch.int8), torch.tensor(math.nan), no_zero_point
+    q_max = 2 ** (bits - 1) - 1
+    q_min = -q_max if symmetric else -q_max - 1
+    lo, hi = (row.min(), row.max()) if len(row) else (torch.tensor(0.0), torch.tensor(0.0))
+    largest = torch.maximum(hi.abs(), lo.abs())
+    if symmetric:
+        scale = largest / q_max
+    else:
+        scale = (hi - lo) / (2**bits - 1)
+        if scale.isinf():
+            return torch.zeros(len(row), dtype=torch.int8), torch.tensor(math.nan), no_zero_point
+        if scale < SMALLEST_NORMAL or scale < largest * 2.0**-30:  # a constant row: x = |c| sign(c)
+            scale = lo.abs()
+    if scale < SMALLEST_NORMAL:
+        scale, inverse = torch.tensor(0.0), torch.tensor(0.0)
+    else:
+        inverse = 1.0 / scale
+    zero_point = torch.tensor(0.0) if symmetric else q_min - torch.round(lo * inverse)
+    q = torch.round(row * inverse) + zero_point
+    return q.clamp(q_min, q_max).to(torch.int8), scale, zero_point.to(torch.int32)
+
+
+def quantize_per_token(x: Tensor, bits: int = 8, symmetric: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Min-max quantization of every row of x [..., K], x ~ scale * (q - zero_point); float32 arithmetic.
+
+    Symmetric: scale = max|x| / q_max, q = rint(x * (1/scale)). Asymmetric: scale = (max - min) / (2^bits - 1),
+    zero_point = q_min - rint(min * (1/scale)), q = rint(x * (1/scale)) + zero_point. A scale below the smallest normal
+    float32 is 0; a constant row c has scale |c| (asymmetric); NaN, Inf or an overflowing range make the scale NaN.
+    """
+    rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    parts = [_quantize_row(row, bits, symmetric) for row in rows]
+    q = torch.stack([part[0] for part in parts]) if parts else torch.zeros(rows.shape, dtype=torch.int8)
+    scale = torch.tensor([float(part[1]) for part in parts])
+    zero_point = torch.tensor([int(part[2]) for part in parts], dtype=torch.int32)
+    token_shape = x.shape[:-1]
+    return q.reshape(x.shape), scale.reshape(token_shape), None if symmetric else zero_point.reshape(token_shape)
+
+
+def quantize_per_tensor(
+    x: Tensor, bits: int = 8, symmetric: bool = True, *, scale: Tensor | None = None, zero_point: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same with one scale [1]; with a given (static) scale, values outside the range saturate."""
+    if scale is None:
+        q, new_scale, new_zero = quantize_per_token(x.reshape(1, -1), bits, symmetric)
+        return q.reshape(x.shape), new_scale, new_zero
+    if not bool(x.isfinite().all()) or not bool(scale.isfinite().all()):
+        nan = torch.full_like(scale, math.nan)
+        return torch.zeros(x.shape, dtype=torch.int8), nan, zero_point
+    q_max = 2 ** (bits - 1) - 1
+    inverse = 1.0 / scale if float(scale) >= SMALLEST_NORMAL else torch.zeros_like(scale)
+    q = torch.round(x.float() * inverse) + (0 if zero_point is None else zero_point)
+    return q.clamp(-q_max if symmetric else -q_max - 1, q_max).to(torch.int8), scale, zero_point
+
+
+# --- linears -------------------------------------------------------------------------------------------------------
+
+_ACTIVATIONS = {
+    None: lambda y: y,
+    "gelu": lambda y: 0.5 * y * (1 + torch.erf(y / math.sqrt(2))),
+    "gelu_tanh": lambda y: 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3))),
+}
+
+
+def _linear(
+    x: Tensor,
+    planes: list[tuple[Tensor, Tensor]],
+    bias: Tensor | None,
+    x_scale: Tensor | None,
+    x_zero_point: Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """act(sum over planes of x_scale[m] * scale[n] * sum_k (x[m,k] - zero_point[m]) * codes[n,k] + bias[n])."""
+    out_dtype = out_dtype or (torch.float32 if x.dtype == torch.int8 else x.dtype)
+    if x.dtype != torch.int8:
+        x, x_scale, x_zero_point = quantize_per_token(x)
+    assert x_scale is not None
+    values = x.long() - (0 if x_zero_point is None else x_zero_point.long().unsqueeze(-1))
+    out = torch.zeros((*x.shape[:-1], planes[0][0].shape[0]), dtype=torch.float64)
+    for codes, scale in planes:
+        accumulator = values @ codes.long().T
+        out += x_scale.double().unsqueeze(-1) * scale.double() * accumulator.double()
+    if bias is not None:
+        out += bias.double()
+    return _ACTIVATIONS[activation](out).to(out_dtype)
+
+
+def ternary_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """x [..., K] times ternary weights [N, K]^T: exact integer sums, then float64 scaling, bias, activation."""
+    planes = [(unpack_ternary(packed, x.shape[-1]), scale)]
+    return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype)
+
+
+def binary_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The same with binary weights."""
+    planes = [(unpack_binary(packed, x.shape[-1]), scale)]
+    return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype)
+
+
+def split_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The same with the sum of two binary weights; scale [2, N] or [2, 1]."""
+    planes = list(zip(unpack_split(packed, x.shape[-1]), scale, strict=True))
+    return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype)
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+def _groups(w: Tensor, granularity: str) -> Tensor:
+    """float64 [N, K] per row, [1, N*K] per tensor."""
+    return w.double() if granularity == "per_row" else w.double().reshape(1, -1)
+
+
+def _ternarize_group(w: Tensor, curvature: Tensor | None, iterations: int) -> tuple[Tensor, Tensor]:
+    """One float64 group [n] -> (codes float64 [n] in {-1, 0, 1}, scale [])."""
+    magnitude = w.abs()
+    nothing = torch.zeros_like(w), torch.zeros((), dtype=torch.float64)
+    if len(w) == 0:
+        return nothing
+    if curvature is None:
+        codes = torch.where(magnitude > 0.7 * magnitude.mean(), w.sign(), 0.0)
+        if not codes.any():
+            return codes, magnitude.sum()  # 0, or NaN where w holds a NaN
+        return codes, magnitude[codes != 0].mean()
+    v = curvature if bool((curvature != 0).any()) else torch.ones_like(curvature)
+    codes = w.sign()
+    for iteration in range(iterations + 1):
+        weight = (v * codes.abs()).sum()
+        if weight == 0:
+            return nothing
+        scale = (v * magnitude * codes.abs()).sum() / weight
+        if iteration < iterations:
+            codes = torch.round(torch.clamp(w / scale, -1, 1))  # half to even: |w| = scale / 2 becomes 0
+    return codes, scale
+
+
+def ternarize(
+    w: Tensor, *, granularity: str = "per_row", curvature: Tensor | None = None, iterations: int = 10
+) -> tuple[Tensor, Tensor]:
+    """TWN (Li et al. 2016): code = sign(w) where |w| > 0.7 mean|w|, else 0; scale = mean|w| over the codes not 0.
+
+    With `curvature` v, the loss-aware form (Hou & Kwok 2018): minimise sum v (w - scale * code)^2 by alternating
+    scale = sum v |w code| / sum v |code| and code = rint(clamp(w / scale, -1, 1)), from code = sign(w).
+    """
+    groups = _groups(w, granularity)
+    weights = [None] * len(groups) if curvature is None else list(_groups(curvature, granularity))
+    parts = [_ternarize_group(group, v, iterations) for group, v in zip(groups, weights, strict=True)]
+    codes = torch.stack([part[0] for part in parts]) if parts else groups
+    return codes.to(torch.int8).reshape(w.shape), torch.tensor([float(part[1]) for part in parts])
+
+
+def binarize(w: Tensor, *, granularity: str = "per_row") -> tuple[Tensor, Tensor]:
+    """BWN (Rastegari et al. 2016): code = +1 where w >= 0 else -1, scale = mean|w|."""
+    groups = _groups(w, granularity)
+    scale = groups.abs().sum(1) / max(groups.shape[1], 1)
+    return torch.where(w >= 0, 1, -1).to(torch.int8), scale.float()
+
+
+def _split_group(w: Tensor) -> tuple[Tensor, Tensor]:
+    """One float64 group [n] -> two latent binary groups."""
+    codes, _ = _ternarize_group(w, None, 0)
+    kept, zero = codes != 0, codes == 0
+    sum_kept, sum_all = w[kept].abs().sum(), w.abs().sum()
+    if not bool(kept.any()):
+        return w / 2, w / 2  # all weights are 0 (or NaN)
+    # Where |sum of the zero-coded| >= sum of the kept, A would leave (0, 1): entries of the heavier sign change sides.
+    side = torch.ones_like(w)
+    excess = w[zero].sum()
+    if excess.abs() >= sum_kept:
+        moved = 0.0
+        for i in range(len(w)):
+            if zero[i] and w[i] * excess > 0:
+                moved += abs(float(w[i]))
+                side[i] = -1.0 if moved <= abs(float(excess)) / 2 else 1.0
+    balance = (side * w)[zero].sum()  # S_J - S_K
+    a = (sum_kept - balance) / (2 * sum_kept)
+    b = (len(w) / kept.sum() * sum_kept - sum_all) / (2 * zero.sum()) if bool(zero.any()) else 0.0
+    w1, w2 = a * w, (1 - a) * w
+    for i in range(len(w)):
+        if zero[i]:
+            opposite = b + w[i].abs(), -b  # (the larger part has the sign of w, the other is opposite)
+            larger, smaller = (opposite[0], opposite[1]) if w[i] > 0 else (-opposite[0], -opposite[1])
+            in_first = (w[i] > 0) == (side[i] > 0)
+            w1[i], w2[i] = (larger, smaller) if in_first else (smaller, larger)
+    return w1, w2
+
+
+def split_ternary(w: Tensor, *, granularity: str = "per_row") -> tuple[Tensor, Tensor]:
+    """Ternary weight splitting (BinaryBERT, Bai et al. 2021, section 3.2): w = w1 + w2, and after BWN of both the
+    binary values sum to the TWN values of w.
+    """
+    parts = [_split_group(group) for group in _groups(w, granularity)]
+    if not parts:
+        return torch.zeros(w.shape), torch.zeros(w.shape)
+    w1, w2 = (torch.stack(halves).float().reshape(w.shape) for halves in zip(*parts, strict=True))
+    return w1, w2
+
+
+# --- embedding -----------------------------------------------------------------------------------------------------
+
+
+def quantized_embedding(
+    ids: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bits: int,
+    *,
+    embedding_dim: int | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """scale[id] * codes[id] for every id; a split pair (scale [2, V] or [2, 1]) sums both planes."""
+    K = embedding_dim if embedding_dim is not None else packed.shape[1] * (8 // bits)
+    if scale.dim() == 2:
+        planes = list(zip(unpack_split(packed, K), scale, strict=True))
+    else:
+        codes = {1: unpack_binary, 2: unpack_ternary, 8: lambda rows, K: rows[:, :K]}[bits](packed, K)
+        planes = [(codes, scale)]
+    table = sum(codes.double() * scales.double().unsqueeze(-1) for codes, scales in planes)
+    return table[ids.long()].to(out_dtype)  # type: ignore[index]
