@@ -62,18 +62,16 @@ class StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
-def quantize_weight(weight: torch.Tensor, quantizer: str, granularity: str) -> torch.Tensor:
-    """Fake-quantized weight in the latent's dtype, straight-through gradient.
+def dequantize_weight(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """The quantized weight [N, K] as a float with a straight-through gradient to the latent `weight`.
 
     Args:
-        weight: float [N, K]; or [2, N, K], whose quantized planes are summed (BinaryBERT eq. 8).
-
-    Returns:
-        float [N, K].
+        weight: latent float [N, K]; or [2, N, K], whose quantized planes are summed (BinaryBERT eq. 8).
+        codes, scale: from `weight_codes`.
     """
-    codes, scale = weight_codes(weight, quantizer, granularity)
-    quantized = StraightThrough.apply(weight, codes.to(weight.dtype).mul_(scale.unsqueeze(-1).to(weight.dtype)))
-    return quantized if weight.dim() == 2 else quantized.sum(0)
+    quantized = codes.to(weight.dtype).mul_(scale.unsqueeze(-1).to(weight.dtype))
+    quantized = StraightThrough.apply(weight, quantized)
+    return quantized if weight.dim() == 2 else quantized[0] + quantized[1]
 
 
 class ActivationQuantizer(nn.Module):
@@ -96,8 +94,16 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantized and dequantized `x`, same shape and dtype; straight-through gradient."""
-        with torch.no_grad():
-            quantized = self._fake_quantize(x)
+        return self.dequantize(x, *self.codes(x))
+
+    def dequantize(
+        self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the codes of `x` stand for, in x's dtype, with the gradient going to `x`."""
+        quantized = codes.float()
+        if zero_point is not None:
+            quantized.sub_(zero_point.unsqueeze(-1))
+        quantized = quantized.mul_(scale.unsqueeze(-1)).to(x.dtype)
         if not x.requires_grad:
             return quantized
         if self.clip is not None:
@@ -107,15 +113,9 @@ class ActivationQuantizer(nn.Module):
 
     def codes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """(codes int8 like x, scale float32, zero_point int32 or None): what a packed linear multiplies."""
+        x = x.detach()
         quantize = quantize_per_token if self.granularity == "per_token" else quantize_per_tensor
         return quantize(x if self.clip is None else x.clamp(-self.clip, self.clip), self.bits, self.symmetric)
-
-    def _fake_quantize(self, x: torch.Tensor) -> torch.Tensor:
-        codes, scale, zero_point = self.codes(x)
-        quantized = codes.float()
-        if zero_point is not None:
-            quantized.sub_(zero_point.unsqueeze(-1))
-        return quantized.mul_(scale.unsqueeze(-1)).to(x.dtype)
 
     def extra_repr(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"

@@ -1,9 +1,10 @@
 """Quantized linears: `QuantLinear` trains on latent floats, `PackedLinear` runs on 2- or 1-bit codes.
 
-    QuantLinear   y = q_a(x) q_w(W)^T + b                    float arithmetic on quantized values
-    PackedLinear  y = s_x[m] s_w[n] (x_codes . w_codes) + b  integer arithmetic, `lowbit_kernels`
+    y = q_a(x) q_w(W)^T + b = s_x[m] s_w[n] (x_codes . w_codes) + b
 
-Both are the same function up to float rounding. A split pair holds two binary planes, W = q(W1) + q(W2).
+Both multiply integer codes by the same kernel, so converting changes no bit. That matters: a float product differs in
+the last place, which pushes some activations of the next layer over a rounding tie, and after a few layers the logits
+differ in the second digit. A split pair holds two binary planes, W = q(W1) + q(W2).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import torch
 from lowbit_kernels import (
     binary_linear,
+    codes_linear,
     pack_binary,
     pack_split,
     pack_ternary,
@@ -23,7 +25,7 @@ from lowbit_kernels import (
 from torch import nn
 
 from ..config import LowbitConfig
-from ..quantizers import ActivationQuantizer, quantize_weight, weight_codes
+from ..quantizers import WEIGHT_QUANTIZERS, ActivationQuantizer, dequantize_weight, weight_codes
 from ._packed import Packed
 
 LINEARS = {"ternary": ternary_linear, "binary": binary_linear, "split": split_linear}
@@ -53,6 +55,24 @@ def layout(config: LowbitConfig) -> str:
     return "split" if config.split else {2: "ternary", 1: "binary"}[config.weight_bits or 2]
 
 
+class _CodesLinear(torch.autograd.Function):
+    """`torch.nn.functional.linear(x, weight, bias)` with the forward product done on the integer codes of both."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, x_codes, codes, scale, x_scale, x_zero_point, layout):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        return codes_linear(x_codes, codes, scale, bias, x_scale, x_zero_point, layout, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_x = (grad @ weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
+        grad_weight = (rows.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(weight.dtype)
+        grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
+
+
 class QuantLinear(nn.Module):
     """Linear with fake-quantized weight and input, for training; latent `weight` and `bias` keep their names.
 
@@ -72,10 +92,17 @@ class QuantLinear(nn.Module):
         self.input_quantizer = activation_quantizer(config, site)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float [..., K] -> float [..., N]."""
-        if self.input_quantizer is not None:
-            x = self.input_quantizer(x)
-        return nn.functional.linear(x, quantize_weight(self.weight, self.quantizer, self.granularity), self.bias)
+        """float [..., K] -> float [..., N] in x's dtype; straight-through gradients to `x` and `weight`."""
+        codes, scale = weight_codes(self.weight, self.quantizer, self.granularity)
+        weight = dequantize_weight(self.weight, codes, scale)
+        if self.input_quantizer is None:
+            return nn.functional.linear(x, weight, self.bias)
+        x_codes, x_scale, x_zero_point = self.input_quantizer.codes(x)
+        layout = "split" if codes.dim() == 3 else {2: "ternary", 1: "binary"}[WEIGHT_QUANTIZERS[self.quantizer][0]]
+        if not torch.is_grad_enabled():
+            return codes_linear(x_codes, codes, scale, self.bias, x_scale, x_zero_point, layout, x.dtype)
+        x = self.input_quantizer.dequantize(x, x_codes, x_scale, x_zero_point)
+        return _CodesLinear.apply(x, weight, self.bias, x_codes, codes, scale, x_scale, x_zero_point, layout)
 
     def extra_repr(self) -> str:
         planes = ", split" if self.weight.dim() == 3 else ""

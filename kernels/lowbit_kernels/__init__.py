@@ -1,0 +1,73 @@
+"""Kernels for 2- and 1-bit BERT: packing, quantization, linears and embeddings as `torch.library` ops.
+
+CPU tensors take a path made of torch's int8 primitives, CUDA tensors a Triton kernel, meta tensors a shape function;
+`reference.py` defines every op in float64. Names are resolved on first use: importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .embedding import quantized_embedding
+    from .linear import binary_linear, codes_linear, expanded_bytes, keep_expanded, split_linear, ternary_linear
+    from .packing import pack_binary, pack_split, pack_ternary, unpack_binary, unpack_split, unpack_ternary
+    from .quantize import quantize_per_tensor, quantize_per_token
+    from .weights import binarize, split_ternary, ternarize
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "binarize": "weights",
+    "binary_linear": "linear",
+    "codes_linear": "linear",
+    "expanded_bytes": "linear",
+    "keep_expanded": "linear",
+    "pack_binary": "packing",
+    "pack_split": "packing",
+    "pack_ternary": "packing",
+    "quantize_per_tensor": "quantize",
+    "quantize_per_token": "quantize",
+    "quantized_embedding": "embedding",
+    "split_linear": "linear",
+    "split_ternary": "weights",
+    "ternarize": "weights",
+    "ternary_linear": "linear",
+    "unpack_binary": "packing",
+    "unpack_split": "packing",
+    "unpack_ternary": "packing",
+}
+
+__all__ = [
+    "binarize",
+    "binary_linear",
+    "codes_linear",
+    "expanded_bytes",
+    "keep_expanded",
+    "pack_binary",
+    "pack_split",
+    "pack_ternary",
+    "quantize_per_tensor",
+    "quantize_per_token",
+    "quantized_embedding",
+    "split_linear",
+    "split_ternary",
+    "ternarize",
+    "ternary_linear",
+    "unpack_binary",
+    "unpack_split",
+    "unpack_ternary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'lowbit_kernels' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

