@@ -97,7 +97,7 @@ def _quantize_row(row: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tens
         if scale.isinf():
             return torch.zeros(len(row), dtype=torch.int8), torch.tensor(math.nan), no_zero_point
         if scale < SMALLEST_NORMAL or scale < largest * 2.0**-30:  # a constant row: x = |c| sign(c)
-            scale = lo.abs()
+            scale = largest
     if scale < SMALLEST_NORMAL:
         scale, inverse = torch.tensor(0.0), torch.tensor(0.0)
     else:
