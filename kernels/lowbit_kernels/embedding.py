@@ -31,8 +31,8 @@ def _embedding_kernel(
     valid = (row >= 0) & (row < V)
     row = tl.where(valid, row, 0)
     byte = tl.arange(0, BLOCK)
-    packed = tl.load(w_ptr + row * row_bytes + byte, mask=byte < row_bytes, other=0)
-    scale = tl.where(valid, tl.load(scale_ptr + row * stride_scale), float("nan"))
+    packed = tl.load(w_ptr + row * row_bytes + byte, mask=byte < tl.where(valid, row_bytes, 0), other=0)
+    scale = tl.where(valid, tl.load(scale_ptr + row * stride_scale, mask=valid, other=0.0), float("nan"))
     out_ptr += program * dim
     if LAYOUT == 0:
         y = packed.to(tl.float32) * scale
@@ -47,7 +47,7 @@ def _embedding_kernel(
             elif LAYOUT == 2:
                 y = (((bits >> plane) & 1) * 2 - 1).to(tl.float32) * scale
             else:
-                scale2 = tl.load(scale_ptr + stride_plane + row * stride_scale)
+                scale2 = tl.load(scale_ptr + stride_plane + row * stride_scale, mask=valid, other=0.0)
                 y = (((bits >> (7 - 2 * plane)) & 1) * 2 - 1).to(tl.float32) * scale
                 y += (((bits >> (6 - 2 * plane)) & 1) * 2 - 1).to(tl.float32) * scale2
             k = column + 32 * plane
@@ -68,6 +68,18 @@ def launch(
             LAYOUT=layout, BLOCK=triton.next_power_of_2(packed.shape[1]), num_warps=4,
         )  # fmt: skip
     return out
+
+
+def aot_cases() -> list[tuple]:
+    """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
+    cases = []
+    for layout, name in ((INT8, "int8"), (TERNARY, "ternary"), (BINARY, "binary"), (SPLIT, "split")):
+        signature = {"ids_ptr": "*i64", "w_ptr": "*i8" if layout == INT8 else "*u8"}
+        signature |= {"scale_ptr": "*fp32", "out_ptr": "*fp32"}
+        signature |= dict.fromkeys(("V", "row_bytes", "dim", "stride_scale", "stride_plane"), "i32")
+        block = 1024 if layout == INT8 else 256
+        cases.append((f"embedding {name}", _embedding_kernel, signature, {"LAYOUT": layout, "BLOCK": block}, 4, 3))
+    return cases
 
 
 # ------------------------------------------------------------------------------------------------------------- CPU
@@ -144,8 +156,12 @@ def quantized_embedding(
     columns = packed.shape[1] * per_byte
     dim = columns if embedding_dim is None else embedding_dim
     if dim < 0 or -(-dim // block) * block != columns:
-        raise ValueError(f"embedding_dim={dim} does not fit {packed.shape[1]} packed bytes a row (up to {columns} columns)")
+        raise ValueError(
+            f"embedding_dim={dim} does not fit {packed.shape[1]} packed bytes a row (up to {columns} columns)"
+        )
     V = packed.shape[0]
     if tuple(scale.shape) not in (((V,), (1,)) if bits != 2 else ((V,), (1,), (2, V), (2, 1))):
-        raise ValueError(f"scale has shape {tuple(scale.shape)}, expected [{V}] or [1] (split pair, bits 2: [2, {V}] or [2, 1])")
+        raise ValueError(
+            f"scale has shape {tuple(scale.shape)}, expected [{V}] or [1] (split pair, bits 2: [2, {V}] or [2, 1])"
+        )
     return _op(ids.reshape(-1), packed, scale, bits, dim, out_dtype).reshape(*ids.shape, dim)

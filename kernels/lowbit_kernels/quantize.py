@@ -227,9 +227,7 @@ def _scale_and_zero_torch(
     return scale, inverse, None if symmetric else (-qmax - 1) - (low * inverse).round_()
 
 
-def _codes(
-    x: torch.Tensor, inverse: torch.Tensor, zero: torch.Tensor | None, bits: int, clamp: bool
-) -> torch.Tensor:
+def _codes(x: torch.Tensor, inverse: torch.Tensor, zero: torch.Tensor | None, bits: int, clamp: bool) -> torch.Tensor:
     """rint(x * inverse) + zero, still float32."""
     qmax = 2 ** (bits - 1) - 1
     q = (x * inverse).round_()
@@ -238,22 +236,24 @@ def _codes(
     return q.clamp_(-qmax if zero is None else -qmax - 1, qmax) if clamp else q
 
 
+def _rows_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
+    x = x.float()
+    # amin and amax apart are three times faster than aminmax.
+    scale, inverse, zero = _scale_and_zero_torch(x.amin(1), x.amax(1), bits, symmetric)
+    # Symmetric codes need no clamp: |x| (1/scale) <= qmax (1 + 2^-22), which rounds to qmax. Asymmetric ones do: max
+    # and min may both round away from each other.
+    q = _codes(x, inverse.unsqueeze(1), None if zero is None else zero.unsqueeze(1), bits, not symmetric)
+    return q.to(torch.int8), scale, _zero_point(scale, zero)
+
+
 def _per_token_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
-    q, scale, zero_point = _outputs(x, symmetric, x.shape[0])
     if x.numel() == 0:
-        return q, scale, zero_point
-    rows = max(1, CPU_CHUNK // x.shape[1])
-    for start in range(0, x.shape[0], rows):
-        chunk = x[start : start + rows].float()
-        # amin and amax apart are three times faster than aminmax.
-        new_scale, inverse, zero = _scale_and_zero_torch(chunk.amin(1), chunk.amax(1), bits, symmetric)
-        # Symmetric codes need no clamp: |x| (1/scale) <= qmax (1 + 2^-22), which rounds to qmax. Asymmetric ones do:
-        # max and min may both round away from each other.
-        codes = _codes(chunk, inverse.unsqueeze(1), None if zero is None else zero.unsqueeze(1), bits, not symmetric)
-        q[start : start + rows].copy_(codes)
-        scale[start : start + rows] = new_scale
-        if zero is not None:
-            zero_point[start : start + rows] = zero.nan_to_num_(0.0)
+        return _outputs(x, symmetric, x.shape[0])
+    x = x.contiguous()
+    parts = [_rows_cpu(rows, bits, symmetric) for rows in x.split(max(1, CPU_CHUNK // x.shape[1]))]
+    if len(parts) == 1:
+        return parts[0]
+    q, scale, zero_point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return q, scale, zero_point
 
 
@@ -264,11 +264,16 @@ def _per_tensor_cpu(
         return _static(x, bits, symmetric, scale, zero_point)
     if x.numel() == 0:
         return _outputs(x, symmetric, 1)
-    x = x.float().contiguous()
-    new_scale, inverse, zero = _scale_and_zero_torch(x.amin().reshape(1), x.amax().reshape(1), bits, symmetric)
-    q = _codes(x, inverse, zero, bits, not symmetric).to(torch.int8)
-    empty = new_scale.new_zeros(0, dtype=torch.int32)
-    return q, new_scale, empty if zero is None else zero.nan_to_num_(0.0).to(torch.int32)
+    flat = x.contiguous().view(-1)
+    low, high = flat.amin().reshape(1).float(), flat.amax().reshape(1).float()
+    new_scale, inverse, zero = _scale_and_zero_torch(low, high, bits, symmetric)
+    parts = [_codes(part.float(), inverse, zero, bits, not symmetric).to(torch.int8) for part in flat.split(CPU_CHUNK)]
+    q = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return q.view(x.shape), new_scale, _zero_point(new_scale, zero)
+
+
+def _zero_point(scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    return scale.new_zeros(0, dtype=torch.int32) if zero is None else zero.nan_to_num_(0.0).to(torch.int32)
 
 
 def _static(

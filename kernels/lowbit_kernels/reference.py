@@ -232,12 +232,14 @@ def _ternarize_group(w: Tensor, curvature: Tensor | None, iterations: int) -> tu
     """One float64 group [n] -> (codes float64 [n] in {-1, 0, 1}, scale [])."""
     magnitude = w.abs()
     nothing = torch.zeros_like(w), torch.zeros((), dtype=torch.float64)
+    if not bool(w.isfinite().all()):
+        return torch.zeros_like(w), torch.tensor(math.nan)
     if len(w) == 0:
         return nothing
     if curvature is None:
         codes = torch.where(magnitude > 0.7 * magnitude.mean(), w.sign(), 0.0)
         if not codes.any():
-            return codes, magnitude.sum()  # 0, or NaN where w holds a NaN
+            return nothing
         return codes, magnitude[codes != 0].mean()
     v = curvature if bool((curvature != 0).any()) else torch.ones_like(curvature)
     codes = w.sign()
@@ -270,6 +272,7 @@ def binarize(w: Tensor, *, granularity: str = "per_row") -> tuple[Tensor, Tensor
     """BWN (Rastegari et al. 2016): code = +1 where w >= 0 else -1, scale = mean|w|."""
     groups = _groups(w, granularity)
     scale = groups.abs().sum(1) / max(groups.shape[1], 1)
+    scale[~groups.isfinite().all(1)] = math.nan
     return torch.where(w >= 0, 1, -1).to(torch.int8), scale.float()
 
 

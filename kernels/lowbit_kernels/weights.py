@@ -1,12 +1,13 @@
 """Weight quantization: latent float [N, K] -> codes and scale; and ternary weight splitting.
 
-    ternarize       t = sign(w) where |w| > 0.7 mean|w|, else 0;  scale = mean |w| over t != 0   (TernaryBERT eq. 4)
-    loss-aware      min sum v (w - a t)^2, alternating a and t                                   (TernaryBERT sec. 3.1)
-    binarize        b = sign(w), sign(0) = +1;  scale = mean|w|                                  (BinaryBERT eq. 3)
-    split_ternary   w -> w1 + w2 with binarize(w1) + binarize(w2) = ternarize(w)                 (BinaryBERT eq. 8-10)
+    ternarize       t = sign(w) where |w| > 0.7 mean|w|, else 0; scale = mean |w| over t != 0   (Li et al. 2016)
+    loss-aware      min sum v (w - a t)^2: a = sum v|w t| / sum v|t|, t = rint(clamp(w/a, -1, 1)) (Hou & Kwok 2018)
+    binarize        b = sign(w), sign(0) = +1;  scale = mean|w|                                  (Rastegari et al. 2016)
+    split_ternary   w -> w1 + w2 with binarize(w1) + binarize(w2) = ternarize(w)                  (Bai et al. 2021)
 
-Means run over a row or the whole tensor. Rows of zeros get scale 0; NaN or infinity makes the scale NaN. The Triton
-kernels hold one row in registers and move each weight once; a whole tensor's means are torch reductions before them.
+Sums run over a row or the whole tensor, in float32 and in a fixed order (no float atomics); backends may differ in the
+last bits of a sum, hence in the code of a weight that sits on the threshold. Zero rows get scale 0; NaN or infinity
+makes the scale NaN. Training runs the first three on every weight in every step, so they make few passes.
 """
 
 from __future__ import annotations
@@ -16,207 +17,317 @@ import torch
 from ._ops import FLOATS, check_choice, check_device, check_tensor, define
 from ._triton import tl, triton
 
+Codes = tuple[torch.Tensor, torch.Tensor]
+
 GRANULARITIES = ("per_row", "per_tensor")
 THRESHOLD = 0.7
 
 # ---------------------------------------------------------------------------------------------------------- Triton
-# `GIVEN` means that the whole tensor's statistics come in through a pointer; else the row's own are computed.
+# Both ternary forms are rounds of one step: given a threshold, sum v|w| and v over the weights above it.
 
 
 @triton.jit
-def _load_row(w_ptr, K, BLOCK_K: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK_K)
-    return row, k, tl.load(w_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+def _sums_above(w_ptr, v_ptr, length, threshold, HAS_V: tl.constexpr, BLOCK: tl.constexpr):
+    """(sum of v|w|, sum of v) over |w| > threshold; v = 1 without curvature."""
+    offs = tl.arange(0, BLOCK)
+    weighted = tl.zeros((BLOCK,), tl.float32)
+    weight = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, length, BLOCK):
+        mask = start + offs < length
+        magnitude = tl.abs(tl.load(w_ptr + start + offs, mask=mask, other=0.0).to(tl.float32))
+        above = mask & ~(magnitude <= threshold)  # a NaN counts, so that the sum shows it
+        v = tl.load(v_ptr + start + offs, mask=mask, other=0.0).to(tl.float32) if HAS_V else 1.0
+        weighted += tl.where(above, v * magnitude, 0.0)
+        weight += tl.where(above, v, 0.0)
+    return tl.sum(weighted, axis=0), tl.sum(weight, axis=0)
 
 
 @triton.jit
-def _ternarize_kernel(w_ptr, codes_ptr, scale_ptr, threshold_ptr, K, GIVEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    row, k, w = _load_row(w_ptr, K, BLOCK_K)
-    magnitude = tl.abs(w)
-    threshold = tl.load(threshold_ptr) if GIVEN else 0.7 * (tl.sum(magnitude, axis=0) / K)
-    keep = (magnitude > threshold) & (k < K)
-    codes = tl.where(keep, tl.where(w > 0, 1, -1), 0)
-    tl.store(codes_ptr + row * K + k, codes.to(tl.int8), mask=k < K)
-    if not GIVEN:
-        count = tl.sum(keep.to(tl.float32), axis=0)
-        scale = tl.sum(tl.where(keep, magnitude, 0.0), axis=0) / tl.maximum(count, 1.0)
-        tl.store(scale_ptr + row, scale + (threshold - threshold))
+def _mean_above(weighted, weight):
+    """weighted / weight, and 0 where there is nothing above the threshold."""
+    return tl.div_rn(weighted, tl.where(weight == 0.0, 1.0, weight))
 
 
 @triton.jit
-def _binarize_kernel(w_ptr, codes_ptr, scale_ptr, K, GIVEN: tl.constexpr, BLOCK_K: tl.constexpr):
-    row, k, w = _load_row(w_ptr, K, BLOCK_K)
-    tl.store(codes_ptr + row * K + k, tl.where(w >= 0, 1, -1).to(tl.int8), mask=k < K)
-    if not GIVEN:
-        scale = tl.sum(tl.abs(w), axis=0) / K
-        tl.store(scale_ptr + row, scale + (scale - scale))
+def _store_ternary(w_ptr, codes_ptr, length, threshold, scale, BLOCK: tl.constexpr):
+    threshold = tl.where(scale > 0.0, threshold, float("inf"))
+    offs = tl.arange(0, BLOCK)
+    for start in range(0, length, BLOCK):
+        mask = start + offs < length
+        w = tl.load(w_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+        codes = tl.where(tl.abs(w) > threshold, tl.where(w > 0, 1, -1), 0)
+        tl.store(codes_ptr + start + offs, codes.to(tl.int8), mask=mask)
 
 
 @triton.jit
-def _split_kernel(
-    w_ptr, w1_ptr, w2_ptr, ab_ptr, threshold_ptr, K, GIVEN: tl.constexpr, BLOCK_K: tl.constexpr
+def _ternarize_row_kernel(
+    w_ptr, v_ptr, codes_ptr, scale_ptr, K, iterations, HAS_V: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """`ab_ptr` holds A and B: read when GIVEN, else A is written for the caller to check. Sums are float64."""
-    row, k, w = _load_row(w_ptr, K, BLOCK_K)
-    magnitude = tl.abs(w)
-    threshold = tl.load(threshold_ptr) if GIVEN else 0.7 * (tl.sum(magnitude, axis=0) / K)
-    in_i = (magnitude > threshold) & (k < K)
-    in_j = (magnitude <= threshold) & (w > 0) & (k < K)
-    w = w.to(tl.float64)
-    if GIVEN:
-        a = tl.load(ab_ptr)
-        b = tl.load(ab_ptr + 1)
+    """One program a row; all passes but the first read from cache."""
+    row = tl.program_id(0).to(tl.int64)
+    w_ptr += row * K
+    if HAS_V:
+        v_ptr += row * K
+        weighted, weight = _sums_above(w_ptr, v_ptr, K, 0.0, HAS_V, BLOCK)
+        scale = _mean_above(weighted, weight)
+        poison = weighted - weighted
+        threshold = scale * 0.0
+        for _ in range(iterations):
+            threshold = scale * 0.5
+            weighted, weight = _sums_above(w_ptr, v_ptr, K, threshold, HAS_V, BLOCK)
+            scale = _mean_above(weighted, weight)
     else:
-        magnitude = magnitude.to(tl.float64)
-        s_i = tl.sum(tl.where(in_i, magnitude, 0.0), axis=0)
-        s_j = tl.sum(tl.where(in_j, magnitude, 0.0), axis=0)
-        s_all = tl.sum(magnitude, axis=0)
-        n_i = tl.sum(in_i.to(tl.float64), axis=0)
-        n_zero = K - n_i
-        # A row of zeros (n_i = 0) is halved; one without zero codes needs no B.
-        a = tl.where(n_i > 0, (s_all - 2 * s_j) / (2 * tl.where(n_i > 0, s_i, 1.0)), 0.5)
-        b = tl.where(
-            (n_zero > 0) & (n_i > 0),
-            (K / tl.where(n_i > 0, n_i, 1.0) * s_i - s_all) / (2 * tl.where(n_zero > 0, n_zero, 1.0)),
-            0.0,
-        )
-        tl.store(ab_ptr + row, a)
-    w1 = tl.where(in_i, a * w, tl.where(in_j, b + w, b))
-    tl.store(w1_ptr + row * K + k, w1.to(tl.float32), mask=k < K)
-    tl.store(w2_ptr + row * K + k, (w - w1).to(tl.float32), mask=k < K)
+        total, _ = _sums_above(w_ptr, v_ptr, K, -1.0, HAS_V, BLOCK)
+        poison = total - total
+        threshold = 0.7 * tl.div_rn(total, total * 0.0 + K)
+        weighted, weight = _sums_above(w_ptr, v_ptr, K, threshold, HAS_V, BLOCK)
+        scale = _mean_above(weighted, weight)
+    scale += poison
+    tl.store(scale_ptr + row, scale)
+    _store_ternary(w_ptr, codes_ptr + row * K, K, threshold, scale, BLOCK)
 
 
-def launch_ternarize(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the Triton kernel; arguments as the op's."""
-    w = w.contiguous()
-    codes, scale = _empty(w, per_row)
-    threshold = None
-    if not per_row and w.numel():
-        threshold = THRESHOLD * w.float().abs().mean().reshape(1)
-        scale = _ternary_scale(w.float().reshape(1, -1), threshold.reshape(1, 1))[1]
-    if w.numel():
-        grid, block = (w.shape[0],), triton.next_power_of_2(w.shape[1])
-        _ternarize_kernel[grid](w, codes, scale, threshold, w.shape[1], GIVEN=not per_row, BLOCK_K=block)
+@triton.jit
+def _sums_chunk_kernel(
+    w_ptr, v_ptr, threshold_ptr, weighted_ptr, weight_ptr, n,
+    HAS_V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Partial sums of chunk p of a whole tensor, to be added up in order."""
+    p = tl.program_id(0).to(tl.int64)
+    length = tl.minimum(n - p * CHUNK, CHUNK).to(tl.int32)
+    threshold = tl.load(threshold_ptr)
+    weighted, weight = _sums_above(w_ptr + p * CHUNK, v_ptr + p * CHUNK, length, threshold, HAS_V, BLOCK)
+    tl.store(weighted_ptr + p, weighted)
+    tl.store(weight_ptr + p, weight)
+
+
+@triton.jit
+def _ternary_chunk_kernel(
+    w_ptr, codes_ptr, threshold_ptr, scale_ptr, n, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    p = tl.program_id(0).to(tl.int64)
+    length = tl.minimum(n - p * CHUNK, CHUNK).to(tl.int32)
+    threshold, scale = tl.load(threshold_ptr), tl.load(scale_ptr)
+    _store_ternary(w_ptr + p * CHUNK, codes_ptr + p * CHUNK, length, threshold, scale, BLOCK)
+
+
+@triton.jit
+def _binarize_kernel(w_ptr, codes_ptr, sum_ptr, n, CHUNK, BLOCK: tl.constexpr):
+    """Codes and sum|w| of chunk p; a chunk is a row, or a part of a whole tensor."""
+    p = tl.program_id(0).to(tl.int64)
+    length = tl.minimum(n - p * CHUNK, CHUNK).to(tl.int32)
+    offs = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, length, BLOCK):
+        mask = start + offs < length
+        w = tl.load(w_ptr + p * CHUNK + start + offs, mask=mask, other=0.0).to(tl.float32)
+        total += tl.abs(w)
+        tl.store(codes_ptr + p * CHUNK + start + offs, tl.where(w >= 0, 1, -1).to(tl.int8), mask=mask)
+    tl.store(sum_ptr + p, tl.sum(total, axis=0))
+
+
+MAX_BLOCK = 4096
+CHUNK = 16384  # values a program when one scale serves the whole tensor
+
+
+def _block(K: int) -> dict[str, int]:
+    block = min(triton.next_power_of_2(K), MAX_BLOCK)
+    return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
+
+
+def launch_ternarize(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | None, iterations: int) -> Codes:
+    """Run the Triton kernels; arguments as the op's, already validated."""
+    codes, scale = _outputs(w, per_row)
+    w, v = w.contiguous(), None if curvature is None else curvature.contiguous()
+    n = w.numel()
+    if n == 0:
+        return codes, scale
+    has_v = v is not None
+    v = w if v is None else v  # a pointer that is not read
+    if per_row:
+        K = w.shape[1]
+        _ternarize_row_kernel[(w.shape[0],)](w, v, codes, scale, K, iterations, HAS_V=has_v, **_block(K))
+        return codes, scale
+    chunks = triton.cdiv(n, CHUNK)
+    partial = scale.new_empty(2, chunks)
+
+    def sums(threshold: torch.Tensor) -> torch.Tensor:
+        _sums_chunk_kernel[(chunks,)](
+            w, v, threshold, partial[0], partial[1], n, HAS_V=has_v, CHUNK=CHUNK, BLOCK=MAX_BLOCK, num_warps=8
+        )  # fmt: skip
+        return partial.sum(1)
+
+    def mean(weighted_weight: torch.Tensor) -> torch.Tensor:
+        weighted, weight = weighted_weight
+        return (weighted / torch.where(weight == 0, 1.0, weight)).reshape(1)
+
+    total = sums(torch.full_like(scale, 0.0 if has_v else -1.0))
+    poison = total[0] - total[0]
+    threshold = torch.zeros_like(scale) if has_v else THRESHOLD * (total[:1] / n)
+    scale = mean(total if has_v else sums(threshold))
+    for _ in range(iterations if has_v else 0):
+        threshold = scale / 2
+        scale = mean(sums(threshold))
+    scale = scale + poison
+    _ternary_chunk_kernel[(chunks,)](w, codes, threshold, scale, n, CHUNK=CHUNK, BLOCK=MAX_BLOCK, num_warps=8)
     return codes, scale
 
 
-def launch_binarize(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def launch_binarize(w: torch.Tensor, per_row: bool) -> Codes:
     """Run the Triton kernel; arguments as the op's."""
+    codes, scale = _outputs(w, per_row)
     w = w.contiguous()
-    codes, scale = _empty(w, per_row)
-    if not per_row and w.numel():
-        scale = _poisoned(w.float().abs().mean().reshape(1))
-    if w.numel():
-        grid, block = (w.shape[0],), triton.next_power_of_2(w.shape[1])
-        _binarize_kernel[grid](w, codes, scale, w.shape[1], GIVEN=not per_row, BLOCK_K=block)
-    return codes, scale
+    n = w.numel()
+    if n == 0:
+        return codes, scale
+    chunk = w.shape[1] if per_row else CHUNK
+    sums = scale.new_empty(triton.cdiv(n, chunk))
+    _binarize_kernel[(len(sums),)](w, codes, sums, n, chunk, **_block(chunk))
+    return codes, _finite_or_nan(sums / chunk if per_row else sums.sum(0, keepdim=True) / n)
 
 
-def launch_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the Triton kernel; arguments as the op's."""
-    w = w.contiguous()
-    w1, w2 = torch.empty_like(w, dtype=torch.float32), torch.empty_like(w, dtype=torch.float32)
-    ab = w.new_empty(max(w.shape[0], 2), dtype=torch.float64)
-    threshold = None
-    if not w.numel():
-        return w1, w2, ab[:0]
-    if not per_row:
-        flat = w.float().reshape(1, -1)
-        threshold = THRESHOLD * flat.abs().mean().reshape(1)
-        a, b = _split_constants(flat, flat.abs() > threshold)
-        ab = torch.cat([a.reshape(1), b.reshape(1)])
-    grid, block = (w.shape[0],), triton.next_power_of_2(w.shape[1])
-    _split_kernel[grid](
-        w, w1, w2, ab, threshold, w.shape[1], GIVEN=not per_row, BLOCK_K=block, num_warps=4 if block <= 1024 else 8
-    )
-    return w1, w2, ab[: w.shape[0] if per_row else 1]
+def aot_cases() -> list[tuple]:
+    """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
+    w, v, codes = {"w_ptr": "*fp32"}, {"v_ptr": "*fp32"}, {"codes_ptr": "*i8"}
+    scale, threshold = {"scale_ptr": "*fp32"}, {"threshold_ptr": "*fp32"}
+    chunk = {"CHUNK": CHUNK, "BLOCK": MAX_BLOCK}
+    cases: list[tuple] = []
+    for has_v in (False, True):
+        for block, warps in ((1024, 4), (MAX_BLOCK, 8)):
+            signature = {**w, **v, **codes, **scale, "K": "i32", "iterations": "i32"}
+            constants = {"HAS_V": has_v, "BLOCK": block}
+            cases.append((f"ternarize rows v={has_v} {block}", _ternarize_row_kernel, signature, constants, warps, 3))
+        signature = {**w, **v, **threshold, "weighted_ptr": "*fp32", "weight_ptr": "*fp32", "n": "i32"}
+        cases.append((f"ternary sums v={has_v}", _sums_chunk_kernel, signature, {"HAS_V": has_v, **chunk}, 8, 3))
+    signature = {**w, **codes, **threshold, **scale, "n": "i32"}
+    cases.append(("ternary codes", _ternary_chunk_kernel, signature, chunk, 8, 3))
+    signature = {**w, **codes, "sum_ptr": "*fp32", "n": "i32", "CHUNK": "i32"}
+    for block, warps in ((1024, 4), (MAX_BLOCK, 8)):
+        cases.append((f"binarize {block}", _binarize_kernel, signature, {"BLOCK": block}, warps, 3))
+    return cases
 
 
 # ------------------------------------------------------------------------------------------------------------- CPU
 
-
-def _empty(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = torch.empty(w.shape, dtype=torch.int8, device=w.device)
-    return codes, torch.zeros(w.shape[0] if per_row else 1, dtype=torch.float32, device=w.device)
+CPU_CHUNK = 2**18  # values treated at a time, so that intermediates stay in cache
 
 
-def _rows(w: torch.Tensor, per_row: bool) -> torch.Tensor:
-    """What shares a scale, as rows."""
-    return w.float() if per_row else w.float().reshape(1, -1)
+def _outputs(w: torch.Tensor, per_row: bool) -> Codes:
+    """(codes, scale) to fill; scale 0 is right already where w is empty."""
+    return w.new_empty(w.shape, dtype=torch.int8), w.new_zeros(w.shape[0] if per_row else 1, dtype=torch.float32)
 
 
-def _poisoned(scale: torch.Tensor) -> torch.Tensor:
-    """NaN where the mean is infinite: an infinite weight is as unusable as NaN."""
+def _finite_or_nan(scale: torch.Tensor) -> torch.Tensor:
     return scale + (scale - scale)
 
 
-def _ternary_scale(rows: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    codes = (rows > threshold).view(torch.int8) - (rows < -threshold).view(torch.int8)
-    total = (rows * codes).sum(1)
-    return codes, total / codes.count_nonzero(1).clamp(min=1) + (threshold - threshold).squeeze(1)
+def _twn(w: torch.Tensor, v: torch.Tensor | None, iterations: int) -> Codes:
+    """Codes (as float32 [N, K]) and scale [N] of rows, threshold form."""
+    mean = w.abs().mean(1, keepdim=True)
+    # In place: comparisons, bool products and torch.where are several times slower on a CPU.
+    codes = w.abs().sub_(THRESHOLD * mean).sign_().relu_()
+    count = codes.sum(1)
+    codes.copysign_(w)
+    scale = torch.linalg.vecdot(codes, w) / count.clamp_(min=1)
+    return codes, scale + (mean - mean).squeeze(1)
 
 
-def _ternarize_cpu(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    if not w.numel():
-        return _empty(w, per_row)
-    rows = _rows(w, per_row)
-    codes, scale = _ternary_scale(rows, THRESHOLD * rows.abs().mean(1, keepdim=True))
-    return codes.view(w.shape), scale
+def _loss_aware(w: torch.Tensor, v: torch.Tensor | None, iterations: int) -> Codes:
+    """Codes (as float32 [N, K]) and scale [N] of rows, curvature-weighted form."""
+    assert v is not None
+    magnitude = w.abs()
+    weighted = v * magnitude
+    total = weighted.sum(1)
+    scale = torch.zeros_like(total)  # above 0: sign(w)
+    for _ in range(iterations + 1):
+        codes = (magnitude - scale.unsqueeze(1) / 2).sign_().relu_()
+        weight = torch.linalg.vecdot(codes, v)
+        scale = torch.linalg.vecdot(codes, weighted) / weight.masked_fill_(weight == 0, 1.0)
+    return codes.mul_((scale > 0).unsqueeze(1)).copysign_(w), scale + (total - total)
 
 
-def _binarize_cpu(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    if not w.numel():
-        return _empty(w, per_row)
-    codes = (w >= 0).view(torch.int8) * 2 - 1
-    return codes, _poisoned(_rows(w, per_row).abs().mean(1))
+def _ternarize_cpu(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | None, iterations: int) -> Codes:
+    codes, scale = _outputs(w, per_row)
+    if w.numel() == 0:
+        return codes, scale
+    method = _twn if curvature is None else _loss_aware
+    rows, row_codes = (w, codes) if per_row else (w.reshape(1, -1), codes.view(1, -1))
+    v = None if curvature is None else curvature.reshape(rows.shape)
+    step = max(1, CPU_CHUNK // rows.shape[1])
+    for start in range(0, rows.shape[0], step):
+        part = slice(start, start + step)
+        new_codes, scale[part] = method(rows[part].float(), None if v is None else v[part].float(), iterations)
+        row_codes[part] = new_codes
+    return codes, scale
 
 
-def _split_constants(rows: torch.Tensor, in_i: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A and B of BinaryBERT eq. 9-10 for each row, float64 [rows, 1]."""
-    rows = rows.double()
-    magnitude, in_j = rows.abs(), ~in_i & (rows > 0)
-    s_i, s_j = (magnitude * in_i).sum(1, keepdim=True), (magnitude * in_j).sum(1, keepdim=True)
-    s_all = magnitude.sum(1, keepdim=True)
-    n_i = in_i.sum(1, keepdim=True)
-    n_zero = rows.shape[1] - n_i
-    # S_I + S_K - S_J = S_all - 2 S_J. A row of zeros (n_i = 0) is halved; one without zero codes needs no B.
-    a = torch.where(n_i > 0, (s_all - 2 * s_j) / (2 * s_i), 0.5)
-    b = (rows.shape[1] / n_i.clamp(min=1) * s_i - s_all) / (2 * n_zero.clamp(min=1))
-    return a, torch.where((n_zero > 0) & (n_i > 0), b, 0.0)
+def _binarize_cpu(w: torch.Tensor, per_row: bool) -> Codes:
+    if w.numel() == 0:
+        return _outputs(w, per_row)
+    codes = (w >= 0).contiguous().view(torch.int8).mul_(2).sub_(1)
+    rows = w.float() if per_row else w.float().reshape(1, -1)
+    step = max(1, CPU_CHUNK // rows.shape[1])
+    return codes, _finite_or_nan(torch.cat([part.abs().mean(1) for part in rows.split(step)]))
 
 
-def _split_cpu(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if not w.numel():
-        return w.float(), w.float(), w.new_empty(0, dtype=torch.float64)
-    rows = _rows(w, per_row)
-    in_i = rows.abs() > THRESHOLD * rows.abs().mean(1, keepdim=True)
-    a, b = _split_constants(rows, in_i)
-    rows = rows.double()
-    w1 = torch.where(in_i, a * rows, torch.where(rows > 0, b + rows, b))
-    return w1.float().view(w.shape), (rows - w1).float().view(w.shape), a.squeeze(1)
+# ----------------------------------------------------------------------------------------------------------- split
+
+
+def _split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every backend: it runs once per training, so float64 torch operations will do.
+
+    A = (S_I + S_K - S_J) / (2 S_I), B = (n/|I| S_I - S_all) / (2 (|J| + |K|)) over I = {t != 0}, J = {t = 0, w > 0},
+    K = {t = 0, w <= 0}; see `split_ternary`.
+    """
+    if w.numel() == 0:
+        return w.new_zeros(w.shape, dtype=torch.float32), w.new_zeros(w.shape, dtype=torch.float32)
+    codes, _ = _ternarize(w, per_row, None, 0)
+    rows = (w if per_row else w.reshape(1, -1)).float().double()
+    kept = (codes if per_row else codes.reshape(1, -1)) != 0
+    small = rows.masked_fill(kept, 0.0)
+    sum_all, sum_small, excess = (t.sum(1, keepdim=True) for t in (rows.abs(), small.abs(), small))
+    sum_kept = sum_all - sum_small
+    # Which half gets a small weight: the first, +1, or the second, -1. If nearly all small weights had one sign, A
+    # would leave (0, 1) and the halves lose the sign of w. Then enough of that sign change sides: what stays is less
+    # than twice the TWN threshold, hence less than S_I.
+    side = torch.ones_like(rows)
+    one_sided = excess.abs() >= sum_kept
+    if bool(one_sided.any()):
+        heavier = (small * excess.sign()).clamp_(min=0)
+        side[one_sided & (heavier > 0) & (heavier.cumsum(1) <= excess.abs() / 2)] = -1.0
+    balance = (side * small).sum(1, keepdim=True)  # S_J - S_K
+    n, n_kept = rows.shape[1], kept.sum(1, keepdim=True)
+    a = (sum_kept - balance) / (2 * sum_kept)
+    b = (n / n_kept * sum_kept - sum_all) / (2 * (n - n_kept).clamp(min=1))
+    # J and K at once: the offset puts the halves on opposite sides of 0, and the one on w's side takes w.
+    w1 = torch.where(kept, a * rows, side * b + torch.where(side > 0, rows.clamp(min=0), rows.clamp(max=0)))
+    w1 = torch.where(n_kept > 0, w1, rows / 2)
+    w1 = w1.float()
+    return w1.view(w.shape), (rows - w1).float().view(w.shape)
 
 
 # -------------------------------------------------------------------------------------------------------------- ops
 
 
-def _fake_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    w1 = w.new_empty(w.shape, dtype=torch.float32)
-    scales = 0 if w.numel() == 0 else w.shape[0] if per_row else 1
-    return w1, torch.empty_like(w1), w.new_empty(scales, dtype=torch.float64)
+def _ternarize_fake(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | None, iterations: int) -> Codes:
+    return _outputs(w, per_row)
+
+
+def _split_fake(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return w.new_empty(w.shape, dtype=torch.float32), w.new_empty(w.shape, dtype=torch.float32)
 
 
 _ternarize = define(
-    "ternarize(Tensor w, bool per_row) -> (Tensor, Tensor)", cpu=_ternarize_cpu, cuda=launch_ternarize, fake=_empty
+    "ternarize(Tensor w, bool per_row, Tensor? curvature, int iterations) -> (Tensor, Tensor)",
+    cpu=_ternarize_cpu,
+    cuda=launch_ternarize,
+    fake=_ternarize_fake,
 )
 _binarize = define(
-    "binarize(Tensor w, bool per_row) -> (Tensor, Tensor)", cpu=_binarize_cpu, cuda=launch_binarize, fake=_empty
+    "binarize(Tensor w, bool per_row) -> (Tensor, Tensor)", cpu=_binarize_cpu, cuda=launch_binarize, fake=_outputs
 )
-_split = define(
-    "split_ternary(Tensor w, bool per_row) -> (Tensor, Tensor, Tensor)",
-    cpu=_split_cpu,
-    cuda=launch_split,
-    fake=_fake_split,
+_split_op = define(
+    "split_ternary(Tensor w, bool per_row) -> (Tensor, Tensor)", cpu=_split, cuda=_split, fake=_split_fake
 )
 
 
@@ -239,32 +350,28 @@ def ternarize(
         w: float [N, K].
         granularity: "per_row" or "per_tensor".
         curvature: None for the TWN threshold; else non-negative float [N, K], the diagonal Hessian estimate of the
-            loss-aware form (the square root of Adam's second moment).
-        iterations: rounds of the loss-aware form.
+            loss-aware form (the square root of Adam's second moment). All zero in a row (or the tensor): even weights.
+        iterations: rounds of the loss-aware form, from t = sign(w); the scale is the best for the last codes.
 
     Returns:
         codes int8 [N, K] in {-1, 0, 1}; scale float32 [N] or [1].
 
     Raises:
-        TypeError, ValueError: dtype, rank, granularity, or a curvature of another shape.
+        TypeError, ValueError: dtype, rank, granularity, negative iterations, or a curvature of another shape.
     """
     per_row = _check(w, granularity)
-    if curvature is None:
-        return _ternarize(w, per_row)
-    check_tensor("curvature", curvature, FLOATS)
-    check_device(w=w, curvature=curvature)
-    if curvature.shape != w.shape:
-        raise ValueError(f"curvature has shape {tuple(curvature.shape)}, w has {tuple(w.shape)}; they must be equal")
-    if not w.numel():
-        return _empty(w, per_row)
-    rows, v = _rows(w, per_row), _rows(curvature, per_row)
-    codes = rows.sign()
-    scale = rows.new_zeros(rows.shape[0], 1)
-    for _ in range(iterations):
-        total = (v * codes.abs()).sum(1, keepdim=True)
-        scale = torch.where(total == 0, 0.0, (v * codes * rows).sum(1, keepdim=True) / total)
-        codes = torch.where(scale == 0, 0.0, torch.round((rows / scale).clamp(-1, 1)))
-    return codes.nan_to_num().to(torch.int8).view(w.shape), _poisoned(scale.squeeze(1))
+    if iterations < 0:
+        raise ValueError(f"iterations={iterations}, accepted: 0 or more")
+    if curvature is not None:
+        check_tensor("curvature", curvature, FLOATS)
+        check_device(w=w, curvature=curvature)
+        if curvature.shape != w.shape:
+            raise ValueError(
+                f"curvature has shape {tuple(curvature.shape)}, w has {tuple(w.shape)}; they must be equal"
+            )
+        known = (curvature != 0).any(1, keepdim=True) if per_row else (curvature != 0).any()
+        curvature = torch.where(known, curvature, 1.0)
+    return _ternarize(w, per_row, curvature, iterations)
 
 
 def binarize(w: torch.Tensor, *, granularity: str = "per_row") -> tuple[torch.Tensor, torch.Tensor]:
@@ -287,7 +394,9 @@ def split_ternary(w: torch.Tensor, *, granularity: str = "per_row") -> tuple[tor
     """Ternary weight splitting: two latent binary weights that sum to `w`, latent and quantized.
 
     Where t = ternarize(w) is not 0: (A w, (1-A) w); where t = 0: (B + w, -B) for w > 0 and (B, w - B) for w <= 0, with
-    A and B such that both binary scales are half the ternary one. Sums are float64.
+    A and B such that both binary scales are half the ternary one. Sums are float64. If the zero-coded weights are so
+    one-sided that A would leave (0, 1), some of them take (-B, B + w) or (w - B, B) instead, and the identity holds
+    all the same. A row of zeros gives zeros; NaN or infinity in a row gives NaN scales.
 
     Args:
         w: float [N, K].
@@ -297,15 +406,6 @@ def split_ternary(w: torch.Tensor, *, granularity: str = "per_row") -> tuple[tor
         w1, w2: float32 [N, K].
 
     Raises:
-        TypeError, ValueError: dtype, rank, granularity; NaN or infinity; or a row whose zero-coded weights are so
-            one-sided that A is not in (0, 1) and no such pair exists.
+        TypeError, ValueError: dtype, rank or granularity.
     """
-    w1, w2, a = _split(w, _check(w, granularity))
-    wrong = ~((a > 0) & (a < 1))
-    if not a.is_meta and bool(wrong.any()):
-        where = f"row {int(wrong.nonzero()[0])}" if granularity == "per_row" else "the tensor"
-        raise ValueError(
-            f"split_ternary: {where} gives A={float(a[wrong][0]):.3g}, which must be in (0, 1): its small weights "
-            "are nearly all of one sign, or it holds NaN or infinity; train further or use granularity='per_tensor'"
-        )
-    return w1, w2
+    return _split_op(w, _check(w, granularity))
