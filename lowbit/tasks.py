@@ -1,0 +1,136 @@
+"""GLUE as a table: columns, labels, official metrics and lengths; loading from the Hub or from local files."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .metrics import METRICS
+
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: text columns, label names (one for regression), metrics (the first ranks), longest input."""
+
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...]
+    max_length: int = 128
+    validation: tuple[str, ...] = ("validation",)
+
+
+_NLI = ("entailment", "not_entailment")
+TASKS = {
+    "cola": Task(("sentence",), ("unacceptable", "acceptable"), ("matthews",), 64),
+    "sst2": Task(("sentence",), ("negative", "positive"), ("accuracy",), 64),
+    "mrpc": Task(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+    "stsb": Task(("sentence1", "sentence2"), ("score",), ("spearman", "pearson")),
+    "qqp": Task(("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
+    "mnli": Task(
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        ("accuracy",),
+        validation=("validation_matched", "validation_mismatched"),
+    ),
+    "qnli": Task(("question", "sentence"), _NLI, ("accuracy",)),
+    "rte": Task(("sentence1", "sentence2"), _NLI, ("accuracy",)),
+    "wnli": Task(("sentence1", "sentence2"), ("not_entailment", "entailment"), ("accuracy",)),
+}
+_SUFFIXES = (".jsonl.gz", ".jsonl", ".json.gz", ".json", ".parquet", ".csv", ".tsv")
+
+
+def get_task(name: str) -> Task:
+    """The task of that name; ValueError listing the known ones otherwise."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; known: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def load_task(name: str, data_dir: str | Path | None = None) -> DatasetDict:
+    """Training and validation splits of a GLUE task, with columns named as on the Hub.
+
+    Args:
+        name: a key of `TASKS`.
+        data_dir: a folder holding `<name>/train.*` and `<name>/validation.*`, or those files themselves; JSON lines
+            (gzipped or not), parquet, csv or tsv. None downloads `nyu-mll/glue`.
+
+    Raises:
+        ValueError: an unknown task, or a file without the task's columns.
+        FileNotFoundError: a split that is not in `data_dir`.
+        ConnectionError: no `data_dir`, and the Hub cannot be reached.
+    """
+    from datasets import DatasetDict, load_dataset
+
+    task = get_task(name)
+    splits = ("train", *task.validation)
+    if data_dir is None:
+        try:
+            hub = load_dataset("nyu-mll/glue", name)
+        except Exception as error:  # the hub library raises many kinds for "offline"
+            raise ConnectionError(
+                f"could not load nyu-mll/glue {name} from the Hub ({type(error).__name__}); put train.jsonl and "
+                f"validation.jsonl with columns {', '.join(task.columns)}, label into DIR/{name} and pass data_dir=DIR"
+            ) from error
+        return DatasetDict({split: hub[split] for split in splits})
+    folder = Path(data_dir)
+    folder = folder / name if (folder / name).is_dir() else folder
+    return DatasetDict({split: _load_file(_find(folder, split), task) for split in splits})
+
+
+def _find(folder: Path, split: str) -> Path:
+    for suffix in _SUFFIXES:
+        if (path := folder / f"{split}{suffix}").is_file():
+            return path
+    raise FileNotFoundError(f"{folder} has no {split} file; accepted: {split} with suffix {', '.join(_SUFFIXES)}")
+
+
+def _load_file(path: Path, task: Task) -> Dataset:
+    from datasets import Dataset, load_dataset
+
+    if ".json" in path.name:
+        data = load_dataset("json", data_files=str(path), split="train")
+    elif path.suffix == ".parquet":
+        data = Dataset.from_parquet(str(path))
+    elif path.suffix == ".csv":
+        data = load_dataset("csv", data_files=str(path), split="train")
+    else:  # GLUE's tsv files do not quote; a field may start with a quotation mark
+        data = load_dataset("csv", data_files=str(path), split="train", delimiter="\t", quoting=csv.QUOTE_NONE)
+    missing = [column for column in (*task.columns, "label") if column not in data.column_names]
+    if missing:
+        raise ValueError(
+            f"{path} has columns {', '.join(data.column_names)}; needed: {', '.join((*task.columns, 'label'))}"
+        )
+    return data
+
+
+def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: Task) -> DatasetDict:
+    """Token ids, mask and `labels` (int, or float for regression); truncated to the task's length, not padded."""
+    regression = len(task.labels) == 1
+
+    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded = tokenizer(*(rows[column] for column in task.columns), truncation=True, max_length=task.max_length)
+        encoded["labels"] = [float(y) if regression else int(y) for y in rows["label"]]
+        return dict(encoded)
+
+    columns = next(iter(data.values())).column_names
+    return data.map(encode, batched=True, remove_columns=columns, desc="tokenizing")
+
+
+def compute_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
+    """A `compute_metrics` for `Trainer`: logits and labels -> the task's metrics."""
+
+    def compute(prediction: Any) -> dict[str, float]:
+        logits, labels = np.asarray(prediction[0]), np.asarray(prediction[1])
+        predicted = logits.squeeze(-1) if len(task.labels) == 1 else logits.argmax(-1)
+        return {name: METRICS[name](predicted, labels) for name in task.metrics}
+
+    return compute
