@@ -58,7 +58,7 @@ def _scale_and_zero(low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
     TINY: tl.constexpr = 2.0**-126
     QMAX: tl.constexpr = 2 ** (BITS - 1) - 1
     magnitude = tl.maximum(high, -low)
-    levels = magnitude * 0.0 + (QMAX if SYMMETRIC else 2 * QMAX + 1)
+    levels = magnitude * 0.0 + (QMAX if SYMMETRIC else 2 * QMAX + 1)  # div_rn takes tensors, not constants
     if SYMMETRIC:
         scale = tl.div_rn(magnitude, levels)
     else:

@@ -86,9 +86,11 @@ def _quantize_row(row: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tens
     no_zero_point = torch.tensor(0, dtype=torch.int32)
     if not bool(row.isfinite().all()):
         return torch.zeros(len(row), dtype=torch.int8), torch.tensor(math.nan), no_zero_point
+    if len(row) == 0:
+        return row.to(torch.int8), torch.tensor(0.0), no_zero_point
     q_max = 2 ** (bits - 1) - 1
     q_min = -q_max if symmetric else -q_max - 1
-    lo, hi = (row.min(), row.max()) if len(row) else (torch.tensor(0.0), torch.tensor(0.0))
+    lo, hi = row.min(), row.max()
     largest = torch.maximum(hi.abs(), lo.abs())
     if symmetric:
         scale = largest / q_max

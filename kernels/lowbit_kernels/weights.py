@@ -126,7 +126,7 @@ def _binarize_kernel(w_ptr, codes_ptr, sum_ptr, n, CHUNK, BLOCK: tl.constexpr):
     tl.store(sum_ptr + p, tl.sum(total, axis=0))
 
 
-MAX_BLOCK = 4096
+MAX_BLOCK = 2048  # 4096 would spill the loss-aware form
 CHUNK = 16384  # values a program when one scale serves the whole tensor
 
 
@@ -250,6 +250,7 @@ def _ternarize_cpu(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | Non
     codes, scale = _outputs(w, per_row)
     if w.numel() == 0:
         return codes, scale
+    w = w.contiguous()
     method = _twn if curvature is None else _loss_aware
     rows, row_codes = (w, codes) if per_row else (w.reshape(1, -1), codes.view(1, -1))
     v = None if curvature is None else curvature.reshape(rows.shape)
@@ -264,7 +265,8 @@ def _ternarize_cpu(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | Non
 def _binarize_cpu(w: torch.Tensor, per_row: bool) -> Codes:
     if w.numel() == 0:
         return _outputs(w, per_row)
-    codes = (w >= 0).contiguous().view(torch.int8).mul_(2).sub_(1)
+    w = w.contiguous()
+    codes = (w >= 0).view(torch.int8).mul_(2).sub_(1)
     rows = w.float() if per_row else w.float().reshape(1, -1)
     step = max(1, CPU_CHUNK // rows.shape[1])
     return codes, _finite_or_nan(torch.cat([part.abs().mean(1) for part in rows.split(step)]))
@@ -281,6 +283,7 @@ def _split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if w.numel() == 0:
         return w.new_zeros(w.shape, dtype=torch.float32), w.new_zeros(w.shape, dtype=torch.float32)
+    w = w.contiguous()
     codes, _ = _ternarize(w, per_row, None, 0)
     rows = (w if per_row else w.reshape(1, -1)).float().double()
     kept = (codes if per_row else codes.reshape(1, -1)) != 0

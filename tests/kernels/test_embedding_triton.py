@@ -1,0 +1,52 @@
+"""The Triton embedding kernel equals the definition (on a GPU, or run with TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from lowbit_kernels import reference
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton")
+
+from lowbit_kernels import embedding
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def table(kind: str, rows: int, dim: int, per_row: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
+    scales = rows if per_row else 1
+    signs = [torch.randint(0, 2, (rows, dim)).mul(2).sub(1).to(torch.int8) for _ in range(2)]
+    if kind == "ternary":
+        return reference.pack_ternary(torch.randint(-1, 2, (rows, dim)).to(torch.int8)), torch.rand(scales), 2
+    if kind == "binary":
+        return reference.pack_binary(signs[0]), torch.rand(scales), 1
+    if kind == "split":
+        return reference.pack_split(*signs), torch.rand(2, scales), 2
+    return torch.randint(-128, 128, (rows, dim)).to(torch.int8), torch.rand(scales), 8
+
+
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("kind", ["ternary", "binary", "split", "int8"])
+@pytest.mark.parametrize("dim", [1, 127, 256, 300, 768])
+def test_equals_definition_and_marks_bad_ids(dim: int, kind: str, per_row: bool) -> None:
+    packed, scale, bits = table(kind, 11, dim, per_row)
+    ids = torch.randint(0, 11, (9,))
+    for out_dtype in (torch.float32, torch.bfloat16):
+        arguments = packed.to(DEVICE), scale.to(DEVICE), bits, dim, out_dtype
+        expected = reference.quantized_embedding(ids, packed, scale, bits, embedding_dim=dim)
+        got = embedding.launch(ids.to(DEVICE), *arguments).cpu()
+        assert got.dtype == out_dtype
+        torch.testing.assert_close(got.float(), expected, rtol=1e-6 if out_dtype == torch.float32 else 2**-8, atol=1e-6)
+        bad = embedding.launch(torch.tensor([0, 11, -1, 2**40], device=DEVICE), *arguments).cpu()
+        assert bad.isnan().all(1).tolist() == [False, True, True, True]
+
+
+def test_an_empty_table_is_not_read() -> None:
+    packed, scale = torch.empty(0, 32, dtype=torch.uint8), torch.empty(1)
+    ids = torch.tensor([0, 5], device=DEVICE)
+    got = embedding.launch(ids, packed.to(DEVICE), scale.to(DEVICE), 2, 128, torch.float32)
+    assert got.isnan().all()

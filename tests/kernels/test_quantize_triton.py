@@ -1,0 +1,79 @@
+"""The Triton quantizers give the bytes of the CPU path (on a GPU, or run with TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from lowbit_kernels import quantize_per_tensor, quantize_per_token
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton")
+
+from lowbit_kernels import quantize
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MODES = [(bits, symmetric) for bits in (8, 4) for symmetric in (True, False)]
+# The interpreter warns where NaN arises, which is what some tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def assert_same(got: tuple, expected: tuple) -> None:
+    """Equal bytes where the scale is a number; NaN in the same places."""
+    (q, scale, zero), (q0, scale0, zero0) = ([None if t is None else t.cpu() for t in side] for side in (got, expected))
+    torch.testing.assert_close(scale, scale0, rtol=0, atol=0, equal_nan=True)
+    fine = scale0.isfinite()
+    rows = fine if fine.shape == q0.shape[:1] else slice(None) if bool(fine.all()) else slice(0)
+    assert torch.equal(q[rows], q0[rows])
+    if zero0 is not None:
+        assert torch.equal(zero[fine], zero0[fine])
+
+
+def rows_of_all_kinds(K: int) -> torch.Tensor:
+    x = torch.randn(14, K) * torch.logspace(-44, 37, 14).unsqueeze(1)
+    extra = torch.randn(9, K)
+    extra[0] = 0
+    extra[1] = -2.7
+    extra[2] = 3e38
+    extra[3] += 1e5
+    extra[4] = 1 + torch.randint(0, 3, (K,)) * 2.0**-23
+    extra[5, K // 2] = float("nan")
+    extra[6, K - 1] = float("inf")
+    extra[7] = 3e38 * extra[7].sign()
+    extra[8] = torch.arange(K) - K / 2 + 0.5  # ties
+    return torch.cat([x, extra])
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), MODES)
+@pytest.mark.parametrize("K", [1, 2, 127, 129, 768, 5000])
+def test_per_token_equals_cpu(K: int, bits: int, symmetric: bool) -> None:
+    x = rows_of_all_kinds(K)
+    got = quantize.launch_per_token(x.to(DEVICE), bits, symmetric)
+    assert_same((*got[:2], None if symmetric else got[2]), quantize_per_token(x, bits, symmetric))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_and_strides(dtype: torch.dtype) -> None:
+    x = torch.randn(65, 12).to(dtype).t()
+    for symmetric in (True, False):
+        got = quantize.launch_per_token(x.to(DEVICE), 8, symmetric)
+        assert_same((*got[:2], None if symmetric else got[2]), quantize_per_token(x, 8, symmetric))
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), MODES)
+@pytest.mark.parametrize("n", [1, 100, quantize.CHUNK, 3 * quantize.CHUNK + 17])
+@pytest.mark.parametrize("kind", ["normal", "nan", "constant"])
+def test_per_tensor_equals_cpu(kind: str, n: int, bits: int, symmetric: bool) -> None:
+    x = torch.randn(n) if kind != "constant" else torch.full((n,), -0.7)
+    if kind == "nan":
+        x[n // 2] = float("nan")
+    got = quantize.launch_per_tensor(x.to(DEVICE), bits, symmetric, None, None)
+    assert_same((*got[:2], None if symmetric else got[2]), quantize_per_tensor(x, bits, symmetric))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_empty(shape: tuple[int, int]) -> None:
+    q, scale, _ = quantize.launch_per_token(torch.zeros(shape, device=DEVICE), 8, True)
+    assert q.shape == shape and not scale.any() and len(scale) == shape[0]

@@ -1,0 +1,76 @@
+"""The Triton weight kernels follow the definitions (on a GPU, or run with TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from lowbit_kernels import reference
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton")
+
+from lowbit_kernels import weights
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SHAPES = [(1, 1), (3, 129), (2, 5000), (150, 129), (0, 4), (4, 0)]
+GRANULARITIES = ["per_row", "per_tensor"]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def assert_close(got: tuple, expected: tuple, flips: int) -> None:
+    """Scales to float32 sums; `flips` weights on the threshold may take the other code."""
+    rtol = 1e-5 if flips == 0 else 1e-3
+    torch.testing.assert_close(got[1].cpu(), expected[1], rtol=rtol, atol=0, equal_nan=True)
+    assert (got[0].cpu() != expected[0]).sum() <= flips
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ternarize(shape: tuple[int, int], granularity: str, dtype: torch.dtype) -> None:
+    w = torch.randn(shape).to(dtype)
+    got = weights.launch_ternarize(w.to(DEVICE), granularity == "per_row", None, 10)
+    assert_close(got, reference.ternarize(w, granularity=granularity), flips=2)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_aware(shape: tuple[int, int], granularity: str) -> None:
+    w, v = torch.randn(shape), torch.rand(shape) ** 4 + 1e-3
+    got = weights.launch_ternarize(w.to(DEVICE), granularity == "per_row", v.to(DEVICE), 5)
+    assert_close(got, reference.ternarize(w, granularity=granularity, curvature=v, iterations=5), flips=2)
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_binarize(shape: tuple[int, int], granularity: str) -> None:
+    w = torch.randn(shape)
+    got = weights.launch_binarize(w.to(DEVICE), granularity == "per_row")
+    assert_close(got, reference.binarize(w, granularity=granularity), flips=0)
+
+
+@pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
+def test_zero_and_bad_rows(bad: float) -> None:
+    w, v = torch.randn(4, 300), torch.rand(4, 300) + 0.1
+    w[2, 7] = bad
+    if bad == 0:
+        w[2] = 0
+    for granularity in GRANULARITIES:
+        per_row = granularity == "per_row"
+        device_w, device_v = w.to(DEVICE), v.to(DEVICE)
+        got = weights.launch_ternarize(device_w, per_row, None, 10)
+        assert_close(got, reference.ternarize(w, granularity=granularity), flips=1)
+        got = weights.launch_ternarize(device_w, per_row, device_v, 4)
+        assert_close(got, reference.ternarize(w, granularity=granularity, curvature=v, iterations=4), flips=1)
+        got = weights.launch_binarize(device_w, per_row)
+        assert_close(got, reference.binarize(w, granularity=granularity), flips=0)
+
+
+def test_per_tensor_sums_are_deterministic() -> None:
+    w = torch.randn(200, 300, device=DEVICE)
+    first, second = (weights.launch_ternarize(w, False, None, 10) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
