@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -70,7 +71,7 @@ def test_loss_aware_lowers_the_weighted_error_every_round(granularity: str) -> N
         return float((v * (w - codes * scale.unsqueeze(1)).double() ** 2).sum())
 
     rounds = [error(*ternarize(w, granularity=granularity, curvature=v, iterations=i)) for i in range(11)]
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in zip(rounds, rounds[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(rounds))
     assert rounds[-1] < error(*ternarize(w, granularity=granularity))
 
 
