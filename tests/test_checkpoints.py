@@ -1,0 +1,272 @@
+"""Checkpoints round-trip bit for bit, load in stock transformers calls, and never load wrong."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import lowbit
+import pytest
+import safetensors.torch
+import torch
+from helpers import HEADS, batch, outputs, tiny
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel
+from transformers.models import bert as bert_package
+
+
+def packed(head: str = "BertForSequenceClassification") -> torch.nn.Module:
+    return lowbit.quantize(tiny(head), lowbit.TernaryConfig())
+
+
+def same(model: torch.nn.Module, other: torch.nn.Module, head: str = "BertForSequenceClassification") -> bool:
+    inputs = batch(head)
+    pairs = zip(outputs(model.eval(), inputs), outputs(other.eval(), inputs), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_round_trips_packed(head: str, tmp_path: Path) -> None:
+    model = packed(head)
+    model.save_pretrained(tmp_path)
+    loaded = getattr(bert_package, head).from_pretrained(tmp_path)
+    assert same(model, loaded, head)
+
+
+def stages() -> dict[str, torch.nn.Module]:
+    slim = lowbit.slim(tiny(), 0.5)
+    half = lowbit.prepare(lowbit.slim(tiny(), 0.5), lowbit.TernaryConfig())
+    pair = lowbit.split(lowbit.prepare(lowbit.slim(tiny(), 0.5), lowbit.TernaryConfig()))
+    packed_pair = lowbit.convert(lowbit.split(lowbit.prepare(tiny(), lowbit.TernaryConfig())))
+    return {"slim": slim, "half ternary": half, "split": pair, "packed pair": packed_pair}
+
+
+@pytest.mark.parametrize("stage", ["slim", "half ternary", "split", "packed pair"])
+def test_every_stage_round_trips(stage: str, tmp_path: Path) -> None:
+    model = stages()[stage]
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert same(model, loaded)
+    loaded.save_pretrained(tmp_path)
+    assert same(model, AutoModelForSequenceClassification.from_pretrained(tmp_path))
+
+
+def test_tied_decoder_round_trips_prepared_and_packed(tmp_path: Path) -> None:
+    model = lowbit.prepare(tiny("BertForMaskedLM"), lowbit.TernaryConfig())
+    model.save_pretrained(tmp_path / "prepared")
+    prepared = AutoModelForMaskedLM.from_pretrained(tmp_path / "prepared")
+    assert same(model, prepared, "BertForMaskedLM")
+    assert prepared.cls.predictions.decoder.weight is prepared.get_input_embeddings().weight
+    lowbit.convert(prepared).save_pretrained(tmp_path / "packed")
+    assert same(model, AutoModelForMaskedLM.from_pretrained(tmp_path / "packed"), "BertForMaskedLM")
+
+
+def test_a_base_model_loads_from_a_checkpoint_with_a_head(tmp_path: Path) -> None:
+    model = packed()
+    model.save_pretrained(tmp_path)
+    inputs = batch()
+    assert torch.equal(
+        outputs(BertModel.from_pretrained(tmp_path), inputs)[0], outputs(model.bert, inputs)[0]
+    )
+
+
+def test_sharded_checkpoints_round_trip(tmp_path: Path) -> None:
+    model = packed()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert same(model, AutoModelForSequenceClassification.from_pretrained(tmp_path))
+
+
+def test_half_precision_after_loading_and_loading_as_half(tmp_path: Path) -> None:
+    packed().save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path).bfloat16()
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for one in (model, loaded):
+        assert one.bert.pooler.dense.weight_scale.dtype == torch.float32
+        assert outputs(one, batch())[0].dtype == torch.bfloat16
+    assert same(model, loaded)
+
+
+def test_quantizing_on_load(tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, quantization_config=lowbit.TernaryConfig()
+    )
+    assert same(lowbit.quantize(model, lowbit.TernaryConfig()), loaded)
+
+
+def test_a_new_process_loads_with_nothing_but_import_lowbit(tmp_path: Path) -> None:
+    model = packed()
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(1, 9).view(1, 8)
+    program = f"""
+        import lowbit
+        from transformers import AutoModelForSequenceClassification
+        import torch
+        model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r})
+        print(model(torch.arange(1, 9).view(1, 8)).logits.tolist())
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    assert torch.equal(torch.tensor(json.loads(result.stdout)), outputs(model, {"input_ids": ids})[0])
+
+
+# ------------------------------------------------------------------------------------------------- damaged files
+
+
+def load(folder: Path) -> torch.nn.Module:
+    return AutoModelForSequenceClassification.from_pretrained(folder)
+
+
+def rewrite(folder: Path, change: object) -> None:
+    """Change the tensors and write them back without checksums, as another program might."""
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    change(tensors)
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{QUERY}.weight"), "missing"),
+        (lambda t: t.pop(f"{QUERY}.weight_scale"), "missing"),
+        (lambda t: t.update({f"{QUERY}.weight": t[f"{QUERY}.weight"].float()}), "float32"),
+        (lambda t: t.update({f"{QUERY}.weight": t[f"{QUERY}.weight"][:, :16].contiguous()}), "asks for"),
+        (lambda t: t[f"{QUERY}.weight"].fill_(255), "codes"),
+        (lambda t: t[f"{QUERY}.weight_scale"].fill_(float("nan")), "finite"),
+        (lambda t: t[f"{QUERY}.weight_scale"].neg_(), "negative"),
+    ],
+)
+def test_wrong_tensors_are_refused(change: object, message: str, tmp_path: Path) -> None:
+    packed().save_pretrained(tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(lowbit.CheckpointError, match=message):
+        load(tmp_path)
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    packed().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    original = path.read_bytes()
+    start = 8 + int.from_bytes(original[:8], "little")
+    for _ in range(25):
+        position = random.randrange(start, len(original))
+        damaged = bytearray(original)
+        damaged[position] ^= 1 << random.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(lowbit.CheckpointError, match="damaged"):
+            load(tmp_path)
+    path.write_bytes(original)
+    load(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_truncated_files_raise(keep: int, tmp_path: Path) -> None:
+    packed().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(Exception, match="(?i)safetensor|header|metadata|incomplete|damaged"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("format_version", 99, "format_version"),
+        ("weight_bits", 7, "weight_bits"),
+        ("invented", 1, "newer version"),
+        ("weight_bits", 1, "asks for|missing"),
+        ("split", True, "split"),
+    ],
+)
+def test_wrong_configurations_are_refused(field: str, value: object, message: str, tmp_path: Path) -> None:
+    packed().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"][field] = value
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    packed().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for changes in ({"hidden_size": 128}, {"num_hidden_layers": 3}, {"model_type": "roberta"}):
+        path.write_text(json.dumps({**config, **changes}))
+        with pytest.raises(ValueError):
+            load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ failing saves
+
+
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = packed()
+    old.save_pretrained(tmp_path)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        packed().save_pretrained(tmp_path)
+    monkeypatch.undo()
+    assert same(old, load(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_kill_while_saving_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+    old = packed()
+    old.save_pretrained(tmp_path)
+    program = f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import lowbit, transformers.modeling_utils as m
+        from helpers import tiny
+        real = m.safe_save_file
+        def slow(*args, **kwargs):
+            real(*args, **kwargs)
+            print("written", flush=True)
+            time.sleep(60)
+        m.safe_save_file = slow
+        lowbit.quantize(tiny(), lowbit.TernaryConfig()).save_pretrained({str(tmp_path)!r})
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline().strip() == "written"
+    time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert same(old, load(tmp_path))
+
+
+def test_saving_onto_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        packed().save_pretrained(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+# --------------------------------------------------------------------------------------------------------- size
+
+
+def test_the_file_is_as_small_as_the_bits_say(tmp_path: Path) -> None:
+    model = packed()
+    model.save_pretrained(tmp_path)
+    codes = sum(b.numel() for n, b in model.named_buffers() if n.endswith("weight"))
+    scales = sum(4 * b.numel() for n, b in model.named_buffers() if n.endswith("weight_scale"))
+    floats = sum(4 * p.numel() for p in model.parameters())
+    overhead = (tmp_path / "model.safetensors").stat().st_size - codes - scales - floats
+    assert 0 < overhead < 15_000  # the header: names, shapes and checksums
