@@ -183,15 +183,15 @@ def aot_cases() -> list[tuple]:
         outputs = {"q_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i32"}
         for block in (1024, MAX_BLOCK):
             for dtype in ("*fp32", "*bf16"):
-                signature = {"x_ptr": dtype, **outputs, "K": "i32"}
+                signature = {"x_ptr": dtype, **outputs, "K": "i32:16"}
                 warps = 4 if block <= 1024 else 8
                 label = f"quantize rows {name} {dtype} {block}"
                 cases.append((label, _row_kernel, signature, {**flags, "BLOCK": block}, warps, 3))
         signature = {"x_ptr": "*fp32", "q_ptr": "*i8", "low_ptr": "*fp32", "high_ptr": "*fp32", **outputs}
-        signature |= {"n": "i32", "chunks": "i32"}
+        signature |= {"n": "i32:16", "chunks": "i32"}
         constants = {**flags, "CHUNK": CHUNK, "BLOCK": MAX_BLOCK}
         cases.append((f"quantize tensor {name}", _chunk_kernel, signature, constants, 8, 3))
-    signature = {"x_ptr": "*fp32", "low_ptr": "*fp32", "high_ptr": "*fp32", "n": "i32"}
+    signature = {"x_ptr": "*fp32", "low_ptr": "*fp32", "high_ptr": "*fp32", "n": "i32:16"}
     cases.append(("extrema", _extrema_kernel, signature, {"CHUNK": CHUNK, "BLOCK": MAX_BLOCK}, 8, 3))
     return cases
 
@@ -338,7 +338,7 @@ def quantize_per_token(
     if x.dim() == 0:
         raise ValueError("x is a scalar, expected [..., K]; use x.reshape(1, 1) or quantize_per_tensor")
     tokens = x.shape[:-1]
-    q, scale, zero_point = _per_token(x.reshape(tokens.numel(), x.shape[-1]), bits, symmetric)
+    q, scale, zero_point = _per_token(x.detach().reshape(tokens.numel(), x.shape[-1]), bits, symmetric)
     return q.reshape(x.shape), scale.reshape(tokens), None if symmetric else zero_point.reshape(tokens)
 
 
@@ -381,5 +381,5 @@ def quantize_per_tensor(
                 f"{tuple(scale.shape)}, symmetric={symmetric}, zero_point "
                 f"{None if zero_point is None else tuple(zero_point.shape)}"
             )
-    q, new_scale, new_zero = _per_tensor(x, bits, symmetric, scale, zero_point)
+    q, new_scale, new_zero = _per_tensor(x.detach(), bits, symmetric, scale, zero_point)
     return q, new_scale, None if symmetric else new_zero

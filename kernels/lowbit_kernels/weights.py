@@ -194,14 +194,14 @@ def aot_cases() -> list[tuple]:
     cases: list[tuple] = []
     for has_v in (False, True):
         for block, warps in ((1024, 4), (MAX_BLOCK, 8)):
-            signature = {**w, **v, **codes, **scale, "K": "i32", "iterations": "i32"}
+            signature = {**w, **v, **codes, **scale, "K": "i32:16", "iterations": "i32"}
             constants = {"HAS_V": has_v, "BLOCK": block}
             cases.append((f"ternarize rows v={has_v} {block}", _ternarize_row_kernel, signature, constants, warps, 3))
-        signature = {**w, **v, **threshold, "weighted_ptr": "*fp32", "weight_ptr": "*fp32", "n": "i32"}
+        signature = {**w, **v, **threshold, "weighted_ptr": "*fp32", "weight_ptr": "*fp32", "n": "i32:16"}
         cases.append((f"ternary sums v={has_v}", _sums_chunk_kernel, signature, {"HAS_V": has_v, **chunk}, 8, 3))
-    signature = {**w, **codes, **threshold, **scale, "n": "i32"}
+    signature = {**w, **codes, **threshold, **scale, "n": "i32:16"}
     cases.append(("ternary codes", _ternary_chunk_kernel, signature, chunk, 8, 3))
-    signature = {**w, **codes, "sum_ptr": "*fp32", "n": "i32", "CHUNK": "i32"}
+    signature = {**w, **codes, "sum_ptr": "*fp32", "n": "i32:16", "CHUNK": "i32:16"}
     for block, warps in ((1024, 4), (MAX_BLOCK, 8)):
         cases.append((f"binarize {block}", _binarize_kernel, signature, {"BLOCK": block}, warps, 3))
     return cases
@@ -374,7 +374,7 @@ def ternarize(
             )
         known = (curvature != 0).any(1, keepdim=True) if per_row else (curvature != 0).any()
         curvature = torch.where(known, curvature, 1.0)
-    return _ternarize(w, per_row, curvature, iterations)
+    return _ternarize(w.detach(), per_row, None if curvature is None else curvature.detach(), iterations)
 
 
 def binarize(w: torch.Tensor, *, granularity: str = "per_row") -> tuple[torch.Tensor, torch.Tensor]:
@@ -390,7 +390,7 @@ def binarize(w: torch.Tensor, *, granularity: str = "per_row") -> tuple[torch.Te
     Raises:
         TypeError, ValueError: dtype, rank or granularity.
     """
-    return _binarize(w, _check(w, granularity))
+    return _binarize(w.detach(), _check(w, granularity))
 
 
 def split_ternary(w: torch.Tensor, *, granularity: str = "per_row") -> tuple[torch.Tensor, torch.Tensor]:
@@ -411,4 +411,4 @@ def split_ternary(w: torch.Tensor, *, granularity: str = "per_row") -> tuple[tor
     Raises:
         TypeError, ValueError: dtype, rank or granularity.
     """
-    return _split_op(w, _check(w, granularity))
+    return _split_op(w.detach(), _check(w, granularity))

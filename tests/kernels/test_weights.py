@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+
 from lowbit_kernels import binarize, reference, split_ternary, ternarize
 
 GRANULARITIES = ["per_row", "per_tensor"]
@@ -179,3 +180,9 @@ def test_bad_input_is_refused() -> None:
         split_ternary(torch.randn(2, 2), granularity="row")
     with pytest.raises(ValueError, match="curvature has shape"):
         ternarize(torch.randn(2, 3), curvature=torch.ones(3))
+
+
+def test_no_gradient_runs_through_codes_and_scales() -> None:
+    w = torch.nn.Parameter(torch.randn(3, 40))
+    for outputs in (ternarize(w), ternarize(w, curvature=w.detach().abs()), binarize(w), split_ternary(w)):
+        assert not any(output.requires_grad for output in outputs)
