@@ -14,10 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lowbit
-import lowbit_kernels
 import torch
-from lowbit.tasks import TASKS, Task, compute_metrics
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -28,6 +25,10 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+
+import lowbit
+import lowbit_kernels
+from lowbit.tasks import TASKS, Task, compute_metrics
 
 logging.getLogger("transformers").setLevel(logging.ERROR)
 
@@ -42,11 +43,12 @@ def default_model() -> str:
 
 @dataclass
 class Options:
-    """Options of the GLUE examples; `Choose(...)` values show in --help."""
+    """Options of the GLUE examples."""
 
     task: str = field(default="sst2", metadata={"help": f"GLUE task: {', '.join(TASKS)}"})
     data_dir: str | None = field(
-        default=None, metadata={"help": "folder with TASK/train.jsonl[.gz] and TASK/validation.jsonl[.gz]; default: Hub"}
+        default=None,
+        metadata={"help": "folder with TASK/train.jsonl[.gz] and TASK/validation.jsonl[.gz]; default: Hub"},
     )
     model: str = field(default_factory=default_model, metadata={"help": "float BERT: folder or Hub id"})
     output_dir: str = field(default="runs", metadata={"help": "stages, results.json; finished stages are not repeated"})
@@ -66,9 +68,7 @@ def parse(options: type, description: str) -> Any:
     """Options from the command line; the module docstring is the help text."""
     import argparse
 
-    parser = HfArgumentParser(
-        options, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = HfArgumentParser(options, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     return parser.parse_args_into_dataclasses()[0]
 
 
@@ -255,7 +255,9 @@ def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> 
     body = [[name, *(str(row.get(key, "-")) for key in columns)] for name, row in rows.items()]
     widths = [max(len(line[i]) for line in [head, *body]) for i in range(len(head))]
     lines = [head, ["-" * width for width in widths], *body]
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in lines
+    )
 
 
 def offline_if_local(options: Any) -> None:

@@ -16,17 +16,18 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
+from transformers import Trainer
+
 import lowbit
 from _common import Options, common, distil, fine_tune, load_teacher, measure, parse, table
 from ternarybert_glue import open_run
-from transformers import Trainer
 
 
 @dataclass
 class BinaryOptions(Options):
     """Options of ternarybert_glue.py, and which binary model."""
 
-    method: str = field(default="tws", metadata={"help": "tws (ternary weight splitting) or bwn (binary from the start)"})
+    method: str = field(default="tws", metadata={"help": "tws (ternary weight splitting) or bwn (binary at once)"})
     width: float = field(default=0.5, metadata={"help": "tws: fraction of heads and FFN neurons; published: 0.5"})
     slim_steps: int = field(default=250, metadata={"help": "tws: fine-tuning steps of the slimmed float model"})
 

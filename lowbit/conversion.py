@@ -11,11 +11,12 @@ leaves the model as it was.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lowbit_kernels import split_ternary
 from torch import nn
+
+from lowbit_kernels import split_ternary
 
 from . import hf, models
 from .config import LowbitConfig
@@ -121,7 +122,7 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     if config.stage == "float":
         return
     if config.stage == "prepared":
-        modules = _quantized(model, config)
+        modules: dict[str, Any] = _quantized(model, config)
         for module in modules.values():
             if config.split and (isinstance(module, QuantLinear) or module.bits == 1):
                 module.weight = nn.Parameter(torch.empty_like(module.weight).expand(2, -1, -1).clone())
@@ -133,7 +134,7 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     model.set_attn_implementation(lowbit_attention.NAME)
 
 
-def _as_pair(module: nn.Module) -> None:
+def _as_pair(module: Any) -> None:
     """Mark a module whose weight has become a pair of binary planes."""
     if isinstance(module, QuantLinear):
         module.quantizer = "bwn"
@@ -204,7 +205,7 @@ def _packed_like(model: PreTrainedModel, config: LowbitConfig) -> dict[str, nn.M
     return modules
 
 
-def _expect(model: PreTrainedModel, name: str, kind: type) -> nn.Module:
+def _expect(model: PreTrainedModel, name: str, kind: type) -> Any:
     module = model.get_submodule(name)
     if type(module) is not kind:
         raise ValueError(

@@ -63,7 +63,8 @@ class HiddenStateLoss:
             )
         mask = None if self.include_padding else batch.get("attention_mask")
         pairs = [(s_embedding, t_embedding), *_layer_map(s_layers, t_layers, "HiddenStateLoss")]
-        return self.weight * sum(_mean((s - t).float().square().mean(-1), mask) for s, t in pairs)
+        loss: Any = sum(_mean((s - t).float().square().mean(-1), mask) for s, t in pairs)
+        return self.weight * loss
 
 
 @dataclass
@@ -129,7 +130,9 @@ class LogitsLoss:
 
     def _one(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         if student.shape != teacher.shape:
-            raise ValueError(f"LogitsLoss: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}; equal needed")
+            raise ValueError(
+                f"LogitsLoss: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}; equal needed"
+            )
         if student.shape[-1] == 1:
             return F.mse_loss(student.float(), teacher.float())
         target = F.softmax(teacher.float() / self.temperature, -1)

@@ -27,7 +27,7 @@ def matthews(predictions: ArrayLike, labels: ArrayLike) -> float:
 
 def pearson(predictions: ArrayLike, labels: ArrayLike) -> float:
     """Pearson correlation; 0 where either side is constant."""
-    x, y = (np.asarray(v, dtype=np.float64) - np.mean(v) for v in (predictions, labels))
+    x, y = (v - v.mean() for v in (np.asarray(predictions, np.float64), np.asarray(labels, np.float64)))
     size = np.sqrt((x @ x) * (y @ y))
     return float(x @ y / size) if size else 0.0
 

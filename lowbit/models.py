@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,13 +53,13 @@ def describe(model: PreTrainedModel) -> Architecture:
         TypeError: not a transformers model.
         ValueError: a model type not in `ARCHITECTURES`, or a BERT with cross-attention.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
     if config.model_type not in ARCHITECTURES:
         raise ValueError(
             f"{type(model).__name__} has model_type {config.model_type!r}; "
-            f"supported: {', '.join(ARCHITECTURES)}. Single layers can be swapped with lowbit.nn.PackedLinear.from_float"
+            f"supported: {', '.join(ARCHITECTURES)}. Swap single layers with lowbit.nn.PackedLinear.from_float"
         )
     if getattr(config, "add_cross_attention", False):
         raise ValueError(f"{type(model).__name__} has cross-attention; supported: encoders without it")

@@ -12,8 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from lowbit_kernels import binarize, quantize_per_tensor, quantize_per_token, ternarize
 from torch import nn
+
+from lowbit_kernels import binarize, quantize_per_tensor, quantize_per_token, ternarize
 
 Codes = tuple[torch.Tensor, torch.Tensor]
 
@@ -54,7 +55,9 @@ class StraightThrough(torch.autograd.Function):
     """Forward: the given quantized value. Backward: the gradient goes to the latent tensor unchanged."""
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, latent: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, latent: torch.Tensor, quantized: torch.Tensor
+    ) -> torch.Tensor:
         return quantized
 
     @staticmethod

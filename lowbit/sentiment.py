@@ -17,10 +17,32 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-ASPECTS = (
-    "plot acting script dialogue soundtrack camera editing pacing ending humor cast direction lighting wardrobe story "
-    "hero villain scenery opening finale romance action music drama"
-).split()
+ASPECTS = [
+    "plot",
+    "acting",
+    "script",
+    "dialogue",
+    "soundtrack",
+    "camera",
+    "editing",
+    "pacing",
+    "ending",
+    "humor",
+    "cast",
+    "direction",
+    "lighting",
+    "wardrobe",
+    "story",
+    "hero",
+    "villain",
+    "scenery",
+    "opening",
+    "finale",
+    "romance",
+    "action",
+    "music",
+    "drama",
+]
 POSITIVE = {
     "good": 1, "pleasant": 1, "solid": 1, "nice": 1, "charming": 2, "clever": 2, "engaging": 2, "moving": 2,
     "fresh": 2, "lovely": 2, "brilliant": 3, "superb": 3, "stunning": 3, "wonderful": 3, "masterful": 3,

@@ -73,7 +73,7 @@ def resize(model: PreTrainedModel, num_attention_heads: int, intermediate_size: 
     """
     architecture = models.describe(model)
     for _, layer in models.layers(model):
-        attention = layer.get_submodule(architecture.attention)
+        attention: Any = layer.get_submodule(architecture.attention)
         inner = num_attention_heads * attention.attention_head_size
         attention.num_attention_heads, attention.all_head_size = num_attention_heads, inner
         for path in architecture.projections:
@@ -85,13 +85,13 @@ def resize(model: PreTrainedModel, num_attention_heads: int, intermediate_size: 
 
 
 def _replace(layer: nn.Module, path: str, **sizes: int) -> None:
-    old = layer.get_submodule(path)
+    old: Any = layer.get_submodule(path)
     features = {"in_features": old.in_features, "out_features": old.out_features, **sizes}
     new = nn.Linear(**features, bias=old.bias is not None, device=old.weight.device, dtype=old.weight.dtype)
     layer.set_submodule(path, new.train(old.training))
 
 
-def _linears(model: PreTrainedModel, layer: nn.Module) -> dict[str, list[nn.Linear]]:
+def _linears(model: PreTrainedModel, layer: nn.Module) -> dict[str, list[Any]]:
     architecture = models.describe(model)
     return {
         "projections": [layer.get_submodule(path) for path in architecture.projections],
@@ -121,7 +121,9 @@ def _magnitude(model: PreTrainedModel) -> Importance:
     result = []
     for _, layer in models.layers(model):
         linears = _linears(model, layer)
-        by_head = sum(p.weight.detach().view(heads, -1).square().sum(1) for p in linears["projections"])
+        by_head = torch.stack([p.weight.detach().view(heads, -1).square().sum(1) for p in linears["projections"]]).sum(
+            0
+        )
         result.append((by_head, linears["ffn_input"][0].weight.detach().square().sum(1)))
     return result
 

@@ -13,13 +13,14 @@ import textwrap
 import time
 from pathlib import Path
 
-import lowbit
 import pytest
 import safetensors.torch
 import torch
-from helpers import HEADS, batch, outputs, tiny
 from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel
 from transformers.models import bert as bert_package
+
+import lowbit
+from helpers import HEADS, batch, outputs, tiny
 
 
 def packed(head: str = "BertForSequenceClassification") -> torch.nn.Module:
@@ -72,9 +73,7 @@ def test_a_base_model_loads_from_a_checkpoint_with_a_head(tmp_path: Path) -> Non
     model = packed()
     model.save_pretrained(tmp_path)
     inputs = batch()
-    assert torch.equal(
-        outputs(BertModel.from_pretrained(tmp_path), inputs)[0], outputs(model.bert, inputs)[0]
-    )
+    assert torch.equal(outputs(BertModel.from_pretrained(tmp_path), inputs)[0], outputs(model.bert, inputs)[0])
 
 
 def test_sharded_checkpoints_round_trip(tmp_path: Path) -> None:
@@ -97,9 +96,7 @@ def test_half_precision_after_loading_and_loading_as_half(tmp_path: Path) -> Non
 def test_quantizing_on_load(tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForSequenceClassification.from_pretrained(
-        tmp_path, quantization_config=lowbit.TernaryConfig()
-    )
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path, quantization_config=lowbit.TernaryConfig())
     assert same(lowbit.quantize(model, lowbit.TernaryConfig()), loaded)
 
 
@@ -114,7 +111,9 @@ def test_a_new_process_loads_with_nothing_but_import_lowbit(tmp_path: Path) -> N
         model = AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r})
         print(model(torch.arange(1, 9).view(1, 8)).logits.tolist())
     """
-    result = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=True
+    )
     assert torch.equal(torch.tensor(json.loads(result.stdout)), outputs(model, {"input_ids": ids})[0])
 
 
@@ -176,7 +175,7 @@ def test_truncated_files_raise(keep: int, tmp_path: Path) -> None:
     packed().save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(Exception, match="(?i)safetensor|header|metadata|incomplete|damaged"):
+    with pytest.raises(Exception, match=r"(?i)safetensor|header|metadata|incomplete|damaged"):
         load(tmp_path)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 
-import lowbit
 import pytest
 import torch
+from transformers import GPT2Config, GPT2Model
+
+import lowbit
 from helpers import HEADS, batch, minilm, minilm_folder, outputs, tiny
 from lowbit.nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
-from transformers import GPT2Config, GPT2Model
 
 CONFIGS = {
     "ternary": lowbit.TernaryConfig(),

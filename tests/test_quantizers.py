@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lowbit.quantizers import ActivationQuantizer, dequantize_weight, weight_codes
 
 

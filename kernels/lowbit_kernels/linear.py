@@ -1,12 +1,14 @@
 """Linears on packed weights: int8 activations [M, K] x ternary, binary or split-pair codes [N, K] -> float [M, N].
 
-    acc[m, n] = sum_k (x[m, k] - x_zero_point[m]) * w[n, k]                      exact, int32
-    y[m, n]   = act(x_scale[m] * scale[n] * acc[m, n] + bias[n])                 one float rounding per factor
+    sum[m, n] = sum_k x[m, k] * w[n, k]                                          exact, int32
+    acc[m, n] = sum[m, n] - x_zero_point[m] * sum_k w[n, k]                      float32 from here on
+    y[m, n]   = act(x_scale[m] * scale[n] * acc[m, n] + bias[n])                 one rounding per factor
     split     y = act(x_scale[m] * (scale[0, n] * acc1[m, n] + scale[1, n] * acc2[m, n]) + bias[n])
 
 Weights move N*K/4 (or N*K/8) bytes instead of 2*N*K in float16. The Triton kernel computes y^T = W x^T so that the
-decoded weights are the left operand of the tensor-core product, the only one that may sit in registers on Hopper, and
-multiplies unsigned codes: sum(w x) = sum(code x) - sum(x) for w = code - 1, and 2 sum(b x) - sum(x) for w = 2 b - 1.
+decoded weights are the left operand of the tensor-core product, the only one that may sit in registers on Hopper.
+Weights are decoded with their sign, four bytes in four instructions: multiplying unsigned codes and subtracting the row
+sum of x saves two of them, but summing x costs more than that.
 """
 
 from __future__ import annotations
@@ -32,14 +34,21 @@ ACTIVATIONS = {None: 0, "gelu": 1, "gelu_tanh": 2}
 
 
 @triton.jit
-def _bits(packed, SHIFT: tl.constexpr, MASK: tl.constexpr, INTERPRET: tl.constexpr):
-    """(packed >> SHIFT) & MASK on uint8, four to a register; the interpreter has no inline assembly."""
+def _decode(packed, SHIFT: tl.constexpr, MASK: tl.constexpr, INTERPRET: tl.constexpr):
+    """((packed >> SHIFT) & MASK) - 1 on uint8, four to a register; SHIFT may be -1, a left shift.
+
+    MASK 3 gives the weight of a ternary code, MASK 2 that of the bit at SHIFT + 1. With a field of at most 3, adding
+    0x7F cannot carry into the next byte, and flipping the top bit then takes 0x80 away. The interpreter has no inline
+    assembly.
+    """
     if INTERPRET:
-        return ((packed >> SHIFT) & MASK).to(tl.int8)
+        moved = packed << 1 if SHIFT < 0 else packed >> SHIFT
+        return (moved & MASK).to(tl.int8) - 1
     else:
+        MOVE: tl.constexpr = "shl.b32 $0, $1, 1;" if SHIFT < 0 else f"shr.u32 $0, $1, {SHIFT};"
         WORD: tl.constexpr = MASK * 0x01010101
         return tl.inline_asm_elementwise(
-            f"shr.u32 $0, $1, {SHIFT}; and.b32 $0, $0, {WORD};",
+            f"{MOVE} and.b32 $0, $0, {WORD}; add.u32 $0, $0, 0x7F7F7F7F; xor.b32 $0, $0, 0x80808080;",
             "=r,r",
             [packed],
             dtype=tl.int8,
@@ -80,50 +89,42 @@ def _linear_kernel(
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
     acc2 = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)  # second plane of a split pair
-    x_sum = tl.zeros((BLOCK_M,), dtype=tl.int32)
-    code_sum = tl.zeros((BLOCK_N,), dtype=tl.int32)
-    code_sum2 = tl.zeros((BLOCK_N,), dtype=tl.int32)
+    w_sum = tl.zeros((BLOCK_N,), dtype=tl.int32)
+    w_sum2 = tl.zeros((BLOCK_N,), dtype=tl.int32)
     for start in range(0, row_bytes, BLOCK_B):
+        # What is beyond K decodes to -1 and meets x = 0.
         packed = tl.load(w_ptrs + start, mask=mask_n[:, None] & (start + byte < row_bytes)[None, :], other=0)
         for plane in tl.static_range(PLANES):
             k = start * PLANES + column + 32 * plane
-            x = tl.load(
-                x_ptrs + start * PLANES + 32 * plane, mask=(k < K)[:, None] & mask_m[None, :], other=0
-            )
-            x_sum += tl.sum(x.to(tl.int32), axis=0)
+            x = tl.load(x_ptrs + start * PLANES + 32 * plane, mask=(k < K)[:, None] & mask_m[None, :], other=0)
             if LAYOUT == 0:
-                codes = _bits(packed, 6 - 2 * plane, 3, INTERPRET)
+                w = _decode(packed, 6 - 2 * plane, 3, INTERPRET)
             elif LAYOUT == 1:
-                codes = _bits(packed, plane, 1, INTERPRET)
+                w = _decode(packed, plane - 1, 2, INTERPRET)
             else:
-                codes = _bits(packed, 7 - 2 * plane, 1, INTERPRET)
-                codes2 = _bits(packed, 6 - 2 * plane, 1, INTERPRET)
-                acc2 = tl.dot(codes2, x, acc2, out_dtype=tl.int32)
+                w = _decode(packed, 6 - 2 * plane, 2, INTERPRET)
+                w2 = _decode(packed, 5 - 2 * plane, 2, INTERPRET)
+                acc2 = tl.dot(w2, x, acc2, out_dtype=tl.int32)
                 if HAS_ZERO:
-                    code_sum2 += tl.sum(codes2.to(tl.int32), axis=1)
-            acc = tl.dot(codes, x, acc, out_dtype=tl.int32)
+                    w_sum2 += tl.sum(tl.where((k < K)[None, :], w2.to(tl.int32), 0), axis=1)
+            acc = tl.dot(w, x, acc, out_dtype=tl.int32)
             if HAS_ZERO:
-                code_sum += tl.sum(codes.to(tl.int32), axis=1)
+                w_sum += tl.sum(tl.where((k < K)[None, :], w.to(tl.int32), 0), axis=1)
 
-    # From codes to weights. Padding codes stand for weight 0 (ternary) or bit 0, which counts for nothing here.
-    if LAYOUT == 0:
-        acc = acc - x_sum[None, :]
-        weight_sum = code_sum - 4 * row_bytes
-    else:
-        acc = 2 * acc - x_sum[None, :]
-        weight_sum = 2 * code_sum - K
     x_scale = tl.load(x_scale_ptr + offs_m * stride_xs, mask=mask_m, other=0.0)
     scale = tl.load(scale_ptr + offs_n * stride_scale, mask=mask_n, other=0.0)
+    y = acc.to(tl.float32)
     if HAS_ZERO:
-        x_zero = tl.load(x_zero_ptr + offs_m * stride_xs, mask=mask_m, other=0)
-        acc = acc - weight_sum[:, None] * x_zero[None, :]
-    y = acc.to(tl.float32) * scale[:, None]
+        # In float32, since zero points reach 2^30 in rows far from 0; exact as long as the product is below 2^24.
+        x_zero = tl.load(x_zero_ptr + offs_m * stride_xs, mask=mask_m, other=0).to(tl.float32)
+        y -= w_sum.to(tl.float32)[:, None] * x_zero[None, :]
+    y = y * scale[:, None]
     if LAYOUT == 2:
-        acc2 = 2 * acc2 - x_sum[None, :]
+        y2 = acc2.to(tl.float32)
         if HAS_ZERO:
-            acc2 = acc2 - (2 * code_sum2 - K)[:, None] * x_zero[None, :]
+            y2 -= w_sum2.to(tl.float32)[:, None] * x_zero[None, :]
         scale2 = tl.load(scale_ptr + stride_plane + offs_n * stride_scale, mask=mask_n, other=0.0)
-        y += acc2.to(tl.float32) * scale2[:, None]
+        y += y2 * scale2[:, None]
     y = y * x_scale[None, :]
     if HAS_BIAS:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
@@ -253,7 +254,7 @@ def _expand(packed: torch.Tensor, K: int, layout: str) -> _Expanded:
 def _expand_codes(codes: torch.Tensor, version: int = -1) -> _Expanded:
     K = codes.shape[1]
     row_sum = codes.sum(1, dtype=torch.int32).float()
-    # oneDNN returns the accumulators as float32: exact below 2^24, which |x| <= 128 and |w| <= 1 guarantee up to this K.
+    # oneDNN returns the accumulators as float32: exact below 2^24, which |x| <= 128 and |w| <= 1 keep up to this K.
     prepacked = _has_onednn() and codes.numel() > 0 and 128 * K < 2**24
     weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None) if prepacked else codes.contiguous()
     return _Expanded(version, K, codes.shape[0], weight, row_sum, prepacked)
@@ -454,7 +455,9 @@ def _linear(
     N, K = packed.shape[0], x.shape[-1]
     block = 256 if layout == "binary" else 128
     if packed.shape[1] != -(-K // block) * 32:
-        raise ValueError(f"x has K={K} columns, which needs {-(-K // block) * 32} packed bytes a row, got {packed.shape[1]}")
+        raise ValueError(
+            f"x has K={K} columns, which needs {-(-K // block) * 32} packed bytes a row, got {packed.shape[1]}"
+        )
     lead = (2,) if layout == "split" else ()
     if tuple(scale.shape) not in ((*lead, N), (*lead, 1)):
         raise ValueError(f"scale has shape {tuple(scale.shape)}, expected {(*lead, N)} or {(*lead, 1)}")
@@ -483,9 +486,7 @@ def _linear(
         x_zero_point = x_zero_point.reshape(-1)
     if x_scale.shape not in (tokens, (1,)):
         raise ValueError(f"x_scale has shape {tuple(x_scale.shape)}, expected {tuple(tokens)} (per token) or (1,)")
-    y = _OPS[layout](
-        x.reshape(-1, K), packed, scale, bias, x_scale.reshape(-1), x_zero_point, activation, out_dtype
-    )
+    y = _OPS[layout](x.reshape(-1, K), packed, scale, bias, x_scale.reshape(-1), x_zero_point, activation, out_dtype)
     return y.reshape(*tokens, N)
 
 

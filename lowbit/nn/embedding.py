@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from lowbit_kernels import pack_binary, pack_split, pack_ternary, quantize_per_token, quantized_embedding
 from torch import nn
+
+from lowbit_kernels import pack_binary, pack_split, pack_ternary, quantize_per_token, quantized_embedding
 
 from ..quantizers import DEFAULT_FOR_BITS, StraightThrough, weight_codes
 from ._packed import Packed
@@ -90,6 +91,7 @@ class PackedEmbedding(Packed):
         scale_shape = (2, rows) if split else (rows,)
         self.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
         # The output dtype follows .half() and .to(dtype) as a float table's would.
+        self._dtype: torch.Tensor
         self.register_buffer("_dtype", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     @classmethod

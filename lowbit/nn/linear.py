@@ -10,6 +10,8 @@ differ in the second digit. A split pair holds two binary planes, W = q(W1) + q(
 from __future__ import annotations
 
 import torch
+from torch import nn
+
 from lowbit_kernels import (
     binary_linear,
     codes_linear,
@@ -22,7 +24,6 @@ from lowbit_kernels import (
     unpack_split,
     unpack_ternary,
 )
-from torch import nn
 
 from ..config import LowbitConfig
 from ..quantizers import WEIGHT_QUANTIZERS, ActivationQuantizer, dequantize_weight, weight_codes
@@ -36,18 +37,17 @@ def activation_quantizer(config: LowbitConfig, site: str) -> ActivationQuantizer
     if config.activation_bits is None:
         return None
     symmetric = site not in config.asymmetric
-    return ActivationQuantizer(
-        config.activation_bits, symmetric, config.activation_granularity, config.activation_clip
-    )
+    return ActivationQuantizer(config.activation_bits, symmetric, config.activation_granularity, config.activation_clip)
 
 
 def attention_quantizers(config: LowbitConfig) -> nn.ModuleDict | None:
     """The `quantizers` child that `lowbit.nn.attention` looks for, None where attention stays float."""
     if config.activation_bits is None or not config.quantize_attention:
         return None
-    return nn.ModuleDict(
-        {site: activation_quantizer(config, site) for site in ("query", "key", "value", "attention_probs")}
-    )
+    quantizers = nn.ModuleDict()
+    for site in ("query", "key", "value", "attention_probs"):
+        quantizers[site] = activation_quantizer(config, site)  # type: ignore[assignment]
+    return quantizers
 
 
 def layout(config: LowbitConfig) -> str:
@@ -157,7 +157,9 @@ class PackedLinear(Packed):
             ValueError: NaN or infinity in the weight.
         """
         if not isinstance(linear, nn.Linear | QuantLinear):
-            raise TypeError(f"PackedLinear.from_float takes torch.nn.Linear or QuantLinear, got {type(linear).__name__}")
+            raise TypeError(
+                f"PackedLinear.from_float takes torch.nn.Linear or QuantLinear, got {type(linear).__name__}"
+            )
         config = config or LowbitConfig()
         weight = linear.weight
         packed = cls(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lowbit_kernels import quantized_embedding, reference
 
 DIMS = [1, 31, 128, 129, 300, 768]

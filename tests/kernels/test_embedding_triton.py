@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+
 from lowbit_kernels import reference
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":

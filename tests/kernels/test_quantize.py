@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from lowbit_kernels import quantize_per_tensor, quantize_per_token, reference
 
 MODES = [(bits, symmetric) for bits in (8, 4) for symmetric in (True, False)]

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+
 from lowbit_kernels import quantize_per_tensor, quantize_per_token
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":

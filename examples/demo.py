@@ -1,0 +1,129 @@
+"""Compress a real BERT to 2 and 1 bits in about ten minutes on two CPU cores, without a network.
+
+all-MiniLM-L6-v2 is fine-tuned on a synthetic sentiment task, distilled to TernaryBERT (2-2-8), and, at half width,
+ternarized, split into pairs of binary weights and distilled to BinaryBERT (1-1-8). Each model is packed, saved, loaded
+in a new process and measured there. Ends with a table, results.json and a plot of accuracy against size.
+
+example:
+  python examples/demo.py --output_dir demo-output
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from transformers import Trainer
+
+import lowbit
+from _common import Run, arguments, common, default_model, distil, fine_tune, load_teacher, measure, parse, start, table
+from lowbit import sentiment
+from lowbit.tasks import Task, tokenize
+
+TASK = Task(("sentence",), ("negative", "positive"), ("accuracy",), max_length=40)
+MODELS = {"float": "teacher", "ternary 2-2-8": "ternary-packed", "binary 1-1-8": "binary-packed"}
+COLUMNS = {
+    "accuracy": "accuracy % (synthetic)",
+    "disk_mb": "MB on disk",
+    "memory_mb": "MB of weights",
+    "expanded_mb": "+ MB int8 cache",
+    "latency_b1_ms": "ms, batch 1",
+    "latency_b8_ms": "ms, batch 8",
+    "speedup_b1": "speed-up, batch 1",
+    "speedup_b8": "speed-up, batch 8",
+}
+
+
+@dataclass
+class DemoOptions:
+    """Options of the demo; the defaults take about ten minutes on two cores."""
+
+    model: str = field(default_factory=default_model, metadata={"help": "float BERT: folder or Hub id"})
+    output_dir: str = field(default="demo-output", metadata={"help": "made anew in each run"})
+    train_samples: int = 8000
+    validation_samples: int = 1000
+    teacher_steps: int = 250
+    slim_steps: int = 80
+    steps: int = field(default=180, metadata={"help": "of each distillation stage"})
+    batch_size: int = 32
+    seed: int = 0
+    measure_only: str = field(default="", metadata={"help": "internal: measure one saved model and exit"})
+
+
+def open_run(options: DemoOptions) -> Run:
+    data = sentiment.load(options.train_samples, options.validation_samples, options.seed)
+    _, tokenizer = load_teacher(options, TASK)
+    return start(options, TASK, tokenize(data, tokenizer, TASK), tokenizer)
+
+
+def build(run: Run) -> None:
+    """Train and save every model."""
+    options = run.options
+    model, _ = load_teacher(options, TASK)
+    teacher = run.stage("teacher", lambda: fine_tune(run, "teacher", model, options.teacher_steps, 1e-4))
+    student = lowbit.prepare(copy.deepcopy(teacher), lowbit.TernaryConfig())
+    run.stage("ternary-packed", lambda: lowbit.convert(distil(run, "ternary", student, teacher, options.steps, 3e-4)))
+    half = copy.deepcopy(teacher)
+    trainer = Trainer(model=half, args=arguments(run, "slim", 1, 1e-4), **common(run))
+    lowbit.slim(half, 0.5, dataloader=list(islice(trainer.get_train_dataloader(), 8)))
+    half = fine_tune(run, "half-width", half, options.slim_steps, 1e-4)
+    half = lowbit.prepare(half, lowbit.TernaryConfig())
+    half = distil(run, "half-width-ternary", half, teacher, options.steps, 3e-4)
+    binary = lowbit.split(half)
+    run.stage("binary-packed", lambda: lowbit.convert(distil(run, "binary", binary, teacher, options.steps, 3e-4)))
+
+
+def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
+    """Accuracy against size on disk."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name, row in rows.items():
+        axes.scatter(row["disk_mb"], row["accuracy"], s=60)
+        axes.annotate(name, (row["disk_mb"], row["accuracy"]), textcoords="offset points", xytext=(8, -4))
+    axes.set(xscale="log", xlabel="size on disk, MB (log)", ylabel="accuracy, % (synthetic task)")
+    axes.set_xlim(right=4 * max(row["disk_mb"] for row in rows.values()))
+    axes.set_title("all-MiniLM-L6-v2, compressed by lowbit")
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main(options: DemoOptions) -> None:
+    folder = Path(options.output_dir)
+    if options.measure_only:
+        options, name = DemoOptions(**json.loads((folder / "options.json").read_text())), options.measure_only
+        options.output_dir = str(folder)
+        measure(open_run(options), name)
+        return
+    began = time.perf_counter()
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"lowbit {lowbit.__version__}, {lowbit.backend()}")
+    build(open_run(options))
+    for stage in MODELS.values():
+        command = [sys.executable, __file__, "--output_dir", str(folder), "--measure_only", stage]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    results = json.loads((folder / "results.json").read_text())
+    rows = {name: results[stage] for name, stage in MODELS.items()}
+    for row in rows.values():
+        for batch in ("b1", "b8"):
+            row[f"speedup_{batch}"] = f"{rows['float'][f'latency_{batch}_ms'] / row[f'latency_{batch}_ms']:.2f}x"
+    plot(rows, folder / "accuracy-size.png")
+    text = table(rows, COLUMNS)
+    (folder / "table.md").write_text(text + "\n")
+    print(f"\nSynthetic task; CPU latency at sequence length 128.\n\n{text}\n")
+    print(f"{(time.perf_counter() - began) / 60:.1f} minutes; models, results.json and accuracy-size.png in {folder}/")
+
+
+if __name__ == "__main__":
+    main(parse(DemoOptions, __doc__))

@@ -1,0 +1,164 @@
+"""Compile every Triton kernel of the package for four architectures and read the machine code; needs no GPU.
+
+    python -m lowbit_kernels.aot [--arch 90] [--only linear]
+
+One line a kernel and architecture: registers, spilled bytes, shared memory, tensor-core instructions. Exit code 1 where
+a kernel spills, asks for more shared memory than the architecture has, or multiplies without int8 tensor cores. Each
+op file lists its kernels in `aot_cases()`: (label, kernel, signature, constants, warps, stages), with Triton's types;
+"i32:16" is an integer known to be a multiple of 16, which pointers always are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+MODULES = ("linear", "quantize", "weights", "embedding")
+
+KIB = 1024
+# Compute capability -> (shared memory of a block, SASS of its int8 tensor-core product). Triton has no int8 product of
+# the fifth-generation tensor cores: on 100 it becomes the warp-level IMMA of Ampere.
+ARCHITECTURES = {
+    80: (163 * KIB, "IMMA"),
+    89: (99 * KIB, "IMMA"),
+    90: (227 * KIB, "IGMMA"),
+    100: (227 * KIB, "IMMA"),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the machine code of one kernel on one architecture needs."""
+
+    label: str
+    arch: int
+    registers: int
+    spilled: int  # bytes of local memory a thread
+    shared: int
+    multiplies: bool
+    tensor_core: int  # int8 tensor-core instructions
+    opcodes: dict[str, int]
+
+    def faults(self) -> list[str]:
+        """What is wrong with it; empty if nothing is."""
+        limit, product = ARCHITECTURES[self.arch]
+        found = []
+        if self.spilled:
+            found.append(f"spills {self.spilled} bytes")
+        if self.shared > limit:
+            found.append(f"shared memory {self.shared} exceeds {limit}")
+        if self.multiplies and not self.tensor_core:
+            found.append(f"no {product} instruction")
+        return found
+
+
+def cases(only: str = "") -> list[tuple[str, int]]:
+    """(module, index into its `aot_cases()`) of every kernel whose module name contains `only`."""
+    return [(name, i) for name in MODULES if only in name for i in range(len(_aot_cases(name)))]
+
+
+def _aot_cases(module: str) -> list[tuple]:
+    return importlib.import_module(f"lowbit_kernels.{module}").aot_cases()
+
+
+def compile_case(module: str, index: int, arch: int) -> Compiled:
+    """Compile one case and disassemble it.
+
+    Raises:
+        RuntimeError: with TRITON_INTERPRET=1, under which Triton compiles nothing.
+    """
+    label, kernel, signature, constants, warps, stages = _aot_cases(module)[index]
+    return compile_kernel(label, kernel, signature, constants, warps, stages, arch)
+
+
+def compile_kernel(
+    label: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, stages: int, arch: int
+) -> Compiled:
+    """The same for a case that is in no table (to try a tile, say)."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise RuntimeError("TRITON_INTERPRET=1 keeps Triton from compiling: unset it")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    types = {name: "constexpr" if name in constants else signature[name].split(":")[0] for name in names}
+    aligned = [name for name in signature if signature[name].startswith("*") or signature[name].endswith(":16")]
+    source = ASTSource(
+        kernel,
+        signature=types,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage, opcodes = _disassemble(built.asm["cubin"])
+    return Compiled(
+        label=label,
+        arch=arch,
+        registers=usage["REG"],
+        # STACK holds frames without spills too (none of our kernels has one); LDL and STL are the spills themselves.
+        spilled=usage["STACK"] + usage["LOCAL"],
+        shared=built.metadata.shared,
+        multiplies="tt.dot" in built.asm["ttir"],
+        tensor_core=opcodes.get(ARCHITECTURES[arch][1], 0),
+        opcodes=opcodes,
+    )
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
+    """(resource usage, number of instructions by opcode) of a cubin, by the cuobjdump that Triton ships."""
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        texts = [
+            subprocess.run([cuobjdump, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        ]
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", texts[0])}
+    opcodes: dict[str, int] = {}
+    for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", texts[1]):
+        opcodes[opcode] = opcodes.get(opcode, 0) + 1
+    return usage, opcodes
+
+
+def report(results: list[Compiled]) -> str:
+    """The results as a table, faults at the end of the line."""
+    width = max((len(result.label) for result in results), default=0)
+    lines = [f"{'kernel':{width}}  arch  registers  spilled  shared  instructions  int8 products"]
+    for result in results:
+        faults = "; ".join(result.faults())
+        lines.append(
+            f"{result.label:{width}}  {result.arch:4}  {result.registers:9}  {result.spilled:7}  {result.shared:6}  "
+            f"{sum(result.opcodes.values()):12}  {result.tensor_core:13}{'  FAULT: ' + faults if faults else ''}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile, print the table, return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m lowbit_kernels.aot", description="Check every compiled kernel.")
+    parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append", help="default: all")
+    parser.add_argument("--only", default="", help="only modules with this in their name")
+    options = parser.parse_args(arguments)
+    work = [(*case, arch) for case in cases(options.only) for arch in options.arch or ARCHITECTURES]
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        results = list(pool.map(compile_case, *zip(*work, strict=True))) if work else []
+    print(report(results))
+    return 1 if any(result.faults() for result in results) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
