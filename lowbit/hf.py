@@ -199,4 +199,5 @@ def _bare(model: PreTrainedModel, name: str) -> str:
 
 
 def _crc32(tensor: torch.Tensor) -> int:
-    return zlib.crc32(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(data)  # type: ignore[arg-type]

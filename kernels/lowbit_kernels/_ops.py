@@ -6,6 +6,7 @@ and a BERT-base forward makes about a hundred calls.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,20 @@ def define(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fa
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, cuda, "CUDA")
+    _LIBRARY.impl(name, _on_device_of_first(cuda), "CUDA")
     torch.library.register_fake(f"lowbit_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.lowbit_kernels, name).default
+
+
+def _on_device_of_first(cuda: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, which need not be the one that holds the tensors."""
+
+    @functools.wraps(cuda)
+    def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device(first.device):
+            return cuda(first, *args, **kwargs)
+
+    return run
 
 
 def check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], ndim: int | None = None) -> None:

@@ -29,8 +29,8 @@ except ImportError:
         constexpr = Any
 
         @staticmethod
-        def jit(function: Any) -> Any:
-            return _MissingKernel(function)
+        def jit(function: Any = None, **_options: Any) -> Any:
+            return _MissingKernel if function is None else _MissingKernel(function)
 
         @staticmethod
         def next_power_of_2(n: int) -> int:

@@ -68,7 +68,7 @@ def _gelu(y, ACTIVATION: tl.constexpr):
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one binary for every number of tokens
 def _linear_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, out_ptr,
     M, N, K, row_bytes,
@@ -174,6 +174,8 @@ def launch(
         return out
     tile = tile or choose_tile(M)
     x, packed = _unit_stride(x), _unit_stride(packed)
+    bias = None if bias is None else bias.contiguous()
+    x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
     per_row = scale.shape[-1] > 1
     grid = (triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m))
     _linear_kernel[grid](
@@ -191,6 +193,25 @@ def _unit_stride(matrix: torch.Tensor) -> torch.Tensor:
     return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
+def aot_cases() -> list[tuple]:
+    """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
+    pointers = {"x_ptr": "*i8", "w_ptr": "*u8", "scale_ptr": "*fp32", "bias_ptr": "*fp32", "x_scale_ptr": "*fp32"}
+    pointers |= {"x_zero_ptr": "*i32", "out_ptr": "*fp32"}
+    others = dict.fromkeys(("M", "stride_scale", "stride_xs"), "i32") | {"row_bytes": "i32:16", "stride_wn": "i32:16"}
+    sizes = ("N", "K", "stride_xm", "stride_om", "stride_plane")
+    cases = []
+    for name, layout in LAYOUTS.items():
+        for tile in (*TILES.values(), LARGE_TILE):
+            blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_B": tile.block_b, "INTERPRET": False}
+            for zero, activation, size in ((False, "gelu", "i32:16"), (True, None, "i32:16"), (True, "gelu_tanh", "i32")):
+                signature = {**pointers, **others, **dict.fromkeys(sizes, size)}
+                constants = {"LAYOUT": layout, "ACTIVATION": ACTIVATIONS[activation], "HAS_BIAS": True}
+                constants |= {"HAS_ZERO": zero, **blocks}
+                label = f"linear {name} m{tile.block_m}{' zero' * zero} {activation} {'' if size[3:] else 'ragged'}"
+                cases.append((label, _linear_kernel, signature, constants, tile.num_warps, tile.num_stages))
+    return cases
+
+
 # ------------------------------------------------------------------------------------------------------------- CPU
 # torch has no 2-bit product on CPUs. Unpacking costs more than the int8 product itself below a few hundred rows, so
 # the int8 expansion is kept beside the packed tensor it was made from, for as long as that tensor lives.
@@ -200,7 +221,7 @@ def _unit_stride(matrix: torch.Tensor) -> torch.Tensor:
 class _Expanded:
     """Signed int8 codes [N, K] (a split pair stacked to [2N, K]), prepacked by oneDNN where it can be."""
 
-    version: int
+    made_from: tuple[object, ...]  # what the packed tensor was then
     K: int
     rows: int
     weight: torch.Tensor
@@ -216,6 +237,7 @@ def keep_expanded(keep: bool) -> None:
     """Whether the CPU path keeps int8 expansions of packed weights (default: True).
 
     Without, weights stay at 1 or 2 bits in memory and are unpacked in every call. Turning it off frees what is kept.
+    In-place edits of a packed tensor are noticed, except through `.data` or a NumPy view, which have no version.
     """
     global _keep
     _keep = keep
@@ -240,24 +262,22 @@ def _codes(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
 
 
 def _expand(packed: torch.Tensor, K: int, layout: str) -> _Expanded:
-    # Tensors made in inference mode have no version to notice in-place edits by.
-    version = -1 if packed.is_inference() else packed._version
+    if not _keep or packed.is_inference():  # inference tensors have no version to notice in-place edits by
+        return _expand_codes(_codes(packed, K, layout))
+    made_from = (packed._version, packed.data_ptr(), K, layout)
     entry = _kept.get(packed)
-    if entry is not None and (entry.version, entry.K) == (version, K):
-        return entry
-    entry = _expand_codes(_codes(packed, K, layout), version)
-    if _keep and version >= 0:
-        _kept[packed] = entry
+    if entry is None or entry.made_from != made_from:
+        entry = _kept[packed] = _expand_codes(_codes(packed, K, layout), made_from)
     return entry
 
 
-def _expand_codes(codes: torch.Tensor, version: int = -1) -> _Expanded:
+def _expand_codes(codes: torch.Tensor, made_from: tuple[object, ...] = ()) -> _Expanded:
     K = codes.shape[1]
     row_sum = codes.sum(1, dtype=torch.int32).float()
     # oneDNN returns the accumulators as float32: exact below 2^24, which |x| <= 128 and |w| <= 1 keep up to this K.
     prepacked = _has_onednn() and codes.numel() > 0 and 128 * K < 2**24
     weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None) if prepacked else codes.contiguous()
-    return _Expanded(version, K, codes.shape[0], weight, row_sum, prepacked)
+    return _Expanded(made_from, K, codes.shape[0], weight, row_sum, prepacked)
 
 
 @functools.lru_cache(maxsize=64)
@@ -277,9 +297,9 @@ def accumulate(x: torch.Tensor, expanded: _Expanded, scale: torch.Tensor | None 
 
 
 def _int_mm(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """int8 [M, K] x int8 [N, K] -> int32 [M, N]; an empty K gives zeros."""
-    if codes.numel() == 0:
-        return x.new_zeros(x.shape[0], codes.shape[0], dtype=torch.int32)
+    """int8 [M, K] x int8 [N, K] -> int32 [M, N]."""
+    if codes.shape[0] == 0 or codes.shape[1] < 2:  # `_int_mm` on CPU refuses empty operands and errs at K = 1
+        return x.int() @ codes.int().t()
     return torch._int_mm(x, codes.t())
 
 
