@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer
 
@@ -33,8 +34,13 @@ class Objective(Protocol):
 
 def _layer_map(student: Sequence[Any], teacher: Sequence[Any], what: str) -> list[tuple[Any, Any]]:
     """Pair layers one to one, or every k-th teacher layer when it has k times as many (uniform map)."""
+    if not student or not teacher:
+        raise ValueError(
+            f"{what}: {len(student)} student layers, {len(teacher)} teacher layers in the outputs; "
+            f'scores need model.set_attn_implementation("{LOWBIT_ATTENTION}")'
+        )
     if len(teacher) % max(len(student), 1):
-        raise ValueError(f"{what}: {len(student)} student layers do not divide {len(teacher)} teacher layers")
+        raise ValueError(f"{what}: {len(student)} student layers do not divide {len(teacher)} teacher layers evenly")
     step = len(teacher) // len(student)
     return list(zip(student, teacher[step - 1 :: step], strict=True))
 
@@ -119,24 +125,26 @@ class LogitsLoss:
 
     def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
         if "start_logits" in student:
-            start = self._one(student.start_logits, teacher.start_logits)
-            return self.weight * (start + self._one(student.end_logits, teacher.end_logits)) / 2
+            start = self._distance(student.start_logits, teacher.start_logits)
+            return self.weight * (start + self._distance(student.end_logits, teacher.end_logits)).mean() / 2
         if "logits" not in student:
             raise ValueError("LogitsLoss: the student returns no logits; use a model with a task head")
-        if student.logits.dim() == 3 and "labels" in batch:  # one prediction a token: only labelled ones count
-            chosen = batch["labels"] != -100
-            return self.weight * self._one(student.logits[chosen], teacher.logits[chosen])
-        return self.weight * self._one(student.logits, teacher.logits)
+        distance, mask = self._distance(student.logits, teacher.logits), None
+        if student.logits.dim() == 3:  # one prediction a token: labelled tokens count, or all real ones
+            mask = batch["labels"] != -100 if "labels" in batch else batch.get("attention_mask")
+        return self.weight * _mean(distance, mask)
 
-    def _one(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def _distance(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        """One loss for each row of logits [..., C] -> [...]."""
         if student.shape != teacher.shape:
             raise ValueError(
                 f"LogitsLoss: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}; equal needed"
             )
+        student, teacher = student.float(), teacher.float()
         if student.shape[-1] == 1:
-            return F.mse_loss(student.float(), teacher.float())
-        target = F.softmax(teacher.float() / self.temperature, -1)
-        return -(target * F.log_softmax(student.float() / self.temperature, -1)).sum(-1).mean()
+            return (student - teacher).square().squeeze(-1)
+        target = F.softmax(teacher / self.temperature, -1)
+        return -(target * F.log_softmax(student / self.temperature, -1)).sum(-1)
 
 
 @dataclass
@@ -161,23 +169,42 @@ def _mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return (values * mask).sum() / mask.sum().clamp(min=1)
 
 
+def _refuse_shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
+    """`prepare` works in place: a teacher that is the same model would follow its student."""
+    taught = {id(parameter) for parameter in teacher.parameters()}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and id(parameter) in taught:
+            raise ValueError(
+                f"student and teacher share the trainable parameter {name}; "
+                "give each its own: student = lowbit.prepare(copy.deepcopy(teacher), ...)"
+            )
+
+
 class DistillationTrainer(Trainer):
     """`transformers.Trainer` whose loss is a sum of objectives between the model (student) and a teacher.
 
     Args:
-        teacher: float model of the same task; moved to the training device, in eval mode, without gradients.
+        teacher: float model of the same task; moved to the training device, put in eval mode, run without gradients.
         objectives: summed all the time (joint schedule); default: hidden, attention and logits.
         stages: instead of `objectives`, a schedule [(end, objectives), ...] with `end` the fraction of all steps at
             which the stage ends, ascending, the last one 1.0. BinaryBERT's two stages are
             `[(0.5, [HiddenStateLoss(), AttentionScoreLoss()]), (1.0, [LogitsLoss()])]`.
         *args, **kwargs: `Trainer`'s own.
 
-    Evaluation computes the ordinary task loss without the teacher. Losses are logged as loss_hidden and so on. Resume,
-    multi-GPU, mixed precision and checkpoints are `Trainer`'s.
+    Evaluation computes the ordinary task loss without the teacher. Losses are logged as loss_hidden and so on, each the
+    mean over the batches in which it was active. Each is a mean over its batch: accumulation steps and ranks are
+    averaged with equal weights, whatever their number of tokens. Where an objective compares scores, student and
+    teacher are switched to the "lowbit" attention and stay so. Resume, multi-GPU, mixed precision and checkpoints are
+    `Trainer`'s.
 
     Raises:
-        ValueError: no teacher, both or ill-ordered `objectives` and `stages`.
+        ValueError: no teacher, one that shares trainable parameters with the student, both or ill-ordered `objectives`
+            and `stages`, or a stage without objectives.
     """
+
+    # Losses are per-batch means, so Trainer must divide them by the accumulation steps; it would not for models that
+    # take **kwargs, as BERT does. `model_accepts_loss_kwargs` below says the same to transformers before 5.19.
+    loss_is_scaled_for_ga = False
 
     def __init__(
         self,
@@ -197,19 +224,26 @@ class DistillationTrainer(Trainer):
         ends = [end for end, _ in stages]
         if not ends or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1.0:
             raise ValueError(f"stages end at {ends}; accepted: ascending fractions, the last one 1.0")
-        super().__init__(*args, **kwargs)
-        # Losses are per-batch means. Trainer would not divide them by the accumulation steps for models that take
-        # **kwargs, as BERT does.
-        self.model_accepts_loss_kwargs = False
+        if not all(objectives for _, objectives in stages):
+            raise ValueError("every stage needs at least one objective")
         self.stages = list(stages)
-        self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        _refuse_shared_parameters(self.model, teacher)
+        self.teacher = teacher.to(self.args.device).eval()
         self._sums: dict[str, torch.Tensor] = {}
-        self._counted = 0
-        if any("scores" in objective.needs for _, objectives in self.stages for objective in objectives):
-            for model in (self.teacher, self.accelerator.unwrap_model(self.model)):
-                model.set_attn_implementation(LOWBIT_ATTENTION)
+        self._counts: dict[str, int] = {}
+        for model in (self.teacher, self.accelerator.unwrap_model(self.model)):
+            self._expose_scores(model)
 
-    loss_is_scaled_for_ga = False
+    def _expose_scores(self, model: PreTrainedModel) -> None:
+        if any("scores" in objective.needs for _, objectives in self.stages for objective in objectives):
+            model.set_attn_implementation(LOWBIT_ATTENTION)
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        model = super().call_model_init(trial)
+        self._expose_scores(model)  # train() builds the student again
+        return model
 
     def current_objectives(self) -> Sequence[Objective]:
         """The objectives of the stage that the global step is in (so resuming needs no state of its own)."""
@@ -234,18 +268,19 @@ class DistillationTrainer(Trainer):
         student = model(**inputs, **wanted)
         with torch.no_grad():
             teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}, **wanted)
-        losses = {objective.name: objective(student, teacher, inputs) for objective in objectives}
-        for name, value in losses.items():
+        losses = [(objective.name, objective(student, teacher, inputs)) for objective in objectives]
+        for name, value in losses:
             self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
-        self._counted += 1
-        loss = sum(losses.values())
+        for name in {name for name, _ in losses}:
+            self._counts[name] = self._counts.get(name, 0) + 1
+        loss = sum(value for _, value in losses)
         return (loss, student) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean of each named loss since the last log, over all ranks."""
-        if self._counted and "loss" in logs:
+        if "loss" in logs:
             for name, total in self._sums.items():
-                mean = self.accelerator.gather((total / self._counted).reshape(1)).mean()
+                mean = self.accelerator.gather((total / self._counts[name]).reshape(1)).mean()
                 logs[f"loss_{name}"] = round(float(mean), 6)
-            self._sums, self._counted = {}, 0
+            self._sums, self._counts = {}, {}
         super().log(logs, *args, **kwargs)

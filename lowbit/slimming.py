@@ -168,6 +168,6 @@ def _first_order(model: PreTrainedModel, dataloader: Iterable[Mapping[str, Any]]
 def _masking(mask: torch.Tensor) -> Any:
     def multiply(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         (x,) = args
-        return ((x.unflatten(-1, (mask.numel(), -1)) * mask.unsqueeze(-1)).flatten(-2),)
+        return ((x.unflatten(-1, (mask.numel(), -1)) * mask.unsqueeze(-1).to(x.dtype)).flatten(-2),)
 
     return multiply
