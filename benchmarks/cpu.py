@@ -1,0 +1,199 @@
+"""BERT-base on the CPU: ternary and binary against float32, torch dynamic int8 and onnxruntime dynamic int8.
+
+Random weights, sequence length 128, batch 1 and 8. All models sit in one process on the same threads and inputs, and
+take turns (A B C A B C ...), so that a machine whose speed drifts slows all of them; ratios are medians of the ratios
+within a turn. Each output is checked before it is timed. Writes one JSON and prints a table.
+
+    python -m benchmarks.cpu --results benchmarks/results
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm.auto import tqdm
+from transformers import BertConfig, BertModel
+
+import lowbit
+import lowbit_kernels
+
+LENGTH = 128
+Runner = Callable[[torch.Tensor], torch.Tensor]
+
+
+def models(names: list[str]) -> dict[str, Runner | None]:
+    """Runners ids [B, S] -> hidden states [B, S, 768]; None for a peer that is not installed."""
+    torch.manual_seed(0)
+    base = BertModel(BertConfig(), add_pooling_layer=False).eval()
+
+    def torch_runner(model: torch.nn.Module) -> Runner:
+        return lambda ids: model(ids)[0]
+
+    half_width = lowbit.prepare(lowbit.slim(copy.deepcopy(base), 0.5), lowbit.TernaryConfig())
+    built: dict[str, Callable[[], Runner | None]] = {
+        "float32 eager": lambda: torch_runner(_eager(base)),
+        "float32 SDPA": lambda: torch_runner(base),
+        "torch dynamic int8": lambda: torch_runner(_dynamic_int8(base)),
+        "onnxruntime dynamic int8": lambda: _onnxruntime(base),
+        "lowbit ternary 2-2-8": lambda: torch_runner(
+            lowbit.quantize(copy.deepcopy(base), lowbit.TernaryConfig()).eval()
+        ),
+        "lowbit binary 1-1-8": lambda: torch_runner(lowbit.quantize(copy.deepcopy(base), lowbit.BinaryConfig()).eval()),
+        "lowbit split 1-1-8, half width": lambda: torch_runner(lowbit.convert(lowbit.split(half_width)).eval()),
+    }
+    return {name: built[name]() for name in built if not names or name in names}
+
+
+def _eager(base: BertModel) -> BertModel:
+    model = copy.deepcopy(base)
+    model.set_attn_implementation("eager")
+    return model
+
+
+def _dynamic_int8(base: BertModel) -> torch.nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(copy.deepcopy(base), {torch.nn.Linear}, dtype=torch.qint8)
+
+
+class _IdsOnly(torch.nn.Module):
+    """What is exported: one input, one output."""
+
+    def __init__(self, model: BertModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, attention_mask=torch.ones_like(ids))[0]
+
+
+def _onnxruntime(base: BertModel) -> Runner | None:
+    if importlib.util.find_spec("onnxruntime") is None or importlib.util.find_spec("onnx") is None:
+        return None
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path, int8_path = f"{folder}/float.onnx", f"{folder}/int8.onnx"
+        axes = {"ids": {0: "batch", 1: "length"}}
+        ids = torch.ones(2, LENGTH, dtype=torch.long)
+        torch.onnx.export(
+            _IdsOnly(base), (ids,), path, dynamo=False, input_names=["ids"], dynamic_axes=axes, opset_version=17
+        )
+        quantize_dynamic(path, int8_path, weight_type=QuantType.QInt8)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(int8_path, options, providers=["CPUExecutionProvider"])
+    return lambda ids: torch.from_numpy(session.run(None, {"ids": ids.numpy()})[0])
+
+
+def check(name: str, output: torch.Tensor, expected: torch.Tensor) -> None:
+    """int8 peers must compute the float model; lowbit models have other weights and must only be finite."""
+    if output.shape != expected.shape or not torch.isfinite(output).all():
+        raise RuntimeError(f"{name}: wrong shape or not finite")
+    similarity = torch.nn.functional.cosine_similarity(output.flatten(), expected.flatten(), dim=0)
+    if not name.startswith("lowbit") and similarity < 0.98:
+        raise RuntimeError(f"{name}: cosine similarity to float32 is {similarity:.3f}")
+
+
+def measure(runners: dict[str, Runner | None], batch: int, turns: int) -> dict[str, dict[str, float | str]]:
+    """Milliseconds and ratios to float32 eager of each runner."""
+    ids = torch.randint(1000, 20000, (batch, LENGTH))
+    present = {name: run for name, run in runners.items() if run is not None}
+    expected = next(iter(present.values()))(ids)
+    times: dict[str, list[float]] = {name: [] for name in present}
+    for name, run in present.items():
+        check(name, run(ids), expected)
+        run(ids)
+    for _ in tqdm(range(turns), desc=f"batch {batch}"):
+        for name, run in present.items():
+            begin = time.perf_counter()
+            run(ids)
+            times[name].append(1000 * (time.perf_counter() - begin))
+    rows: dict[str, dict[str, float | str]] = {}
+    for name in runners:
+        if name not in times:
+            rows[name] = {"median_ms": "not measured"}
+            continue
+        rows[name] = {
+            "median_ms": round(statistics.median(times[name]), 2),
+            "min_ms": round(min(times[name]), 2),
+            "max_ms": round(max(times[name]), 2),
+        }
+        for peer in ("float32 eager", "torch dynamic int8", "onnxruntime dynamic int8"):
+            if peer in times:
+                ratios = [a / b for a, b in zip(times[name], times[peer], strict=True)]
+                rows[name][f"over {peer}"] = round(statistics.median(ratios), 3)
+    return rows
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures hold for."""
+    cpu = next(
+        (line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")), platform.processor()
+    )
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if importlib.util.find_spec("onnxruntime"):
+        import onnxruntime
+
+        versions["onnxruntime"] = onnxruntime.__version__
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        **versions,
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder for cpu-encoder.json")
+    parser.add_argument("--turns", type=int, default=15, help="timed rounds of each model")
+    parser.add_argument("--only", nargs="*", default=[], help="names of models, as in the table")
+    options = parser.parse_args()
+    with torch.inference_mode():
+        runners = models(options.only)
+        results = {f"batch {batch}": measure(runners, batch, options.turns) for batch in (1, 8)}
+    report = {
+        "suite": "cpu-encoder",
+        "model": f"BERT-base, random weights, sequence length {LENGTH}",
+        "machine": machine(),
+        "turns": options.turns,
+        "expanded_bytes": lowbit_kernels.expanded_bytes(),
+        "results": results,
+    }
+    options.results.mkdir(parents=True, exist_ok=True)
+    path = options.results / "cpu-encoder.json"
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(report, indent=2) + "\n")
+    unfinished.replace(path)
+    from benchmarks.report import render
+
+    print(render(report))
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Imports only point down: lowbit_kernels knows torch and triton, models know transformers, and so on."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# module -> lowbit modules it may import (docs/architecture.md)
+BELOW = {
+    "errors": set(),
+    "config": set(),
+    "models": set(),
+    "metrics": set(),
+    "sentiment": set(),
+    "info": set(),
+    "tasks": {"metrics"},
+    "quantizers": set(),
+    "nn": {"config", "quantizers", "nn"},
+    "hf": {"config", "errors", "models", "conversion", "nn"},
+    "conversion": {"config", "models", "nn", "hf", "slimming"},
+    "slimming": {"config", "models", "hf"},
+    "distill": {"nn", "config", "models"},
+    "_plugin": {"hf", "nn"},
+    "__init__": None,  # names everything
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of the modules a file imports, relative ones resolved."""
+    package = list(path.relative_to(ROOT / "kernels" if "kernels" in path.parts else ROOT).with_suffix("").parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            # `from . import hf` names submodules, `from .hf import attach` names a module's content
+            found |= {f"{module}.{alias.name}" for alias in node.names} if node.module is None else {module}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels/lowbit_kernels").rglob("*.py")), ids=lambda p: p.stem)
+def test_kernels_import_only_torch_triton_and_the_standard_library(path: Path) -> None:
+    allowed = {"torch", "triton", "lowbit_kernels", *sys.stdlib_module_names}
+    assert {name.split(".")[0] for name in imports(path)} <= allowed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lowbit").rglob("*.py")), ids=lambda p: p.stem)
+def test_lowbit_imports_only_what_is_below(path: Path) -> None:
+    parts = path.relative_to(ROOT / "lowbit").with_suffix("").parts
+    module = parts[0]
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("lowbit.")}
+    if BELOW[module] is not None:
+        assert used - {module} <= BELOW[module]
+
+
+def test_kernels_folder_is_not_a_package() -> None:
+    assert not (ROOT / "kernels/__init__.py").exists()
