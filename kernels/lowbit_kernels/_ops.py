@@ -49,7 +49,7 @@ def check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], ndi
 
 def check_device(**tensors: torch.Tensor | None) -> None:
     """Raise ValueError unless all given tensors are on one device."""
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    devices = {name: tensor.device for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
     if len(set(devices.values())) > 1:
         listed = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"tensors must share one device, got {listed}; move them with .to(device)")

@@ -14,6 +14,7 @@ sum of x saves two of them, but summing x costs more than that.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,16 +63,16 @@ def _gelu(y, ACTIVATION: tl.constexpr):
     if ACTIVATION == 1:
         y = 0.5 * y * (1.0 + tl.math.erf(y * 0.7071067811865476))
     elif ACTIVATION == 2:
-        # tanh(t) = 1 - 2 / (exp(2 t) + 1): no overflow, since exp -> inf gives 1.
+        # (1 + tanh(t)) / 2 = 1 / (1 + exp(-2 t)): nothing cancels, and where exp overflows the quotient is 0.
         t = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-        y = 0.5 * y * (2.0 - 2.0 / (tl.exp(2.0 * t) + 1.0))
+        y = y / (1.0 + tl.exp(-2.0 * t))
     return y
 
 
-@triton.jit(do_not_specialize=["M"])  # one binary for every number of tokens
+@triton.jit(do_not_specialize=["M", "K"])  # one binary for every number of tokens
 def _linear_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, out_ptr,
-    M, N, K, row_bytes,
+    M, N, K, x_columns, row_bytes,
     stride_xm, stride_wn, stride_om, stride_scale, stride_xs, stride_plane,
     LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ZERO: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, INTERPRET: tl.constexpr,
@@ -96,7 +97,7 @@ def _linear_kernel(
         packed = tl.load(w_ptrs + start, mask=mask_n[:, None] & (start + byte < row_bytes)[None, :], other=0)
         for plane in tl.static_range(PLANES):
             k = start * PLANES + column + 32 * plane
-            x = tl.load(x_ptrs + start * PLANES + 32 * plane, mask=(k < K)[:, None] & mask_m[None, :], other=0)
+            x = tl.load(x_ptrs + start * PLANES + 32 * plane, mask=(k < x_columns)[:, None] & mask_m[None, :], other=0)
             if LAYOUT == 0:
                 w = _decode(packed, 6 - 2 * plane, 3, INTERPRET)
             elif LAYOUT == 1:
@@ -173,14 +174,14 @@ def launch(
     if M == 0 or N == 0:
         return out
     tile = tile or choose_tile(M)
-    x, packed = _unit_stride(x), _unit_stride(packed)
+    x, packed = _aligned(x), packed if packed.stride(1) == 1 else packed.contiguous()
     bias = None if bias is None else bias.contiguous()
     x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
     per_row = scale.shape[-1] > 1
     grid = (triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m))
     _linear_kernel[grid](
         x, packed, scale.contiguous(), bias, x_scale.contiguous(), x_zero_point, out,
-        M, N, K, row_bytes,
+        M, N, K, x.shape[1], row_bytes,
         x.stride(0), packed.stride(0), out.stride(0), int(per_row), int(x_scale.numel() > 1), scale.shape[-1],
         LAYOUT=LAYOUTS[layout], ACTIVATION=ACTIVATIONS[activation], HAS_BIAS=bias is not None,
         HAS_ZERO=x_zero_point is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=tile.block_b,
@@ -189,26 +190,29 @@ def launch(
     return out
 
 
-def _unit_stride(matrix: torch.Tensor) -> torch.Tensor:
-    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x with rows that begin and end at multiples of 16 bytes, zeros after K: what the kernel loads in one go."""
+    K = x.shape[1]
+    if K % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) == 1:
+        return x
+    return torch.nn.functional.pad(x, (0, -K % 16)).contiguous()
 
 
 def aot_cases() -> list[tuple]:
     """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
     pointers = {"x_ptr": "*i8", "w_ptr": "*u8", "scale_ptr": "*fp32", "bias_ptr": "*fp32", "x_scale_ptr": "*fp32"}
     pointers |= {"x_zero_ptr": "*i32", "out_ptr": "*fp32"}
-    others = dict.fromkeys(("M", "stride_scale", "stride_xs"), "i32") | {"row_bytes": "i32:16", "stride_wn": "i32:16"}
-    sizes = ("N", "K", "stride_xm", "stride_om", "stride_plane")
+    others = dict.fromkeys(("M", "K", "stride_scale", "stride_xs"), "i32")
+    others |= dict.fromkeys(("x_columns", "row_bytes", "stride_xm", "stride_wn"), "i32:16")
+    tiles = (*TILES.values(), LARGE_TILE)
     cases = []
     for name, layout in LAYOUTS.items():
-        for tile in (*TILES.values(), LARGE_TILE):
-            blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_B": tile.block_b, "INTERPRET": False}
-            for zero, activation, size in ((False, "gelu", "i32:16"), (True, None, "i32:16"), (True, "gelu_tanh", "i32")):
-                signature = {**pointers, **others, **dict.fromkeys(sizes, size)}
-                constants = {"LAYOUT": layout, "ACTIVATION": ACTIVATIONS[activation], "HAS_BIAS": True}
-                constants |= {"HAS_ZERO": zero, **blocks}
-                label = f"linear {name} m{tile.block_m}{' zero' * zero} {activation} {'' if size[3:] else 'ragged'}"
-                cases.append((label, _linear_kernel, signature, constants, tile.num_warps, tile.num_stages))
+        for tile, activation, size in (*((tile, "gelu", "i32:16") for tile in tiles), (LARGE_TILE, "gelu_tanh", "i32")):
+            signature = {**pointers, **others, **dict.fromkeys(("N", "stride_om", "stride_plane"), size)}
+            constants = {"LAYOUT": layout, "ACTIVATION": ACTIVATIONS[activation], "HAS_BIAS": True, "HAS_ZERO": True}
+            constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_B": tile.block_b, "INTERPRET": False}
+            label = f"linear {name} {tile.block_m} tokens{'' if size == 'i32:16' else ', odd N'}"
+            cases.append((label, _linear_kernel, signature, constants, tile.num_warps, tile.num_stages))
     return cases
 
 
@@ -450,7 +454,8 @@ def codes_linear(
         [..., N].
     """
     zero = None if x_zero_point is None else x_zero_point.reshape(-1)
-    y = _codes_op(x.reshape(-1, x.shape[-1]), codes, scale, bias, x_scale.reshape(-1), zero, layout, out_dtype)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = _codes_op(rows, codes, scale, bias, x_scale.reshape(-1), zero, layout, out_dtype)
     return y.reshape(*x.shape[:-1], codes.shape[-2])
 
 
@@ -506,7 +511,9 @@ def _linear(
         x_zero_point = x_zero_point.reshape(-1)
     if x_scale.shape not in (tokens, (1,)):
         raise ValueError(f"x_scale has shape {tuple(x_scale.shape)}, expected {tuple(tokens)} (per token) or (1,)")
-    y = _OPS[layout](x.reshape(-1, K), packed, scale, bias, x_scale.reshape(-1), x_zero_point, activation, out_dtype)
+    y = _OPS[layout](
+        x.reshape(math.prod(tokens), K), packed, scale, bias, x_scale.reshape(-1), x_zero_point, activation, out_dtype
+    )
     return y.reshape(*tokens, N)
 
 

@@ -21,8 +21,9 @@ BLOCK_BYTES = 32
 
 def _pack(codes: torch.Tensor, shifts: list[int]) -> torch.Tensor:
     """Codes uint8 [N, K] (K a multiple of the block) -> bytes; plane p of a block goes to bit `shifts[p]`."""
-    planes = codes.view(codes.shape[0], -1, len(shifts), BLOCK_BYTES)
-    packed = torch.zeros(planes.shape[0], planes.shape[1], BLOCK_BYTES, dtype=torch.uint8, device=codes.device)
+    rows, blocks = codes.shape[0], codes.shape[1] // (len(shifts) * BLOCK_BYTES)
+    planes = codes.view(rows, blocks, len(shifts), BLOCK_BYTES)
+    packed = torch.zeros(rows, blocks, BLOCK_BYTES, dtype=torch.uint8, device=codes.device)
     for plane, shift in enumerate(shifts):
         packed |= planes[:, :, plane] << shift
     return packed.flatten(1)

@@ -1,0 +1,86 @@
+"""Every Triton kernel compiles for the GPUs that matter without spills and with int8 tensor cores; no GPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+
+import pytest
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter keeps Triton from compiling", allow_module_level=True)
+
+from lowbit_kernels import aot, linear
+
+SMALL = linear.choose_tile(16).block_m
+
+
+def index_of(label: str) -> int:
+    return [case[0] for case in linear.aot_cases()].index(label)
+
+
+@pytest.mark.parametrize("kind", linear.LAYOUTS)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_linear_multiplies_on_int8_tensor_cores_without_spilling(arch: int, kind: str) -> None:
+    result = aot.compile_case("linear", index_of(f"linear {kind} {SMALL} tokens"), arch)
+    assert result.faults() == []
+    assert result.multiplies and result.tensor_core > 0 and 0 < result.shared < 99 * 1024
+
+
+def test_decoded_weights_stay_in_registers_on_hopper() -> None:
+    """The left operand of IGMMA; through shared memory each plane would be stored first (STSM or STS)."""
+    case = linear.aot_cases()[index_of(f"linear ternary {SMALL} tokens")]
+    signature, constants, warps, stages = case[2], {**case[3], "HAS_ZERO": False}, case[4], case[5]
+    result = aot.compile_kernel("ternary", linear._linear_kernel, signature, constants, warps, stages, 90)
+    assert "PRMT" not in result.opcodes  # bytes are never taken apart
+    assert "STSM" not in result.opcodes
+    assert result.opcodes["LDGSTS"] > 0
+
+
+@pytest.mark.parametrize("module", aot.MODULES)
+def test_one_kernel_of_every_module_compiles(module: str) -> None:
+    assert aot.compile_case(module, 0, 90).faults() == []
+
+
+def test_every_kernel_of_every_module_is_in_the_table() -> None:
+    for name in aot.MODULES:
+        module = importlib.import_module(f"lowbit_kernels.{name}")
+        kernels = {attribute for attribute in vars(module) if attribute.endswith("_kernel")}
+        listed = {case[1].fn.__name__ for case in module.aot_cases()}
+        assert listed == kernels
+
+
+def test_faults_are_found_and_named() -> None:
+    good = aot.Compiled("kernel", 90, registers=64, spilled=0, shared=1024, multiplies=True, tensor_core=4, opcodes={})
+    faults = {
+        "": good,
+        "spills 8 bytes": dataclasses.replace(good, spilled=8),
+        "shared memory 102400 exceeds 101376": dataclasses.replace(good, arch=89, shared=100 * 1024),
+        "no IGMMA instruction": dataclasses.replace(good, tensor_core=0),
+        "no IMMA instruction": dataclasses.replace(good, arch=80, tensor_core=0),
+    }
+    for text, result in faults.items():
+        assert "; ".join(result.faults()) == text
+        assert text in aot.report([result])
+    assert dataclasses.replace(good, multiplies=False, tensor_core=0).faults() == []
+
+
+def test_a_spilling_kernel_is_caught() -> None:
+    case = linear.aot_cases()[index_of("linear split 128 tokens")]
+    constants = {**case[3], "BLOCK_M": 256, "BLOCK_N": 128}  # more accumulators than a block of 4 warps has registers
+    result = aot.compile_kernel("too large", linear._linear_kernel, case[2], constants, 4, 2, 80)
+    assert any("spills" in fault for fault in result.faults())
+
+
+def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="unset"):
+        aot.compile_case("linear", 0, 90)
+
+
+def test_the_command_exits_with_0_and_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert aot.main(["--arch", "90", "--only", "embedding"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 1 + len(importlib.import_module("lowbit_kernels.embedding").aot_cases())
