@@ -126,6 +126,27 @@ def _binarize_kernel(w_ptr, codes_ptr, sum_ptr, n, CHUNK, BLOCK: tl.constexpr):
     tl.store(sum_ptr + p, tl.sum(total, axis=0))
 
 
+@triton.jit
+def _split_kernel(
+    w_ptr, kept_ptr, side_ptr, a_ptr, b_ptr, w1_ptr, w2_ptr, length, HAS_SIDE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Both halves of block p of group g (a row, or the whole tensor); float64 on the way."""
+    g = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at, mask = g * length + offs, offs < length
+    w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
+    kept = tl.load(kept_ptr + at, mask=mask, other=0) != 0
+    a, b = tl.load(a_ptr + g), tl.load(b_ptr + g)
+    if HAS_SIDE:
+        side = tl.load(side_ptr + at, mask=mask, other=0).to(tl.float64)
+        small = tl.where(side > 0, tl.where(w > 0, w, 0.0), tl.where(w < 0, w, 0.0)) + side * b
+    else:
+        small = tl.where(w > 0, w, 0.0) + b
+    w1 = tl.where(kept, a * w, small).to(tl.float32)
+    tl.store(w1_ptr + at, w1, mask=mask)
+    tl.store(w2_ptr + at, (w - w1.to(tl.float64)).to(tl.float32), mask=mask)
+
+
 MAX_BLOCK = 2048  # 4096 would spill the loss-aware form
 CHUNK = 16384  # values a program when one scale serves the whole tensor
 
@@ -186,6 +207,24 @@ def launch_binarize(w: torch.Tensor, per_row: bool) -> Codes:
     return codes, _finite_or_nan(sums / chunk if per_row else sums.sum(0, keepdim=True) / n)
 
 
+def launch_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the Triton kernel; arguments as the op's. A and B are torch reductions before it."""
+    w1, w2 = _split_fake(w, per_row)
+    w = w.contiguous()
+    if w.numel() == 0:
+        return w1, w2
+    kept, a, b, side = _split_terms(w, per_row)
+    groups, length = kept.shape
+    has_side = side is not None
+    side = kept if side is None else side  # a pointer that is not read
+    grid = (groups, triton.cdiv(length, MAX_BLOCK))
+    _split_kernel[grid](
+        w, kept.to(torch.int8), side.to(torch.int8), a.contiguous(), b.contiguous(), w1, w2, length,
+        HAS_SIDE=has_side, BLOCK=MAX_BLOCK, num_warps=8,
+    )  # fmt: skip
+    return w1, w2
+
+
 def aot_cases() -> list[tuple]:
     """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
     w, v, codes = {"w_ptr": "*fp32"}, {"v_ptr": "*fp32"}, {"codes_ptr": "*i8"}
@@ -204,6 +243,11 @@ def aot_cases() -> list[tuple]:
     signature = {**w, **codes, "sum_ptr": "*fp32", "n": "i32:16", "CHUNK": "i32:16"}
     for block, warps in ((1024, 4), (MAX_BLOCK, 8)):
         cases.append((f"binarize {block}", _binarize_kernel, signature, {"BLOCK": block}, warps, 3))
+    signature = {**w, "kept_ptr": "*i8", "side_ptr": "*i8", "a_ptr": "*fp64", "b_ptr": "*fp64"}
+    signature |= {"w1_ptr": "*fp32", "w2_ptr": "*fp32", "length": "i32:16"}
+    for has_side in (False, True):
+        constants = {"HAS_SIDE": has_side, "BLOCK": MAX_BLOCK}
+        cases.append((f"split side={has_side}", _split_kernel, signature, constants, 8, 3))
     return cases
 
 
@@ -275,37 +319,49 @@ def _binarize_cpu(w: torch.Tensor, per_row: bool) -> Codes:
 # ----------------------------------------------------------------------------------------------------------- split
 
 
-def _split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every backend: it runs once per training, so float64 torch operations will do.
+def _split_terms(
+    w: torch.Tensor, per_row: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(kept, A, B, side) of every row, or of the whole tensor as one row; A and B float64 [rows, 1].
 
     A = (S_I + S_K - S_J) / (2 S_I), B = (n/|I| S_I - S_all) / (2 (|J| + |K|)) over I = {t != 0}, J = {t = 0, w > 0},
-    K = {t = 0, w <= 0}; see `split_ternary`.
+    K = {t = 0, w <= 0}. `side` says which half gets a small weight: the first, +1 (None: all), or the second, -1.
     """
-    if w.numel() == 0:
-        return w.new_zeros(w.shape, dtype=torch.float32), w.new_zeros(w.shape, dtype=torch.float32)
-    w = w.contiguous()
     codes, _ = _ternarize(w, per_row, None, 0)
     rows = (w if per_row else w.reshape(1, -1)).float().double()
     kept = (codes if per_row else codes.reshape(1, -1)) != 0
     small = rows.masked_fill(kept, 0.0)
     sum_all, sum_small, excess = (t.sum(1, keepdim=True) for t in (rows.abs(), small.abs(), small))
     sum_kept = sum_all - sum_small
-    # Which half gets a small weight: the first, +1, or the second, -1. If nearly all small weights had one sign, A
-    # would leave (0, 1) and the halves lose the sign of w. Then enough of that sign change sides: what stays is less
-    # than twice the TWN threshold, hence less than S_I.
-    side = torch.ones_like(rows)
+    # If nearly all small weights had one sign, A would leave (0, 1) and the halves lose the sign of w. Then enough of
+    # that sign change sides: what stays is less than twice the TWN threshold, hence less than S_I.
+    side, balance = None, excess  # S_J - S_K
     one_sided = excess.abs() >= sum_kept
     if bool(one_sided.any()):
         heavier = (small * excess.sign()).clamp_(min=0)
+        side = torch.ones_like(rows)
         side[one_sided & (heavier > 0) & (heavier.cumsum(1) <= excess.abs() / 2)] = -1.0
-    balance = (side * small).sum(1, keepdim=True)  # S_J - S_K
+        balance = (side * small).sum(1, keepdim=True)
     n, n_kept = rows.shape[1], kept.sum(1, keepdim=True)
     a = (sum_kept - balance) / (2 * sum_kept)
     b = (n / n_kept * sum_kept - sum_all) / (2 * (n - n_kept).clamp(min=1))
-    # J and K at once: the offset puts the halves on opposite sides of 0, and the one on w's side takes w.
-    w1 = torch.where(kept, a * rows, side * b + torch.where(side > 0, rows.clamp(min=0), rows.clamp(max=0)))
-    w1 = torch.where(n_kept > 0, w1, rows / 2)
-    w1 = w1.float()
+    # Without any code (zeros, NaN) there is nothing to balance: halve the row.
+    empty = n_kept == 0
+    return kept | empty, torch.where(empty, 0.5, a), torch.where(empty, 0.0, b), side
+
+
+def _split_cpu(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if w.numel() == 0:
+        return _split_fake(w, per_row)
+    w = w.contiguous()
+    kept, a, b, side = _split_terms(w, per_row)
+    rows = w.view(kept.shape).float().double()
+    # The offset puts the halves on opposite sides of 0, and the one on w's side takes w.
+    if side is None:
+        small = rows.clamp(min=0) + b
+    else:
+        small = torch.where(side > 0, rows.clamp(min=0), rows.clamp(max=0)) + side * b
+    w1 = torch.where(kept, a * rows, small).float()
     return w1.view(w.shape), (rows - w1).float().view(w.shape)
 
 
@@ -330,7 +386,7 @@ _binarize = define(
     "binarize(Tensor w, bool per_row) -> (Tensor, Tensor)", cpu=_binarize_cpu, cuda=launch_binarize, fake=_outputs
 )
 _split_op = define(
-    "split_ternary(Tensor w, bool per_row) -> (Tensor, Tensor)", cpu=_split, cuda=_split, fake=_split_fake
+    "split_ternary(Tensor w, bool per_row) -> (Tensor, Tensor)", cpu=_split_cpu, cuda=launch_split, fake=_split_fake
 )
 
 

@@ -54,6 +54,20 @@ def test_binarize(shape: tuple[int, int], granularity: str) -> None:
     assert_close(got, reference.binarize(w, granularity=granularity), flips=0)
 
 
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("one_sided", [False, True])
+def test_split(shape: tuple[int, int], granularity: str, one_sided: bool) -> None:
+    w = torch.randn(shape)
+    if one_sided and w.numel() > 200:
+        w = torch.where(torch.rand(shape) < 0.9, 0.6, 4 * w.sign())  # A would be negative
+    w1, w2 = (half.cpu() for half in weights.launch_split(w.to(DEVICE), granularity == "per_row"))
+    expected = reference.split_ternary(w, granularity=granularity)
+    for got, want in zip((w1, w2), expected, strict=True):
+        torch.testing.assert_close(got.double(), want.double(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close((w1.double() + w2.double()), w.double(), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("bad", [0.0, math.nan, math.inf])
 def test_zero_and_bad_rows(bad: float) -> None:
     w, v = torch.randn(4, 300), torch.rand(4, 300) + 0.1
