@@ -146,7 +146,7 @@ class Tile:
 
 
 # Largest M of the bucket -> tile; chosen so that no architecture spills (`python -m lowbit_kernels.aot`).
-TILES = {16: Tile(16, 64, 64, 4, 3), 64: Tile(32, 64, 64, 4, 3), 512: Tile(64, 64, 64, 4, 3)}
+TILES = {16: Tile(16, 64, 64, 4, 3), 64: Tile(32, 64, 64, 4, 3), 512: Tile(64, 64, 32, 4, 3)}
 LARGE_TILE = Tile(128, 64, 32, 4, 3)
 
 
