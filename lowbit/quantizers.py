@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lowbit_kernels import binarize, quantize_per_tensor, quantize_per_token, ternarize
+from lowbit_kernels import binarize, fake_quantize_per_token, quantize_per_tensor, quantize_per_token, ternarize
 
 Codes = tuple[torch.Tensor, torch.Tensor]
 
@@ -97,7 +97,10 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantized and dequantized `x`, same shape and dtype; straight-through gradient."""
-        return self.dequantize(x, *self.codes(x))
+        if self.granularity == "per_tensor":
+            return self.dequantize(x, *self.codes(x))
+        clipped = x if self.clip is None else x.clamp(-self.clip, self.clip)
+        return self._straight_through(x, fake_quantize_per_token(clipped, self.bits, self.symmetric))
 
     def dequantize(
         self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None
@@ -106,7 +109,9 @@ class ActivationQuantizer(nn.Module):
         quantized = codes.float()
         if zero_point is not None:
             quantized.sub_(zero_point.unsqueeze(-1))
-        quantized = quantized.mul_(scale.unsqueeze(-1)).to(x.dtype)
+        return self._straight_through(x, quantized.mul_(scale.unsqueeze(-1)).to(x.dtype))
+
+    def _straight_through(self, x: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
         if not x.requires_grad:
             return quantized
         if self.clip is not None:

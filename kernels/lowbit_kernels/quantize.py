@@ -257,6 +257,21 @@ def _per_token_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
     return q, scale, zero_point
 
 
+def _fake_per_token_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
+    out = torch.empty_like(x)  # in x's strides: attention passes transposed views, which are not worth copying
+    rows = max(1, CPU_CHUNK * x.shape[0] // max(1, x.numel()))
+    for part, target in zip(x.split(rows), out.split(rows), strict=True):
+        wide = part.float()
+        low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+        scale, inverse, zero = _scale_and_zero_torch(low, high, bits, symmetric)
+        q = (wide * inverse).round_()
+        if zero is not None:
+            # clamp(q + zero) - zero; the lower end needs none, since low itself rounds to it
+            q = torch.minimum(q, 2 ** (bits - 1) - 1 - zero, out=q)
+        torch.mul(q, scale, out=target) if x.dtype == torch.float32 else target.copy_(q.mul_(scale))
+    return out
+
+
 def _per_tensor_cpu(
     x: torch.Tensor, bits: int, symmetric: bool, scale: torch.Tensor | None, zero_point: torch.Tensor | None
 ) -> Quantized:
@@ -291,6 +306,12 @@ def _static(
 # -------------------------------------------------------------------------------------------------------------- ops
 
 
+def _fake_per_token_cuda(x: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
+    q, scale, zero_point = launch_per_token(x.reshape(-1, x.shape[-1]), bits, symmetric)
+    codes = q.float() if symmetric else q.float() - zero_point.unsqueeze(1)
+    return (codes * scale.unsqueeze(1)).to(x.dtype).reshape(x.shape)
+
+
 def _per_token_fake(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
     return _outputs(x, symmetric, x.shape[0])
 
@@ -306,6 +327,12 @@ _per_token = define(
     cpu=_per_token_cpu,
     cuda=launch_per_token,
     fake=_per_token_fake,
+)
+_fake_per_token = define(
+    "fake_quantize_per_token(Tensor x, int bits, bool symmetric) -> Tensor",
+    cpu=_fake_per_token_cpu,
+    cuda=_fake_per_token_cuda,
+    fake=lambda x, bits, symmetric: torch.empty_like(x),
 )
 _per_tensor = define(
     "quantize_per_tensor(Tensor x, int bits, bool symmetric, Tensor? scale, Tensor? zero_point) "
@@ -340,6 +367,26 @@ def quantize_per_token(
     tokens = x.shape[:-1]
     q, scale, zero_point = _per_token(x.detach().reshape(tokens.numel(), x.shape[-1]), bits, symmetric)
     return q.reshape(x.shape), scale.reshape(tokens), None if symmetric else zero_point.reshape(tokens)
+
+
+def fake_quantize_per_token(x: torch.Tensor, bits: int = 8, symmetric: bool = True) -> torch.Tensor:
+    """`scale * (codes - zero_point)` of `quantize_per_token`, without storing codes; carries no gradient.
+
+    Args:
+        x: float [..., K].
+        bits, symmetric: as `quantize_per_token`.
+
+    Returns:
+        like x.
+
+    Raises:
+        TypeError, ValueError: as `quantize_per_token`.
+    """
+    check_tensor("x", x, FLOATS)
+    check_choice("bits", bits, (8, 4))
+    if x.dim() == 0:
+        raise ValueError("x is a scalar, expected [..., K]")
+    return _fake_per_token(x.detach(), bits, symmetric) if x.numel() else x.detach().clone()
 
 
 def quantize_per_tensor(

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lowbit_kernels import quantize_per_tensor, quantize_per_token, reference
+from lowbit_kernels import fake_quantize_per_token, quantize_per_tensor, quantize_per_token, reference
 
 MODES = [(bits, symmetric) for bits in (8, 4) for symmetric in (True, False)]
 SHAPES = [(1, 1), (3, 1), (1, 127), (5, 129), (2, 3, 768), (7, 3072), (0, 64), (4, 0), (100, 3001), (129,)]
@@ -150,3 +150,19 @@ def test_bad_input_is_refused() -> None:
         quantize_per_tensor(x, symmetric=False, scale=torch.ones(1))
     with pytest.raises(ValueError, match="static"):
         quantize_per_tensor(x, scale=torch.ones(2))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fake_quantization_is_what_the_codes_stand_for(bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    """Bit for bit, on a transposed view, with a zero row, a constant row and a NaN row, across chunks."""
+    x = (torch.randn(5, 300, 7, 64) + 0.5).transpose(1, 2).to(dtype)
+    x[1, 2, 3], x[2, 3, 4], x[3, 4, 5, 6] = 0.0, 2.5, math.nan
+    codes, scale, zero_point = quantize_per_token(x, bits, symmetric)
+    values = codes.float() if zero_point is None else codes.float() - zero_point.float().unsqueeze(-1)
+    expected = (values * scale.unsqueeze(-1)).to(dtype)
+    actual = fake_quantize_per_token(x, bits, symmetric)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
+    assert actual.stride() == x.stride()
