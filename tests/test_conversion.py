@@ -9,6 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2Model
 
 import lowbit
+import lowbit_kernels
 from helpers import HEADS, batch, minilm, minilm_folder, outputs, tiny
 from lowbit.nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 
@@ -247,3 +248,12 @@ def test_packed_linear_alone_is_a_drop_in() -> None:
     expected = torch.nn.functional.linear(x.double(), packed.dequantize().double(), linear.bias.double())
     error = (packed(x).double() - expected).abs().max() / expected.abs().max()
     assert error < 0.02
+
+
+def test_a_model_quantized_in_inference_mode_keeps_its_int8_expansion() -> None:
+
+    with torch.inference_mode():
+        model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
+        before = lowbit_kernels.expanded_bytes()
+        model(**batch())
+    assert lowbit_kernels.expanded_bytes() > before

@@ -136,8 +136,10 @@ class PackedLinear(Packed):
         columns = -(-in_features // block) * 32
         rows = out_features if config.granularity == "per_row" else 1
         scale_shape = (2, rows) if config.split else (rows,)
-        self.register_buffer("weight", torch.empty(out_features, columns, dtype=torch.uint8, device=device))
-        self.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
+        # Inference tensors have no version counter, which the CPU path needs to keep its int8 expansion.
+        with torch.inference_mode(False):
+            self.register_buffer("weight", torch.empty(out_features, columns, dtype=torch.uint8, device=device))
+            self.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.input_quantizer = activation_quantizer(config, site)
 
