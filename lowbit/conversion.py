@@ -23,6 +23,7 @@ from .config import LowbitConfig
 from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from .nn import attention as lowbit_attention
 from .nn.linear import attention_quantizers
+from .quantizers import SharedActivationQuantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,6 +70,7 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
             packed[name] = PackedEmbedding.from_float(module, module.bits, module.granularity)
     _untie(model)
     _swap(model, packed)
+    _share_inputs(model)
     return hf.attach(model, config.replace(stage="packed"))
 
 
@@ -130,6 +132,8 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     else:
         modules = _packed_like(model, config)
     _swap(model, modules)
+    if config.stage == "packed":
+        _share_inputs(model)
     _add_attention_quantizers(model, config)
     model.set_attn_implementation(lowbit_attention.NAME)
 
@@ -226,6 +230,18 @@ def _add_attention_quantizers(model: PreTrainedModel, config: LowbitConfig) -> N
         quantizers = attention_quantizers(config)
         if quantizers is not None:
             layer.get_submodule(models.describe(model).attention).quantizers = quantizers
+
+
+def _share_inputs(model: PreTrainedModel) -> None:
+    """Let the packed query, key and value of a layer quantize their common input once."""
+    for _, layer in models.layers(model):
+        projections = [layer.get_submodule(path) for path in models.describe(model).projections]
+        packed = [module for module in projections if isinstance(module, PackedLinear)]
+        own = packed[0].input_quantizer if packed else None
+        if own is not None:
+            shared = SharedActivationQuantizer(own.bits, own.symmetric, own.granularity, own.clip)
+            for module in packed:
+                module.input_quantizer = shared
 
 
 def _untie(model: PreTrainedModel) -> None:

@@ -21,7 +21,7 @@ BELOW = {
     "quantizers": set(),
     "nn": {"config", "quantizers", "nn"},
     "hf": {"config", "errors", "models", "conversion", "nn"},
-    "conversion": {"config", "models", "nn", "hf", "slimming"},
+    "conversion": {"config", "models", "nn", "quantizers", "hf", "slimming"},
     "slimming": {"config", "models", "hf"},
     "distill": {"nn", "config", "models"},
     "_plugin": {"hf", "nn"},

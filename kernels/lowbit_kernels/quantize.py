@@ -250,9 +250,9 @@ def _per_token_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
     if x.numel() == 0:
         return _outputs(x, symmetric, x.shape[0])
     x = x.contiguous()
+    if x.numel() <= CPU_CHUNK:
+        return _rows_cpu(x, bits, symmetric)
     parts = [_rows_cpu(rows, bits, symmetric) for rows in x.split(max(1, CPU_CHUNK // x.shape[1]))]
-    if len(parts) == 1:
-        return parts[0]
     q, scale, zero_point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return q, scale, zero_point
 
