@@ -114,8 +114,11 @@ def test_a_far_zero_point_does_not_overflow(kind: str) -> None:
 def test_activation_equals_definition(kind: str, activation: str) -> None:
     arguments = random_case(kind, 9, 33, 200)
     got, expected = launch(kind, *arguments, activation=activation), definition(kind, *arguments, activation=activation)
-    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-6)
-    assert definition(kind, *arguments).abs().max() > 5  # saturated tails included
+    before = definition(kind, *arguments).abs().max()
+    assert before > 5  # saturated tails included
+    # Four roundings of what is summed before the activation, whose slope is at most 1.13.
+    atol = 4 * 2.0**-24 * 1.13 * float(before + 2 * arguments[3].abs().max())
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=atol)
     huge = launch(kind, *arguments[:4], arguments[4] * 1e30, activation=activation)
     assert huge.isfinite().all() and (huge >= 0).all()
 
