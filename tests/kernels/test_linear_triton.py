@@ -120,7 +120,7 @@ def test_activation_equals_definition(kind: str, activation: str) -> None:
     atol = 4 * 2.0**-24 * 1.13 * float(before + 2 * arguments[3].abs().max())
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=atol)
     huge = launch(kind, *arguments[:4], arguments[4] * 1e30, activation=activation)
-    assert huge.isfinite().all() and (huge >= 0).all()
+    assert huge.isfinite().all() and (huge > -0.18).all()  # the least value of GELU is -0.17
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
