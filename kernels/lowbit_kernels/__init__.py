@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .embedding import quantized_embedding
-    from .linear import binary_linear, codes_linear, expanded_bytes, keep_expanded, split_linear, ternary_linear
+    from .linear import binary_linear, codes_linear, split_linear, ternary_linear
+    from .linear_cpu import expanded_bytes, keep_expanded
     from .packing import pack_binary, pack_split, pack_ternary, unpack_binary, unpack_split, unpack_ternary
     from .quantize import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
     from .weights import binarize, split_ternary, ternarize
@@ -22,9 +23,9 @@ _HOME = {
     "binarize": "weights",
     "binary_linear": "linear",
     "codes_linear": "linear",
-    "expanded_bytes": "linear",
+    "expanded_bytes": "linear_cpu",
     "fake_quantize_per_token": "quantize",
-    "keep_expanded": "linear",
+    "keep_expanded": "linear_cpu",
     "pack_binary": "packing",
     "pack_split": "packing",
     "pack_ternary": "packing",

@@ -61,4 +61,13 @@ def check_choice(name: str, value: object, accepted: tuple[object, ...]) -> None
         raise ValueError(f"{name}={value!r}, accepted: {', '.join(map(repr, accepted))}")
 
 
+def traced_on_cpu(x: torch.Tensor) -> bool:
+    """Whether torch.compile or torch.export is tracing a CPU op.
+
+    Ops that are elementwise or reductions then run as the plain torch code of their CPU path instead of as one opaque
+    op, and Inductor fuses them with their neighbours: worth a third of a BERT forward.
+    """
+    return torch.compiler.is_compiling() and x.device.type == "cpu"
+
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._ops import FLOATS, check_choice, check_device, check_tensor, define
+from ._ops import FLOATS, check_choice, check_device, check_tensor, define, traced_on_cpu
 from ._triton import INTERPRET, tl, triton
-from .packing import pack_codes, unpack_binary, unpack_split, unpack_ternary
+from .linear_cpu import codes_linear_cpu, linear_cpu, linear_traced
+from .packing import pack_codes
 from .quantize import quantize_per_token
 
 TERNARY, BINARY, SPLIT = 0, 1, 2  # `LAYOUT` of the kernel
@@ -216,142 +216,6 @@ def aot_cases() -> list[tuple]:
     return cases
 
 
-# ------------------------------------------------------------------------------------------------------------- CPU
-# torch has no 2-bit product on CPUs. Unpacking costs more than the int8 product itself below a few hundred rows, so
-# the int8 expansion is kept beside the packed tensor it was made from, for as long as that tensor lives.
-
-
-@dataclass
-class _Expanded:
-    """Signed int8 codes [N, K] (a split pair stacked to [2N, K]), prepacked by oneDNN where it can be."""
-
-    made_from: tuple[object, ...]  # what the packed tensor was then
-    K: int
-    rows: int
-    weight: torch.Tensor
-    row_sum: torch.Tensor  # float32 [rows], exact
-    prepacked: bool
-
-
-_kept = WeakTensorKeyDictionary()
-_keep = True
-
-
-def keep_expanded(keep: bool) -> None:
-    """Whether the CPU path keeps int8 expansions of packed weights (default: True).
-
-    Without, weights stay at 1 or 2 bits in memory and are unpacked in every call. Turning it off frees what is kept.
-    In-place edits of a packed tensor are noticed, except through `.data` or a NumPy view, which have no version.
-    """
-    global _keep
-    _keep = keep
-    if not keep:
-        _kept.clear()
-
-
-def expanded_bytes() -> int:
-    """Bytes of int8 expansions that the CPU path keeps now."""
-    return sum(entry.rows * entry.K for entry in _kept.values())
-
-
-@functools.cache
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
-
-
-def _codes(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
-    if layout == "split":
-        return torch.cat(unpack_split(packed, K))
-    return (unpack_ternary if layout == "ternary" else unpack_binary)(packed, K)
-
-
-def _expand(packed: torch.Tensor, K: int, layout: str) -> _Expanded:
-    if not _keep or packed.is_inference():  # inference tensors have no version to notice in-place edits by
-        return _expand_codes(_codes(packed, K, layout))
-    made_from = (packed._version, packed.data_ptr(), K, layout)
-    entry = _kept.get(packed)
-    if entry is None or entry.made_from != made_from:
-        entry = _kept[packed] = _expand_codes(_codes(packed, K, layout), made_from)
-    return entry
-
-
-def _expand_codes(codes: torch.Tensor, made_from: tuple[object, ...] = ()) -> _Expanded:
-    K = codes.shape[1]
-    row_sum = codes.sum(1, dtype=torch.int32).float()
-    # oneDNN returns the accumulators as float32: exact below 2^24, which |x| <= 128 and |w| <= 1 keep up to this K.
-    prepacked = _has_onednn() and codes.numel() > 0 and 128 * K < 2**24
-    weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None) if prepacked else codes.contiguous()
-    return _Expanded(made_from, K, codes.shape[0], weight, row_sum, prepacked)
-
-
-@functools.lru_cache(maxsize=64)
-def _ones_zeros(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ones(n), torch.zeros(n, dtype=torch.int64)
-
-
-def accumulate(x: torch.Tensor, expanded: _Expanded, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """x int8 [M, K] times the expanded codes -> float32 [M, rows]: exact integers, times `scale` [rows] if given."""
-    if not expanded.prepacked or x.shape[0] == 0:
-        acc = _int_mm(x, expanded.weight).float() if x.shape[0] else x.new_zeros(0, expanded.rows, dtype=torch.float32)
-        return acc if scale is None else acc.mul_(scale)
-    ones, zeros = _ones_zeros(expanded.rows)
-    return torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 0, expanded.weight, ones if scale is None else scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-
-
-def _int_mm(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    """int8 [M, K] x int8 [N, K] -> int32 [M, N]."""
-    if codes.shape[0] == 0 or codes.shape[1] < 2:  # `_int_mm` on CPU refuses empty operands and errs at K = 1
-        return x.int() @ codes.int().t()
-    return torch._int_mm(x, codes.t())
-
-
-def _linear_cpu(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    x_scale: torch.Tensor,
-    x_zero_point: torch.Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-    layout: str,
-) -> torch.Tensor:
-    expanded = _expand(packed, x.shape[1], layout)
-    return _finish(x, expanded, scale, bias, x_scale, x_zero_point, activation, out_dtype, layout)
-
-
-def _finish(
-    x: torch.Tensor,
-    expanded: _Expanded,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    x_scale: torch.Tensor,
-    x_zero_point: torch.Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-    layout: str,
-) -> torch.Tensor:
-    """Product and epilogue, for packed weights and for codes alike."""
-    N = expanded.rows // 2 if layout == "split" else expanded.rows
-    scale = scale.expand(2, N).reshape(-1) if layout == "split" else scale.expand(N)
-    scale = scale.contiguous()
-    if x_zero_point is None:
-        y = accumulate(x.contiguous(), expanded, scale)
-    else:
-        y = accumulate(x.contiguous(), expanded)
-        y.addcmul_(x_zero_point.float().unsqueeze(-1), expanded.row_sum, value=-1).mul_(scale)
-    if layout == "split":
-        y = y[:, :N] + y[:, N:]
-    # In float32 whatever the output dtype; every pass over [M, N] counts, hence the fused multiply and add.
-    x_scale = x_scale.unsqueeze(-1)
-    y = y.mul_(x_scale) if bias is None else torch.addcmul(bias.float(), y, x_scale)
-    if activation is not None:
-        y = torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return y.to(out_dtype)
-
-
 # -------------------------------------------------------------------------------------------------------------- ops
 
 
@@ -372,27 +236,13 @@ def _define(layout: str) -> Any:
     return define(
         f"{layout}_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor x_scale, Tensor? x_zero_point, "
         "str? activation, ScalarType out_dtype) -> Tensor",
-        cpu=functools.partial(_linear_cpu, layout=layout),
+        cpu=functools.partial(linear_cpu, layout=layout),
         cuda=functools.partial(launch, layout=layout),
         fake=_linear_fake,
     )
 
 
 _OPS = {layout: _define(layout) for layout in LAYOUTS}
-
-
-def _codes_cpu(
-    x: torch.Tensor,
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    x_scale: torch.Tensor,
-    x_zero_point: torch.Tensor | None,
-    layout: str,
-    out_dtype: torch.dtype,
-) -> torch.Tensor:
-    expanded = _expand_codes(codes.reshape(-1, x.shape[1]))
-    return _finish(x, expanded, scale, bias, x_scale, x_zero_point, None, out_dtype, layout)
 
 
 def _codes_cuda(
@@ -426,7 +276,7 @@ def _codes_fake(
 _codes_op = define(
     "codes_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor x_scale, Tensor? x_zero_point, "
     "str layout, ScalarType out_dtype) -> Tensor",
-    cpu=_codes_cpu,
+    cpu=codes_linear_cpu,
     cuda=_codes_cuda,
     fake=_codes_fake,
 )
@@ -511,7 +361,8 @@ def _linear(
         x_zero_point = x_zero_point.reshape(-1)
     if x_scale.shape not in (tokens, (1,)):
         raise ValueError(f"x_scale has shape {tuple(x_scale.shape)}, expected {tuple(tokens)} (per token) or (1,)")
-    y = _OPS[layout](
+    run = functools.partial(linear_traced, layout=layout) if traced_on_cpu(x) else _OPS[layout]
+    y = run(
         x.reshape(math.prod(tokens), K), packed, scale, bias, x_scale.reshape(-1), x_zero_point, activation, out_dtype
     )
     return y.reshape(*tokens, N)

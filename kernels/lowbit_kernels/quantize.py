@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import torch
 
-from ._ops import FLOATS, check_choice, check_device, check_tensor, define
+from ._ops import FLOATS, check_choice, check_device, check_tensor, define, traced_on_cpu
 from ._triton import tl, triton
 
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -257,18 +257,22 @@ def _per_token_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
     return q, scale, zero_point
 
 
+def _fake_rows_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
+    wide = x.float()
+    low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
+    scale, inverse, zero = _scale_and_zero_torch(low, high, bits, symmetric)
+    q = (wide * inverse).round_()
+    if zero is not None:
+        # clamp(q + zero) - zero; the lower end needs none, since low itself rounds to it
+        q = torch.minimum(q, 2 ** (bits - 1) - 1 - zero)
+    return q.mul_(scale).to(x.dtype)
+
+
 def _fake_per_token_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
     out = torch.empty_like(x)  # in x's strides: attention passes transposed views, which are not worth copying
     rows = max(1, CPU_CHUNK * x.shape[0] // max(1, x.numel()))
     for part, target in zip(x.split(rows), out.split(rows), strict=True):
-        wide = part.float()
-        low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
-        scale, inverse, zero = _scale_and_zero_torch(low, high, bits, symmetric)
-        q = (wide * inverse).round_()
-        if zero is not None:
-            # clamp(q + zero) - zero; the lower end needs none, since low itself rounds to it
-            q = torch.minimum(q, 2 ** (bits - 1) - 1 - zero, out=q)
-        torch.mul(q, scale, out=target) if x.dtype == torch.float32 else target.copy_(q.mul_(scale))
+        target.copy_(_fake_rows_cpu(part, bits, symmetric))
     return out
 
 
@@ -365,7 +369,9 @@ def quantize_per_token(
     if x.dim() == 0:
         raise ValueError("x is a scalar, expected [..., K]; use x.reshape(1, 1) or quantize_per_tensor")
     tokens = x.shape[:-1]
-    q, scale, zero_point = _per_token(x.detach().reshape(tokens.numel(), x.shape[-1]), bits, symmetric)
+    rows = x.detach().reshape(tokens.numel(), x.shape[-1])
+    run = _rows_cpu if traced_on_cpu(x) and x.numel() else _per_token
+    q, scale, zero_point = run(rows, bits, symmetric)
     return q.reshape(x.shape), scale.reshape(tokens), None if symmetric else zero_point.reshape(tokens)
 
 
@@ -386,7 +392,9 @@ def fake_quantize_per_token(x: torch.Tensor, bits: int = 8, symmetric: bool = Tr
     check_choice("bits", bits, (8, 4))
     if x.dim() == 0:
         raise ValueError("x is a scalar, expected [..., K]")
-    return _fake_per_token(x.detach(), bits, symmetric) if x.numel() else x.detach().clone()
+    if not x.numel():
+        return x.detach().clone()
+    return (_fake_rows_cpu if traced_on_cpu(x) else _fake_per_token)(x.detach(), bits, symmetric)
 
 
 def quantize_per_tensor(
