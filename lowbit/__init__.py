@@ -17,6 +17,7 @@ from . import _plugin
 
 if TYPE_CHECKING:
     from . import nn
+    from .compiling import compile
     from .config import BinaryConfig, LowbitConfig, TernaryConfig
     from .conversion import convert, prepare, quantize, split
     from .distill import AttentionScoreLoss, DistillationTrainer, HiddenStateLoss, LogitsLoss, TaskLoss
@@ -30,6 +31,7 @@ _HOME = {
     "BinaryConfig": "config",
     "LowbitConfig": "config",
     "TernaryConfig": "config",
+    "compile": "compiling",
     "convert": "conversion",
     "prepare": "conversion",
     "quantize": "conversion",
@@ -55,6 +57,7 @@ __all__ = [
     "TaskLoss",
     "TernaryConfig",
     "backend",
+    "compile",
     "convert",
     "nn",
     "prepare",

@@ -22,11 +22,13 @@ from . import hf, models
 from .config import LowbitConfig
 from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from .nn import attention as lowbit_attention
-from .nn.linear import attention_quantizers
-from .quantizers import SharedActivationQuantizer
+from .nn.linear import JointProjection, attention_quantizers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# `hidden_act` of the model -> the same function inside the linear before it.
+FUSED_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
@@ -70,7 +72,7 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
             packed[name] = PackedEmbedding.from_float(module, module.bits, module.granularity)
     _untie(model)
     _swap(model, packed)
-    _share_inputs(model)
+    _fuse(model)
     return hf.attach(model, config.replace(stage="packed"))
 
 
@@ -133,7 +135,7 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
         modules = _packed_like(model, config)
     _swap(model, modules)
     if config.stage == "packed":
-        _share_inputs(model)
+        _fuse(model)
     _add_attention_quantizers(model, config)
     model.set_attn_implementation(lowbit_attention.NAME)
 
@@ -232,16 +234,19 @@ def _add_attention_quantizers(model: PreTrainedModel, config: LowbitConfig) -> N
             layer.get_submodule(models.describe(model).attention).quantizers = quantizers
 
 
-def _share_inputs(model: PreTrainedModel) -> None:
-    """Let the packed query, key and value of a layer quantize their common input once."""
+def _fuse(model: PreTrainedModel) -> None:
+    """Query, key and value of a packed layer in one product; GELU in the product before it."""
+    architecture = models.describe(model)
     for _, layer in models.layers(model):
-        projections = [layer.get_submodule(path) for path in models.describe(model).projections]
-        packed = [module for module in projections if isinstance(module, PackedLinear)]
-        own = packed[0].input_quantizer if packed else None
-        if own is not None:
-            shared = SharedActivationQuantizer(own.bits, own.symmetric, own.granularity, own.clip)
-            for module in packed:
-                module.input_quantizer = shared
+        submodules = [layer.get_submodule(path) for path in architecture.projections]
+        projections = [module for module in submodules if isinstance(module, PackedLinear)]
+        if len(projections) == 3 and projections[0].input_quantizer is not None:
+            JointProjection(projections)
+        linear = layer.get_submodule(architecture.ffn_input)
+        activation = FUSED_ACTIVATIONS.get(model.config.hidden_act)
+        if activation and isinstance(linear, PackedLinear) and linear.input_quantizer is not None:
+            linear.activation = activation
+            layer.set_submodule(architecture.ffn_activation, nn.Identity())
 
 
 def _untie(model: PreTrainedModel) -> None:

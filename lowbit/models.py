@@ -20,6 +20,7 @@ class Architecture:
     projections: tuple[str, str, str]  # query, key, value; in a layer
     attention_output: str  # in a layer
     ffn_input: str  # in a layer
+    ffn_activation: str  # in a layer
     ffn_output: str  # in a layer
     pooler: str
     word_embeddings: str
@@ -38,6 +39,7 @@ ARCHITECTURES = {
         projections=("attention.self.query", "attention.self.key", "attention.self.value"),
         attention_output="attention.output.dense",
         ffn_input="intermediate.dense",
+        ffn_activation="intermediate.intermediate_act_fn",
         ffn_output="output.dense",
         pooler="pooler.dense",
         word_embeddings="embeddings.word_embeddings",

@@ -9,9 +9,7 @@ A weight quantizer is any function `codes(w, granularity) -> (codes int8, scale 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
@@ -131,25 +129,3 @@ class ActivationQuantizer(nn.Module):
     def extra_repr(self) -> str:
         kind = "symmetric" if self.symmetric else "asymmetric"
         return f"bits={self.bits}, {kind}, {self.granularity}" + (f", clip={self.clip}" if self.clip else "")
-
-
-class SharedActivationQuantizer(ActivationQuantizer):
-    """Remembers the codes of the tensor it saw last: query, key and value of one layer all read the same one.
-
-    Without it a packed layer would quantize that tensor three times, a tenth of its time on a CPU.
-    """
-
-    _last: tuple[weakref.ref[torch.Tensor], int | None, QuantizedActivation] | None = None
-
-    def codes(self, x: torch.Tensor) -> QuantizedActivation:
-        if torch.compiler.is_compiling():
-            return super().codes(x)
-        version, last = None if x.is_inference() else x._version, self._last
-        if last is not None and last[0]() is x and last[1] == version:
-            return last[2]
-        result = super().codes(x)
-        self._last = (weakref.ref(x), version, result)
-        return result
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_last": None}

@@ -43,7 +43,7 @@ print(tuple(packed(torch.randn(2, 100)).shape), lowbit.backend().startswith("cpu
 def test_functions_are_not_shadowed_by_their_modules() -> None:
     program = """
 import lowbit, transformers.modeling_utils
-print(all(callable(getattr(lowbit, n)) for n in ("slim", "convert", "prepare", "quantize", "split")))
+print(all(callable(getattr(lowbit, n)) for n in ("slim", "convert", "prepare", "quantize", "split", "compile")))
 """
     assert run(program) == "True"
 

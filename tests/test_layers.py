@@ -23,6 +23,7 @@ BELOW = {
     "hf": {"config", "errors", "models", "conversion", "nn"},
     "conversion": {"config", "models", "nn", "quantizers", "hf", "slimming"},
     "slimming": {"config", "models", "hf"},
+    "compiling": {"models"},
     "distill": {"nn", "config", "models"},
     "_plugin": {"hf", "nn"},
     "__init__": None,  # names everything

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 
 import pytest
 import torch
 
-from lowbit.quantizers import ActivationQuantizer, SharedActivationQuantizer, dequantize_weight, weight_codes
+from lowbit.quantizers import ActivationQuantizer, dequantize_weight, weight_codes
 
 
 def quantize_weight(weight: torch.Tensor, name: str, granularity: str) -> torch.Tensor:
@@ -120,15 +118,3 @@ def test_nan_stays_visible() -> None:
     quantized = ActivationQuantizer(8, True)(x)
     assert quantized[0].isnan().all()
     assert not quantized[1].isnan().any()
-
-
-def test_shared_quantizer_remembers_only_the_same_unchanged_tensor() -> None:
-    shared, plain = SharedActivationQuantizer(8, True), ActivationQuantizer(8, True)
-    x = torch.randn(4, 16)
-    first = shared.codes(x)
-    assert shared.codes(x)[0] is first[0]
-    assert torch.equal(shared.codes(x.clone())[0], first[0])
-    x.mul_(torch.linspace(0.1, 2, 16))
-    assert torch.equal(shared.codes(x)[0], plain.codes(x)[0])
-    assert not torch.equal(shared.codes(x)[0], first[0])
-    assert torch.equal(pickle.loads(pickle.dumps(copy.deepcopy(shared))).codes(x)[0], plain.codes(x)[0])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .embedding import quantized_embedding
-    from .linear import binary_linear, codes_linear, split_linear, ternary_linear
+    from .linear import binary_linear, codes_linear, joint_linear, split_linear, ternary_linear
     from .linear_cpu import expanded_bytes, keep_expanded
     from .packing import pack_binary, pack_split, pack_ternary, unpack_binary, unpack_split, unpack_ternary
     from .quantize import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
@@ -25,6 +25,7 @@ _HOME = {
     "codes_linear": "linear",
     "expanded_bytes": "linear_cpu",
     "fake_quantize_per_token": "quantize",
+    "joint_linear": "linear",
     "keep_expanded": "linear_cpu",
     "pack_binary": "packing",
     "pack_split": "packing",
@@ -47,6 +48,7 @@ __all__ = [
     "codes_linear",
     "expanded_bytes",
     "fake_quantize_per_token",
+    "joint_linear",
     "keep_expanded",
     "pack_binary",
     "pack_split",

@@ -15,12 +15,15 @@ import torch
 _LIBRARY = torch.library.Library("lowbit_kernels", "DEF")
 
 
-def define(schema: str, *, cpu: Callable[..., Any], cuda: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an op and its three implementations; returns the resolved overload."""
+def define(
+    schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any], cuda: Callable[..., Any] | None = None
+) -> Any:
+    """Define an op and its implementations; returns the resolved overload."""
     name = schema.split("(")[0]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, _on_device_of_first(cuda), "CUDA")
+    if cuda is not None:
+        _LIBRARY.impl(name, _on_device_of_first(cuda), "CUDA")
     torch.library.register_fake(f"lowbit_kernels::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.lowbit_kernels, name).default
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 
 from ._ops import FLOATS, check_choice, check_device, check_tensor, define, traced_on_cpu
 from ._triton import INTERPRET, tl, triton
-from .linear_cpu import codes_linear_cpu, linear_cpu, linear_traced
+from .linear_cpu import codes_linear_cpu, linears_cpu
 from .packing import pack_codes
 from .quantize import quantize_per_token
 
@@ -219,7 +220,21 @@ def aot_cases() -> list[tuple]:
 # -------------------------------------------------------------------------------------------------------------- ops
 
 
-def _linear_fake(
+def _cpu(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    layout: str,
+) -> torch.Tensor:
+    return linears_cpu(x, [packed], [scale], [bias], x_scale, x_zero_point, activation, out_dtype, layout)[0]
+
+
+def _fake(
     x: torch.Tensor,
     packed: torch.Tensor,
     scale: torch.Tensor,
@@ -236,13 +251,83 @@ def _define(layout: str) -> Any:
     return define(
         f"{layout}_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor x_scale, Tensor? x_zero_point, "
         "str? activation, ScalarType out_dtype) -> Tensor",
-        cpu=functools.partial(linear_cpu, layout=layout),
+        cpu=functools.partial(_cpu, layout=layout),
         cuda=functools.partial(launch, layout=layout),
-        fake=_linear_fake,
+        fake=_fake,
     )
 
 
 _OPS = {layout: _define(layout) for layout in LAYOUTS}
+
+
+def _joint_cuda(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    layout: str,
+) -> list[torch.Tensor]:
+    weights = zip(packed, scale, bias, strict=True)
+    return [launch(x, *weight, x_scale, x_zero_point, activation, out_dtype, layout) for weight in weights]
+
+
+def _joint_fake(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    layout: str,
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape[0], tensor.shape[0], dtype=out_dtype) for tensor in packed]
+
+
+_joint_op = define(
+    "joint_linear(Tensor x, Tensor[] packed, Tensor[] scale, Tensor?[] bias, Tensor x_scale, Tensor? x_zero_point, "
+    "str? activation, ScalarType out_dtype, str layout) -> Tensor[]",
+    cpu=linears_cpu,
+    cuda=_joint_cuda,
+    fake=_joint_fake,
+)
+
+
+def joint_linear(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    layout: str,
+    activation: str | None,
+    out_dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """Linears that share their input (query, key and value): one product on the CPU, the same bits as one by one.
+
+    What the modules call, whose weights are known to fit: arguments are not checked.
+
+    Args:
+        x: int8 [..., K].
+        packed, scale, bias: of each linear, as `ternary_linear`.
+        x_scale, x_zero_point, activation, out_dtype: as `ternary_linear`.
+        layout: "ternary", "binary" or "split".
+
+    Returns:
+        [..., N] of each.
+    """
+    tokens = x.shape[:-1]
+    zero = None if x_zero_point is None else x_zero_point.reshape(-1)
+    run = linears_cpu if traced_on_cpu(x) else _joint_op
+    rows = x.reshape(math.prod(tokens), x.shape[-1])
+    parts = run(rows, packed, scale, bias, x_scale.reshape(-1), zero, activation, out_dtype, layout)
+    return [part.reshape(*tokens, part.shape[-1]) for part in parts]
 
 
 def _codes_cuda(
@@ -361,10 +446,8 @@ def _linear(
         x_zero_point = x_zero_point.reshape(-1)
     if x_scale.shape not in (tokens, (1,)):
         raise ValueError(f"x_scale has shape {tuple(x_scale.shape)}, expected {tuple(tokens)} (per token) or (1,)")
-    run = functools.partial(linear_traced, layout=layout) if traced_on_cpu(x) else _OPS[layout]
-    y = run(
-        x.reshape(math.prod(tokens), K), packed, scale, bias, x_scale.reshape(-1), x_zero_point, activation, out_dtype
-    )
+    x, x_scale = x.reshape(math.prod(tokens), K), x_scale.reshape(-1)
+    y = _OPS[layout](x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype)
     return y.reshape(*tokens, N)
 
 

@@ -10,13 +10,13 @@ follows (residual, LayerNorm, GELU, the next quantization).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._ops import define
+from ._ops import define, traced_on_cpu
 from .packing import unpack_binary, unpack_split, unpack_ternary
 
 
@@ -64,15 +64,22 @@ def _codes(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
     return (unpack_ternary if layout == "ternary" else unpack_binary)(packed, K)
 
 
-def expand(packed: torch.Tensor, K: int, layout: str) -> Expanded:
-    """The kept expansion of a packed weight, made now where there is none or the weight has changed since."""
-    if not _keep or packed.is_inference():  # inference tensors have no version to notice in-place edits by
-        return expand_codes(_codes(packed, K, layout))
-    made_from = (packed._version, packed.data_ptr(), K, layout)
-    entry = _kept.get(packed)
+def expand(packed: Sequence[torch.Tensor], K: int, layout: str) -> Expanded:
+    """The kept expansion of packed weights that share their input, made now where there is none or one has changed."""
+    first = packed[0]
+    # Inference tensors have no version to notice in-place edits by.
+    if not _keep or any(tensor.is_inference() for tensor in packed):
+        return _expand(packed, K, layout)
+    made_from = (K, layout, *((tensor._version, tensor.data_ptr()) for tensor in packed))
+    entry = _kept.get(first)
     if entry is None or entry.made_from != made_from:
-        entry = _kept[packed] = expand_codes(_codes(packed, K, layout), made_from)
+        entry = _kept[first] = _expand(packed, K, layout, made_from)
     return entry
+
+
+def _expand(packed: Sequence[torch.Tensor], K: int, layout: str, made_from: tuple[object, ...] = ()) -> Expanded:
+    codes = [_codes(tensor, K, layout) for tensor in packed]
+    return expand_codes(codes[0] if len(codes) == 1 else torch.cat(codes), made_from)
 
 
 def expand_codes(codes: torch.Tensor, made_from: tuple[object, ...] = ()) -> Expanded:
@@ -108,23 +115,22 @@ def _int_mm(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return torch._int_mm(x, codes.t())
 
 
-def linear_cpu(
+def linears_cpu(
     x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
     x_scale: torch.Tensor,
     x_zero_point: torch.Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
     layout: str,
-) -> torch.Tensor:
-    """The op on packed weights."""
-    expanded = expand(packed, x.shape[1], layout)
-    return _finish(
-        functools.partial(accumulate, x.contiguous(), expanded), lambda: expanded.row_sum, packed.shape[0],
-        scale, bias, x_scale, x_zero_point, activation, out_dtype, layout,
-    )  # fmt: skip
+) -> list[torch.Tensor]:
+    """Linears on one input: one product, an epilogue each."""
+    scaled = _scaled_op if traced_on_cpu(x) else _scaled
+    y = scaled(x, packed, scale, x_zero_point, layout)
+    parts = y.split([tensor.shape[0] * _planes(layout) for tensor in packed], 1)
+    return [_finish(part, own, x_scale, activation, out_dtype, layout) for part, own in zip(parts, bias, strict=True)]
 
 
 def codes_linear_cpu(
@@ -137,90 +143,78 @@ def codes_linear_cpu(
     layout: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The op on unpacked codes."""
+    """`linears_cpu` for one linear given by its codes int8 [N, K] or [2, N, K]."""
     expanded = expand_codes(codes.reshape(-1, x.shape[1]))
-    return _finish(
-        functools.partial(accumulate, x.contiguous(), expanded), lambda: expanded.row_sum, codes.shape[-2],
-        scale, bias, x_scale, x_zero_point, None, out_dtype, layout,
-    )  # fmt: skip
+    y = _times_scale(x, expanded, _row_scale(scale, codes.shape[-2]), x_zero_point)
+    return _finish(y, bias, x_scale, None, out_dtype, layout)
 
 
-def linear_traced(
-    x: torch.Tensor,
-    packed: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    x_scale: torch.Tensor,
-    x_zero_point: torch.Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-    layout: str,
+def _planes(layout: str) -> int:
+    return 2 if layout == "split" else 1
+
+
+def _row_scale(scale: torch.Tensor, N: int) -> torch.Tensor:
+    """[N] or [1] -> [N]; of a pair [2, N] or [2, 1] -> [2N]."""
+    return scale.expand(*scale.shape[:-1], N).reshape(-1).contiguous()
+
+
+def _times_scale(
+    x: torch.Tensor, expanded: Expanded, scale: torch.Tensor, x_zero_point: torch.Tensor | None
 ) -> torch.Tensor:
-    """`linear_cpu` for torch.compile: an opaque product and a visible epilogue."""
-    return _finish(
-        functools.partial(_product_op, x, packed, layout), functools.partial(_sums_op, packed, x.shape[1], layout),
-        packed.shape[0], scale, bias, x_scale, x_zero_point, activation, out_dtype, layout,
-    )  # fmt: skip
-
-
-def _finish(
-    product: Callable[[torch.Tensor | None], torch.Tensor],
-    row_sum: Callable[[], torch.Tensor],
-    N: int,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    x_scale: torch.Tensor,
-    x_zero_point: torch.Tensor | None,
-    activation: str | None,
-    out_dtype: torch.dtype,
-    layout: str,
-) -> torch.Tensor:
-    """Epilogue; `product` takes the scale of the weight rows or None, `row_sum` gives the sums of the codes."""
-    scale = scale.expand(2, N).reshape(-1) if layout == "split" else scale.expand(N)
-    scale = scale.contiguous()
+    """scale[n] * sum_k (x[m, k] - x_zero_point[m]) * w[n, k] -> float32 [M, rows]."""
+    x = x.contiguous()
     if x_zero_point is None:
-        y = product(scale)
-    else:
-        y = product(None)
-        y.addcmul_(x_zero_point.float().unsqueeze(-1), row_sum(), value=-1).mul_(scale)
-    if layout == "split":
-        y = y[:, :N] + y[:, N:]
-    # In float32 whatever the output dtype; every pass over [M, N] counts, hence the fused multiply and add.
-    x_scale = x_scale.unsqueeze(-1)
-    y = y.mul_(x_scale) if bias is None else torch.addcmul(bias.float(), y, x_scale)
-    if activation is not None:
-        y = torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
-    return y.to(out_dtype)
+        return accumulate(x, expanded, scale)
+    y = accumulate(x, expanded)
+    return y.addcmul_(x_zero_point.float().unsqueeze(-1), expanded.row_sum, value=-1).mul_(scale)
 
 
-# ------------------------------------------------------------------------------- what torch.compile cannot look into
+def _scaled(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    x_zero_point: torch.Tensor | None,
+    layout: str,
+) -> torch.Tensor:
+    scales = [_row_scale(own, tensor.shape[0]) for own, tensor in zip(scale, packed, strict=True)]
+    joint = scales[0] if len(scales) == 1 else torch.cat(scales)
+    return _times_scale(x, expand(packed, x.shape[1], layout), joint, x_zero_point)
 
 
-def _no_cuda(*args: object) -> torch.Tensor:
-    raise NotImplementedError("an op of the CPU path")
-
-
-def _product(x: torch.Tensor, packed: torch.Tensor, layout: str, scale: torch.Tensor | None) -> torch.Tensor:
-    return accumulate(x.contiguous(), expand(packed, x.shape[1], layout), scale)
-
-
-def _product_fake(x: torch.Tensor, packed: torch.Tensor, layout: str, scale: torch.Tensor | None) -> torch.Tensor:
-    rows = packed.shape[0] * (2 if layout == "split" else 1)
+def _scaled_fake(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    x_zero_point: torch.Tensor | None,
+    layout: str,
+) -> torch.Tensor:
+    rows = sum(tensor.shape[0] for tensor in packed) * _planes(layout)
     return x.new_empty(x.shape[0], rows, dtype=torch.float32)
 
 
-def _sums(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
-    return expand(packed, K, layout).row_sum.clone()  # the caller may write into it
-
-
-def _sums_fake(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
-    return packed.new_empty(packed.shape[0] * (2 if layout == "split" else 1), dtype=torch.float32)
-
-
-_product_op = define(
-    "cpu_product(Tensor x, Tensor packed, str layout, Tensor? scale) -> Tensor",
-    cpu=_product,
-    cuda=_no_cuda,
-    fake=_product_fake,
+# What torch.compile cannot look into: oneDNN's weights have no strides.
+_scaled_op = define(
+    "cpu_product(Tensor x, Tensor[] packed, Tensor[] scale, Tensor? x_zero_point, str layout) -> Tensor",
+    cpu=_scaled,
+    fake=_scaled_fake,
 )
-_sums_op = define("cpu_row_sum(Tensor packed, int K, str layout) -> Tensor", cpu=_sums, cuda=_no_cuda, fake=_sums_fake)
+
+
+def _finish(
+    y: torch.Tensor,
+    bias: torch.Tensor | None,
+    x_scale: torch.Tensor,
+    activation: str | None,
+    out_dtype: torch.dtype,
+    layout: str,
+) -> torch.Tensor:
+    """Sum of the pair, scale of the tokens, bias, activation: float32 whatever the output dtype."""
+    if layout == "split":
+        N = y.shape[1] // 2
+        y = y[:, :N] + y[:, N:]
+    # Every pass over [M, N] counts, hence the fused multiply and add.
+    x_scale = x_scale.unsqueeze(-1)
+    y = y * x_scale if bias is None else torch.addcmul(bias.float(), y, x_scale)
+    if activation is not None:
+        y = torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return y.to(out_dtype)

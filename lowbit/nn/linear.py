@@ -9,17 +9,18 @@ differ in the second digit. A split pair holds two binary planes, W = q(W1) + q(
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
 from lowbit_kernels import (
-    binary_linear,
     codes_linear,
+    joint_linear,
     pack_binary,
     pack_split,
     pack_ternary,
-    split_linear,
-    ternary_linear,
     unpack_binary,
     unpack_split,
     unpack_ternary,
@@ -28,8 +29,6 @@ from lowbit_kernels import (
 from ..config import LowbitConfig
 from ..quantizers import WEIGHT_QUANTIZERS, ActivationQuantizer, dequantize_weight, weight_codes
 from ._packed import Packed
-
-LINEARS = {"ternary": ternary_linear, "binary": binary_linear, "split": split_linear}
 
 
 def activation_quantizer(config: LowbitConfig, site: str) -> ActivationQuantizer | None:
@@ -142,6 +141,8 @@ class PackedLinear(Packed):
             self.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.input_quantizer = activation_quantizer(config, site)
+        self.activation: str | None = None  # "gelu" or "gelu_tanh", where `lowbit.convert` fused it
+        self.joint: JointProjection | None = None
 
     @classmethod
     def from_float(
@@ -181,16 +182,11 @@ class PackedLinear(Packed):
         """float [..., K] -> float [..., N] in x's dtype."""
         if self.input_quantizer is None:
             return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
-        codes, scale, zero_point = self.input_quantizer.codes(x)
-        return LINEARS[self.layout](
-            codes,
-            self.weight,
-            self.weight_scale,
-            self.bias,
-            x_scale=scale,
-            x_zero_point=zero_point,
-            out_dtype=x.dtype,
-        )
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
+        if self.joint is not None and self in self.joint.linears:
+            return self.joint(self, x)
+        return multiply([self], x)[0]
 
     def dequantize(self) -> torch.Tensor:
         """The float32 weight [N, K] that the codes stand for."""
@@ -201,4 +197,51 @@ class PackedLinear(Packed):
         return unpack(self.weight, self.in_features) * self.weight_scale.unsqueeze(-1)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.layout}, bias={self.bias is not None}"
+        activation = f", {self.activation}" if self.activation else ""
+        return f"{self.in_features}, {self.out_features}, {self.layout}, bias={self.bias is not None}{activation}"
+
+
+def multiply(linears: Sequence[PackedLinear], x: torch.Tensor) -> list[torch.Tensor]:
+    """Outputs of linears of one kind that read the same x, quantized once."""
+    first = linears[0]
+    assert first.input_quantizer is not None
+    codes, scale, zero_point = first.input_quantizer.codes(x)
+    return joint_linear(
+        codes,
+        [linear.weight for linear in linears],
+        [linear.weight_scale for linear in linears],
+        [linear.bias for linear in linears],
+        scale,
+        zero_point,
+        first.layout,
+        first.activation,
+        x.dtype,
+    )
+
+
+class JointProjection:
+    """Query, key and value of one attention in one product, although the attention calls them one after the other.
+
+    The first one called with a tensor computes all; the others find their part, and the last one drops the tensor.
+
+    Args:
+        linears: of the same kind, in the order in which they are called.
+    """
+
+    def __init__(self, linears: Sequence[PackedLinear]) -> None:
+        self.linears = tuple(linears)
+        self._last: tuple[torch.Tensor, int | None, list[torch.Tensor]] | None = None
+        for linear in linears:
+            linear.joint = self
+
+    def __call__(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
+        """Output of one of the linears."""
+        version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
+        last = self._last  # read once: another thread may be running the same model
+        if last is None or last[0] is not x or last[1] != version:
+            last = x, version, multiply(self.linears, x)
+        self._last = None if linear is self.linears[-1] else last
+        return last[2][self.linears.index(linear)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"linears": self.linears, "_last": None}

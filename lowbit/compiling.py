@@ -1,0 +1,41 @@
+"""torch.compile, layer by layer: all layers share one compilation, which takes seconds instead of a minute.
+
+On a CPU this about halves the latency of a packed BERT: Inductor turns quantization, softmax, LayerNorm, GELU and the
+epilogues of the products into a few loops. On a CPU it needs a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from . import models
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def compile(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
+    """Compile the encoder layers of a model in place; the first forward of a new kind of shape takes seconds.
+
+    Args:
+        model: `BertModel` or any `BertFor*`, usually packed.
+        **options: of `torch.compile`, `dynamic=True` say.
+
+    Returns:
+        The same model. Outputs may differ in rounding: where an activation lies on a tie between two codes.
+
+    Raises:
+        RuntimeError: a model on the CPU, and no C++ compiler.
+        TypeError, ValueError: not a supported model.
+    """
+    layers = [layer for _, layer in models.layers(model)]
+    if model.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise RuntimeError(
+            "torch.compile on a CPU needs a C++ compiler and found neither $CXX, g++ nor clang++; install one "
+            "(apt install g++), or run the model as it is"
+        )
+    for layer in layers:
+        layer.compile(**options)
+    return model

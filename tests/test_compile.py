@@ -1,0 +1,86 @@
+"""torch.compile: the compiled CPU path computes what the eager one does."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+
+import lowbit
+import lowbit_kernels
+from helpers import batch, outputs, tiny
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch.compiler.reset()
+
+
+@needs_compiler
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_traced_quantization_gives_the_same_codes(symmetric: bool) -> None:
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        fake = lowbit_kernels.fake_quantize_per_token(x, 8, symmetric)
+        return *(t for t in lowbit_kernels.quantize_per_token(x, 8, symmetric) if t is not None), fake
+
+    x = torch.randn(40, 96) * torch.logspace(-30, 30, 40).unsqueeze(1)
+    x[0], x[1], x[2] = 0.0, 3.5, -1e-42
+    x[3, 5], x[4, 6] = float("nan"), float("inf")
+    with torch.no_grad():
+        results = torch.compile(run, fullgraph=True)(x)
+        for got, expected in zip(results, run(x), strict=True):
+            finite = torch.ones(40, dtype=torch.bool)
+            finite[3:5] = False  # codes of rows with NaN or infinity are arbitrary, their scale is NaN
+            torch.testing.assert_close(got[finite], expected[finite], rtol=2e-7, atol=0)
+            if got.is_floating_point():
+                assert got[3:5].isnan().flatten(1).any(1).all() if got.dim() > 1 else got[3:5].isnan().all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("split", [False, True])
+def test_a_compiled_model_equals_the_eager_one(split: bool) -> None:
+    model = lowbit.prepare(tiny(), lowbit.TernaryConfig())
+    model = lowbit.convert(lowbit.split(model) if split else model)
+    compiled = lowbit.compile(copy.deepcopy(model), dynamic=True)
+    for rows, length in ((3, 11), (2, 24)):
+        inputs = batch(rows=rows, length=length)
+        (got,), (expected,) = outputs(compiled, inputs), outputs(model, inputs)
+        # Sums round differently, and a code may flip where an activation lies on a tie.
+        assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+@needs_compiler
+def test_layers_compile_without_graph_breaks_and_share_one_compilation() -> None:
+    model = lowbit.compile(lowbit.quantize(tiny(num_hidden_layers=4), lowbit.TernaryConfig()), fullgraph=True)
+    torch._dynamo.utils.counters.clear()
+    outputs(model, batch())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@needs_compiler
+def test_a_compiled_model_saves_and_gives_hidden_states(tmp_path: object) -> None:
+    model = lowbit.compile(lowbit.quantize(tiny(), lowbit.TernaryConfig()))
+    inputs = batch()
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    model.save_pretrained(tmp_path)
+    assert all(map(torch.equal, outputs(type(model).from_pretrained(tmp_path), inputs), outputs(copy_of(model), inputs)))
+
+
+def copy_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The same model, not compiled."""
+    copied = copy.deepcopy(model)
+    for layer in copied.bert.encoder.layer:
+        layer._compiled_call_impl = None
+    return copied
+
+
+def test_a_missing_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowbit.compiling.shutil.which", lambda name: None)
+    with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler"):
+        lowbit.compile(lowbit.quantize(tiny(), lowbit.TernaryConfig()))
