@@ -30,6 +30,7 @@ import lowbit
 import lowbit_kernels
 
 LENGTH = 128
+torch._dynamo.config.recompile_limit = 64  # several models share the code of a layer; beyond 8 it would run eagerly
 Runner = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -42,16 +43,31 @@ def models(names: list[str]) -> dict[str, Runner | None]:
         return lambda ids: model(ids)[0]
 
     half_width = lowbit.prepare(lowbit.slim(copy.deepcopy(base), 0.5), lowbit.TernaryConfig())
+
+    def ternary() -> BertModel:
+        return lowbit.quantize(copy.deepcopy(base), lowbit.TernaryConfig()).eval()
+
+    def binary() -> BertModel:
+        return lowbit.quantize(copy.deepcopy(base), lowbit.BinaryConfig()).eval()
+
+    def split() -> BertModel:
+        return lowbit.convert(lowbit.split(copy.deepcopy(half_width))).eval()
+
+    def compiled(model: BertModel) -> Runner:
+        return torch_runner(lowbit.compile(model, dynamic=False))
+
     built: dict[str, Callable[[], Runner | None]] = {
         "float32 eager": lambda: torch_runner(_eager(base)),
         "float32 SDPA": lambda: torch_runner(base),
         "torch dynamic int8": lambda: torch_runner(_dynamic_int8(base)),
         "onnxruntime dynamic int8": lambda: _onnxruntime(base),
-        "lowbit ternary 2-2-8": lambda: torch_runner(
-            lowbit.quantize(copy.deepcopy(base), lowbit.TernaryConfig()).eval()
-        ),
-        "lowbit binary 1-1-8": lambda: torch_runner(lowbit.quantize(copy.deepcopy(base), lowbit.BinaryConfig()).eval()),
-        "lowbit split 1-1-8, half width": lambda: torch_runner(lowbit.convert(lowbit.split(half_width)).eval()),
+        "float32 SDPA, compiled": lambda: compiled(copy.deepcopy(base)),
+        "lowbit ternary 2-2-8": lambda: torch_runner(ternary()),
+        "lowbit ternary 2-2-8, compiled": lambda: compiled(ternary()),
+        "lowbit binary 1-1-8": lambda: torch_runner(binary()),
+        "lowbit binary 1-1-8, compiled": lambda: compiled(binary()),
+        "lowbit split 1-1-8, half width": lambda: torch_runner(split()),
+        "lowbit split 1-1-8, half width, compiled": lambda: compiled(split()),
     }
     return {name: built[name]() for name in built if not names or name in names}
 

@@ -244,7 +244,7 @@ def sizes(folder: Path, model: PreTrainedModel) -> dict[str, float]:
 
 
 def measure(run: Run, name: str, length: int = 128) -> dict[str, Any]:
-    """Reload a stage from disk and record its metrics, sizes and latency."""
+    """Reload a stage from disk and record its metrics, sizes and latency, as it is and compiled."""
     lowbit_kernels.keep_expanded(False)  # forget what other models left behind
     lowbit_kernels.keep_expanded(True)
     model = AutoModelForSequenceClassification.from_pretrained(run.folder / name).eval()
@@ -252,6 +252,13 @@ def measure(run: Run, name: str, length: int = 128) -> dict[str, Any]:
     for batch_size in (1, 8):
         values[f"latency_b{batch_size}_ms"] = latency_ms(model, batch_size, length)
     values |= sizes(run.folder / name, model)
+    try:
+        lowbit.compile(model, dynamic=False)
+    except RuntimeError as error:
+        print(f"not measured compiled: {error}")
+    else:
+        for batch_size in (1, 8):
+            values[f"compiled_b{batch_size}_ms"] = latency_ms(model, batch_size, length)
     run.record(name, **values)
     return values
 

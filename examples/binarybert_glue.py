@@ -1,6 +1,6 @@
 """BinaryBERT on a GLUE task: half-width ternary student, ternary weight splitting, binary distillation, packing.
 
-The published path (--method tws --width 0.5): teacher -> slim to half the heads and FFN neurons -> fine-tune -> distil
+The published path (--method tws --width 0.5): teacher -> slim to half the heads and FFN neurons -> distil float -> distil
 ternary -> split each ternary weight into two binary ones -> distil binary -> pack. --method bwn trains a full-width
 binary student directly, with as many distillation steps in all.
 
@@ -29,7 +29,7 @@ class BinaryOptions(Options):
 
     method: str = field(default="tws", metadata={"help": "tws (ternary weight splitting) or bwn (binary at once)"})
     width: float = field(default=0.5, metadata={"help": "tws: fraction of heads and FFN neurons; published: 0.5"})
-    slim_steps: int = field(default=250, metadata={"help": "tws: fine-tuning steps of the slimmed float model"})
+    slim_steps: int = field(default=250, metadata={"help": "tws: distillation steps of the slimmed float model"})
 
 
 def main(options: BinaryOptions) -> None:
@@ -63,7 +63,7 @@ def main(options: BinaryOptions) -> None:
                 return model
             batches = Trainer(model=model, args=_slim_arguments(options), **common(run)).get_train_dataloader()
             model = lowbit.slim(model, options.width, dataloader=[b for b, _ in zip(batches, range(16), strict=False)])
-            return fine_tune(run, f"slim-{suffix}", model, options.slim_steps, options.teacher_learning_rate)
+            return distil(run, f"slim-{suffix}", model, teacher, options.slim_steps, options.teacher_learning_rate)
 
         def ternary_stage() -> object:
             student = lowbit.prepare(copy.deepcopy(slimmed), lowbit.TernaryConfig())

@@ -69,7 +69,8 @@ def test_a_compiled_model_saves_and_gives_hidden_states(tmp_path: object) -> Non
         states = model(**inputs, output_hidden_states=True).hidden_states
     assert len(states) == 3
     model.save_pretrained(tmp_path)
-    assert all(map(torch.equal, outputs(type(model).from_pretrained(tmp_path), inputs), outputs(copy_of(model), inputs)))
+    reloaded = type(model).from_pretrained(tmp_path)
+    assert all(map(torch.equal, outputs(reloaded, inputs), outputs(copy_of(model), inputs)))
 
 
 def copy_of(model: torch.nn.Module) -> torch.nn.Module:
