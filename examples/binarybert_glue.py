@@ -1,8 +1,8 @@
 """BinaryBERT on a GLUE task: half-width ternary student, ternary weight splitting, binary distillation, packing.
 
-The published path (--method tws --width 0.5): teacher -> slim to half the heads and FFN neurons -> distil float -> distil
-ternary -> split each ternary weight into two binary ones -> distil binary -> pack. --method bwn trains a full-width
-binary student directly, with as many distillation steps in all.
+The published path (--method tws --width 0.5): teacher -> slim to half the heads and FFN neurons -> distil float ->
+distil ternary -> split each ternary weight into two binary ones -> distil binary -> pack. --method bwn trains a
+full-width binary student directly, with as many quantized distillation steps in all.
 
 example:
   python examples/binarybert_glue.py --task sst2 --data_dir DIR --output_dir runs/sst2 --max_train_samples 8000
