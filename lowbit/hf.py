@@ -2,7 +2,8 @@
 
 A model's `config.quantization_config` is a `LowbitConfig`; with `quant_method: "lowbit"` in config.json, transformers
 hands the freshly built model (on the meta device) to `LowbitQuantizer`, which gives it the checkpoint's modules. Packed
-checkpoints carry a CRC-32 of every tensor in the safetensors header and are verified before any weight is used.
+checkpoints carry a CRC-32 of every tensor in the safetensors header and are verified before any weight is used. Files
+hold ternary codes five to a byte, as `weight_trits`; modules hold them four to a byte.
 """
 
 from __future__ import annotations
@@ -18,16 +19,34 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lowbit_kernels import pack_trits, unpack_ternary, unpack_trits
+from lowbit_kernels.packing import pack_codes
+
 from .config import LowbitConfig
 from .errors import CheckpointError
+from .nn._packed import Packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHECKSUMS = "lowbit.crc32"  # key in the safetensors header
+_TRITS = "_trits"  # suffix of tensors in archive form
+
+
+class _ExpandTrits(ConversionOps):
+    """A tensor of `pack_trits` -> layout lb2."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        module = kwargs["model"].get_submodule(kwargs["full_layer_name"].rpartition(".")[0])
+        tensors = next(iter(input_dict.values()))
+        tensor = tensors[0] if isinstance(tensors, list) else tensors
+        return {target_patterns[0]: pack_codes(unpack_trits(tensor, module.row_length), "ternary")}
 
 
 @register_quantization_config("lowbit")
@@ -73,16 +92,28 @@ class LowbitQuantizer(HfQuantizer):
             # transformers has already noted the wanted config on the model, which is still float.
             wanted, model.config.quantization_config = self.quantization_config, None
             return quantize(model, wanted)
+        # transformers would run the conversions backwards when it saves; `get_state_dict_and_metadata` does it for us.
+        model._weight_conversions = None
         if self.quantization_config.stage == "packed":
             _verify_modules(model)
         return attach(model, self.quantization_config)
 
-    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-        """Checksums for the file header; the state dict is the model's own."""
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """What to write in place of the model's own state dict, and checksums for the file header."""
         if self.quantization_config.stage != "packed":
             return None, {}
-        checksums = {name: _crc32(tensor) for name, tensor in model.state_dict().items()}
-        return None, {_CHECKSUMS: json.dumps(checksums)}
+        state = model.state_dict()
+        for name, module in _packed_modules(model).items():
+            if module.layout == "ternary":
+                codes = unpack_ternary(state.pop(f"{name}.weight"), module.row_length)
+                state[f"{name}.weight{_TRITS}"] = pack_trits(codes)
+        return state, {_CHECKSUMS: json.dumps({name: _crc32(tensor) for name, tensor in state.items()})}
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        """How files are read: trits become the modules' layout."""
+        return [WeightConverter(f"weight{_TRITS}", "weight", [_ExpandTrits()])] if self.pre_quantized else []
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         raise ValueError("a lowbit model cannot be dequantized in place; load the float checkpoint it came from")
@@ -145,7 +176,7 @@ def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[st
 
 def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
     """Refuse files whose packed tensors are missing, of another type or shape, or changed since they were written."""
-    expected = {_bare(model, name): tensor for name, tensor in _packed_tensors(model).items()}
+    expected = _expected_tensors(model)
     found: set[str] = set()
     for file in files:
         if not str(file).endswith(".safetensors"):
@@ -159,14 +190,14 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
                         raise CheckpointError(f"{file}: {name} does not match its checksum; the file is damaged")
                     bare = _bare(model, name)
                     found.add(bare)
-                    if bare in expected and (tensor.dtype, tensor.shape) != (
-                        expected[bare].dtype,
-                        expected[bare].shape,
-                    ):
+                    dtype, shape = expected.get(bare, (tensor.dtype, tensor.shape))
+                    if (tensor.dtype, tensor.shape) != (dtype, shape):
                         raise CheckpointError(
                             f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, config.json asks for "
-                            f"{expected[bare].dtype} {tuple(expected[bare].shape)}"
+                            f"{dtype} {tuple(shape)}"
                         )
+                    if bare in expected and bare.endswith(_TRITS) and tensor.numel() and int(tensor.max()) > 242:
+                        raise CheckpointError(f"{file}: {name} holds {int(tensor.max())}; five trits reach 242")
         except (SafetensorError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
     missing = sorted(set(expected) - found)
@@ -175,22 +206,27 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
 
 
 def _verify_modules(model: PreTrainedModel) -> None:
-    from .nn._packed import Packed
-
-    for name, module in model.named_modules():
-        if isinstance(module, Packed) and (problem := module.problems()):
+    for name, module in _packed_modules(model).items():
+        if problem := module.problems():
             raise CheckpointError(f"{name}: {problem}; the checkpoint is damaged")
 
 
-def _packed_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    from .nn._packed import Packed
+def _packed_modules(model: PreTrainedModel) -> dict[str, Packed]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
 
-    return {
-        f"{name}.{key}": getattr(module, key)
-        for name, module in model.named_modules()
-        if isinstance(module, Packed)
-        for key in ("weight", "weight_scale")
-    }
+
+def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Bare names of the packed tensors -> dtype and shape in a file; ternary codes in archive form."""
+    expected: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    for name, module in _packed_modules(model).items():
+        bare = _bare(model, name)
+        expected[f"{bare}.weight_scale"] = module.weight_scale.dtype, module.weight_scale.shape
+        if module.layout == "ternary":
+            shape = torch.Size((module.weight.shape[0], -(-module.row_length // 5)))
+            expected[f"{bare}.weight{_TRITS}"] = torch.uint8, shape
+        else:
+            expected[f"{bare}.weight"] = module.weight.dtype, module.weight.shape
+    return expected
 
 
 def _bare(model: PreTrainedModel, name: str) -> str:

@@ -20,7 +20,10 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from transformers.models import bert as bert_package
 
 import lowbit
+import lowbit_kernels
 from helpers import HEADS, batch, outputs, tiny
+
+QUERY = "bert.encoder.layer.0.attention.self.query"
 
 
 def packed(head: str = "BertForSequenceClassification") -> torch.nn.Module:
@@ -74,6 +77,28 @@ def test_a_base_model_loads_from_a_checkpoint_with_a_head(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     inputs = batch()
     assert torch.equal(outputs(BertModel.from_pretrained(tmp_path), inputs)[0], outputs(model.bert, inputs)[0])
+
+
+def test_ternary_files_hold_five_codes_a_byte_and_modules_four(tmp_path: Path) -> None:
+    model = packed()
+    model.save_pretrained(tmp_path)
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")[f"{QUERY}.weight_trits"]
+    assert stored.shape == (64, 13)
+    weight = model.get_submodule(QUERY).weight
+    assert weight.shape == (64, 32)  # saving changes nothing in memory
+    assert torch.equal(lowbit_kernels.unpack_trits(stored, 64), lowbit_kernels.unpack_ternary(weight, 64))
+    loaded = load(tmp_path)
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    loaded.save_pretrained(tmp_path / "again")
+    files = [folder / "model.safetensors" for folder in (tmp_path, tmp_path / "again")]
+    assert safetensors.torch.load_file(files[0]).keys() == safetensors.torch.load_file(files[1]).keys()
+
+
+def test_device_map_loads_the_same(tmp_path: Path) -> None:
+    model = packed()
+    model.save_pretrained(tmp_path)
+    assert same(model, AutoModelForSequenceClassification.from_pretrained(tmp_path, device_map="cpu"))
 
 
 def test_sharded_checkpoints_round_trip(tmp_path: Path) -> None:
@@ -132,17 +157,14 @@ def rewrite(folder: Path, change: object) -> None:
     safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
-QUERY = "bert.encoder.layer.0.attention.self.query"
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{QUERY}.weight"), "missing"),
+        (lambda t: t.pop(f"{QUERY}.weight_trits"), "missing"),
         (lambda t: t.pop(f"{QUERY}.weight_scale"), "missing"),
-        (lambda t: t.update({f"{QUERY}.weight": t[f"{QUERY}.weight"].float()}), "float32"),
-        (lambda t: t.update({f"{QUERY}.weight": t[f"{QUERY}.weight"][:, :16].contiguous()}), "asks for"),
-        (lambda t: t[f"{QUERY}.weight"].fill_(255), "codes"),
+        (lambda t: t.update({f"{QUERY}.weight_trits": t[f"{QUERY}.weight_trits"].float()}), "float32"),
+        (lambda t: t.update({f"{QUERY}.weight_trits": t[f"{QUERY}.weight_trits"][:, :4].contiguous()}), "asks for"),
+        (lambda t: t[f"{QUERY}.weight_trits"][3, 2].fill_(243), "holds 243"),
         (lambda t: t[f"{QUERY}.weight_scale"].fill_(float("nan")), "finite"),
         (lambda t: t[f"{QUERY}.weight_scale"].neg_(), "negative"),
     ],
@@ -264,7 +286,8 @@ def test_saving_onto_a_file_is_refused(tmp_path: Path) -> None:
 def test_the_file_is_as_small_as_the_bits_say(tmp_path: Path) -> None:
     model = packed()
     model.save_pretrained(tmp_path)
-    codes = sum(b.numel() for n, b in model.named_buffers() if n.endswith("weight"))
+    modules = [m for m in model.modules() if hasattr(m, "row_length")]
+    codes = sum(m.weight.shape[0] * -(-m.row_length // 5) for m in modules)
     scales = sum(4 * b.numel() for n, b in model.named_buffers() if n.endswith("weight_scale"))
     floats = sum(4 * p.numel() for p in model.parameters())
     overhead = (tmp_path / "model.safetensors").stat().st_size - codes - scales - floats

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from .embedding import quantized_embedding
     from .linear import binary_linear, codes_linear, joint_linear, split_linear, ternary_linear
     from .linear_cpu import expanded_bytes, keep_expanded
-    from .packing import pack_binary, pack_split, pack_ternary, unpack_binary, unpack_split, unpack_ternary
+    from .packing import (
+        pack_binary,
+        pack_split,
+        pack_ternary,
+        pack_trits,
+        unpack_binary,
+        unpack_split,
+        unpack_ternary,
+        unpack_trits,
+    )
     from .quantize import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
     from .weights import binarize, split_ternary, ternarize
 
@@ -30,6 +39,7 @@ _HOME = {
     "pack_binary": "packing",
     "pack_split": "packing",
     "pack_ternary": "packing",
+    "pack_trits": "packing",
     "quantize_per_tensor": "quantize",
     "quantize_per_token": "quantize",
     "quantized_embedding": "embedding",
@@ -40,6 +50,7 @@ _HOME = {
     "unpack_binary": "packing",
     "unpack_split": "packing",
     "unpack_ternary": "packing",
+    "unpack_trits": "packing",
 }
 
 __all__ = [
@@ -53,6 +64,7 @@ __all__ = [
     "pack_binary",
     "pack_split",
     "pack_ternary",
+    "pack_trits",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantized_embedding",
@@ -63,6 +75,7 @@ __all__ = [
     "unpack_binary",
     "unpack_split",
     "unpack_ternary",
+    "unpack_trits",
 ]
 
 

@@ -4,8 +4,11 @@
                                       t, t+32, t+64, t+96 in bits 7:6, 5:4, 3:2, 1:0
     lb1   uint8 [N, ceil(K/256)*32]   blocks of 256 values -> 32 bytes: byte t holds value t + 32*i in bit i
 
-Codes: ternary w + 1 (lb2), binary (w + 1) / 2 (lb1), split pair w1 + w2/2 + 3/2 = 2*b1 + b2 (lb2). K is padded with the
-code of 0 (ternary) or 0 bits; the activations there are zeros, so the padding never counts. Planes rather than
+    b3    uint8 [N, ceil(K/5)]        in files only, ternary at 1.6 bits: byte t of a row of C bytes holds the values
+                                      t, t+C, .., t+4C as digits of weight 1, 3, 9, 27, 81
+
+Codes: ternary w + 1 (lb2, b3), binary (w + 1) / 2 (lb1), split pair w1 + w2/2 + 3/2 = 2*b1 + b2 (lb2). K is padded
+with the code of 0 (ternary) or 0 bits; the activations there are zeros, so the padding never counts. Planes rather than
 neighbours share a byte so that one shift and one mask unpack a whole register (the I2_S order of bitnet.cpp).
 """
 
@@ -135,3 +138,42 @@ def unpack_split(packed: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tens
     _check_packed(packed, K, 4)
     pair = _unpack(packed, _LB2, 3, K)
     return (pair >> 1) * 2 - 1, (pair & 1) * 2 - 1
+
+
+_DIGITS = (1, 3, 9, 27, 81)
+
+
+def pack_trits(codes: torch.Tensor) -> torch.Tensor:
+    """Pack ternary codes five to a byte, for files: int8 [N, K] in {-1, 0, 1} -> uint8 [N, ceil(K/5)], layout b3.
+
+    Raises:
+        TypeError, ValueError: another dtype, rank or code.
+    """
+    _check_codes("codes", codes, (-1, 0, 1))
+    rows, columns = codes.shape
+    digits = (_pad(codes, len(_DIGITS), 0) + 1).view(torch.uint8).view(rows, len(_DIGITS), -(-columns // len(_DIGITS)))
+    packed = digits[:, 0].clone()
+    for plane, weight in enumerate(_DIGITS[1:], 1):
+        packed += digits[:, plane] * weight
+    return packed
+
+
+def unpack_trits(packed: torch.Tensor, K: int) -> torch.Tensor:
+    """Inverse of `pack_trits`: uint8 [N, ceil(K/5)] -> int8 [N, K].
+
+    Raises:
+        TypeError, ValueError: another dtype or shape, or a byte above 242, which five trits do not reach.
+    """
+    check_tensor("packed", packed, (torch.uint8,), ndim=2)
+    rows, columns = packed.shape
+    if K < 0 or columns != -(-K // len(_DIGITS)):
+        raise ValueError(f"packed has {columns} bytes a row, K={K} needs {-(-K // len(_DIGITS))}")
+    if packed.numel() and int(packed.max()) >= 3 ** len(_DIGITS):
+        raise ValueError(f"packed holds {int(packed.max())}; five trits reach from 0 to {3 ** len(_DIGITS) - 1}")
+    codes = torch.empty(rows, len(_DIGITS), columns, dtype=torch.uint8, device=packed.device)
+    rest = packed
+    for plane in range(len(_DIGITS)):
+        quotient = rest // 3
+        torch.sub(rest, quotient * 3, out=codes[:, plane])
+        rest = quotient
+    return codes.view(torch.int8).flatten(1)[:, :K] - 1

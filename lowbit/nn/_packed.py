@@ -14,6 +14,7 @@ class Packed(nn.Module):
     weight: torch.Tensor
     weight_scale: torch.Tensor
     layout: str
+    row_length: int  # codes a row
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Packed:
         """Move with the module, but keep the scales float32: half precision would change what was trained."""

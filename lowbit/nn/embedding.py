@@ -82,6 +82,7 @@ class PackedEmbedding(Packed):
     ) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.row_length = embedding_dim
         self.layout = "split" if split else {2: "ternary", 1: "binary", 8: "int8"}[bits]
         block = {"ternary": 128, "split": 128, "binary": 256}
         columns = embedding_dim if bits == 8 else -(-embedding_dim // block[self.layout]) * 32

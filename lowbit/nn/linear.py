@@ -131,6 +131,7 @@ class PackedLinear(Packed):
     ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.layout = in_features, out_features, layout(config)
+        self.row_length = in_features
         block = 256 if self.layout == "binary" else 128
         columns = -(-in_features // block) * 32
         rows = out_features if config.granularity == "per_row" else 1

@@ -56,6 +56,38 @@ def test_padding_golden_bytes() -> None:
     assert packing.pack_split(one, -one).tolist() == [[0b10_00_00_00] + [0] * 31]
 
 
+def test_trits_golden_bytes() -> None:
+    codes = torch.tensor([[1, -1, 0, 1, -1, 0, 1], [0, 0, 0, 0, 0, 0, 0]], dtype=torch.int8)
+    # two bytes a row; byte 0 holds columns 0, 2, 4, 6 and padding, byte 1 columns 1, 3, 5 and padding
+    first = [2 + 1 * 3 + 0 * 9 + 2 * 27 + 1 * 81, 0 + 2 * 3 + 1 * 9 + 1 * 27 + 1 * 81]
+    assert packing.pack_trits(codes).tolist() == [first, [121, 121]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.integers(0, 5), columns=st.integers(0, 40), seed=st.integers(0, 2**31))
+def test_trits_round_trip(rows: int, columns: int, seed: int) -> None:
+    codes = codes_of("ternary", rows, columns, seed)
+    packed = packing.pack_trits(codes)
+    assert packed.shape == (rows, -(-columns // 5)) and packed.dtype == torch.uint8
+    assert torch.equal(packing.unpack_trits(packed, columns), codes)
+
+
+def test_every_byte_of_trits_round_trips() -> None:
+    packed = torch.arange(243, dtype=torch.uint8).unsqueeze(1)
+    codes = packing.unpack_trits(packed, 5)
+    assert len({tuple(row) for row in codes.tolist()}) == 243
+    assert torch.equal(packing.pack_trits(codes), packed)
+
+
+def test_bytes_that_are_no_trits_are_refused() -> None:
+    with pytest.raises(ValueError, match="holds 243"):
+        packing.unpack_trits(torch.tensor([[0, 243]], dtype=torch.uint8), 9)
+    with pytest.raises(ValueError, match="K=11 needs 3"):
+        packing.unpack_trits(torch.zeros(1, 2, dtype=torch.uint8), 11)
+    with pytest.raises(ValueError, match="accepted codes: -1, 0, 1"):
+        packing.pack_trits(torch.full((1, 5), 2, dtype=torch.int8))
+
+
 def test_format_version_changes_only_with_the_golden_bytes() -> None:
     assert packing.FORMAT_VERSION == 1
 
