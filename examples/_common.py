@@ -53,7 +53,7 @@ class Options:
     model: str = field(default_factory=default_model, metadata={"help": "float BERT: folder or Hub id"})
     output_dir: str = field(default="runs", metadata={"help": "stages, results.json; finished stages are not repeated"})
     max_train_samples: int = field(default=0, metadata={"help": "use only the first N training examples, 0 for all"})
-    teacher_steps: int = field(default=500, metadata={"help": "steps of plain fine-tuning"})
+    teacher_steps: int = field(default=500, metadata={"help": "steps of plain fine-tuning; 0: --model is fine-tuned"})
     steps: int = field(default=1000, metadata={"help": "steps of each distillation stage"})
     batch_size: int = 32
     teacher_learning_rate: float = field(default=1e-4, metadata={"help": "BERT-base: 2e-5 to 5e-5"})
@@ -144,7 +144,9 @@ def arguments(run: Run, name: str, steps: int, learning_rate: float) -> Training
 
 
 def train(run: Run, name: str, trainer: Trainer) -> PreTrainedModel:
-    """Train, from the stage's last checkpoint if there is one; records seconds per step."""
+    """Train, from the stage's last checkpoint if there is one; records seconds per step. 0 steps leave the model."""
+    if trainer.args.max_steps == 0:
+        return trainer.model.eval()
     checkpoints = Path(trainer.args.output_dir)
     resume = checkpoints.is_dir() and any(checkpoints.glob("checkpoint-*"))
     start_step = time.perf_counter()
@@ -243,8 +245,8 @@ def sizes(folder: Path, model: PreTrainedModel) -> dict[str, float]:
     }
 
 
-def measure(run: Run, name: str, length: int = 128) -> dict[str, Any]:
-    """Reload a stage from disk and record its metrics, sizes and latency, as it is and compiled."""
+def measure(run: Run, name: str, length: int = 128, compiled: bool = False) -> dict[str, Any]:
+    """Reload a stage from disk and record its metrics, sizes and latency; on demand also that of `lowbit.compile`."""
     lowbit_kernels.keep_expanded(False)  # forget what other models left behind
     lowbit_kernels.keep_expanded(True)
     model = AutoModelForSequenceClassification.from_pretrained(run.folder / name).eval()
@@ -252,11 +254,8 @@ def measure(run: Run, name: str, length: int = 128) -> dict[str, Any]:
     for batch_size in (1, 8):
         values[f"latency_b{batch_size}_ms"] = latency_ms(model, batch_size, length)
     values |= sizes(run.folder / name, model)
-    try:
+    if compiled:
         lowbit.compile(model, dynamic=False)
-    except RuntimeError as error:
-        print(f"not measured compiled: {error}")
-    else:
         for batch_size in (1, 8):
             values[f"compiled_b{batch_size}_ms"] = latency_ms(model, batch_size, length)
     run.record(name, **values)

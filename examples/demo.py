@@ -63,6 +63,19 @@ def open_run(options: DemoOptions) -> Run:
     return start(options, TASK, tokenize(data, tokenizer, TASK), tokenizer)
 
 
+def clear(folder: Path) -> None:
+    """Delete the folder of an earlier demo; refuse one that holds anything else."""
+    if not folder.exists():
+        return
+    try:
+        mine = "measure_only" in json.loads((folder / "options.json").read_text())
+    except (OSError, ValueError):
+        mine = folder.is_dir() and not any(folder.iterdir())
+    if not mine:
+        raise SystemExit(f"{folder} holds other files than a demo's; choose another --output_dir or delete it")
+    shutil.rmtree(folder)
+
+
 def build(run: Run) -> None:
     """Train and save every model."""
     options = run.options
@@ -104,10 +117,10 @@ def main(options: DemoOptions) -> None:
     if options.measure_only:
         options, name = DemoOptions(**json.loads((folder / "options.json").read_text())), options.measure_only
         options.output_dir = str(folder)
-        measure(open_run(options), name)
+        measure(open_run(options), name, compiled=bool(shutil.which("g++")))
         return
     began = time.perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)
+    clear(folder)
     print(f"lowbit {lowbit.__version__}, {lowbit.backend()}")
     build(open_run(options))
     for stage in MODELS.values():

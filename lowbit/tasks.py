@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .metrics import METRICS
-
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
@@ -100,21 +98,46 @@ def _load_file(path: Path, task: Task) -> Dataset:
         data = load_dataset("json", data_files=str(path), split="train")
     elif path.suffix == ".parquet":
         data = Dataset.from_parquet(str(path))
-    elif path.suffix == ".csv":
-        data = load_dataset("csv", data_files=str(path), split="train")
-    else:  # GLUE's tsv files do not quote; a field may start with a quotation mark
-        data = load_dataset("csv", data_files=str(path), split="train", delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        import pandas
+
+        # Text stays text: "NA" is a word and "007" no number. GLUE's tsv files do not quote.
+        tsv = {"sep": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
+        frame = pandas.read_csv(path, dtype=dict.fromkeys(task.columns, str), keep_default_na=False, **tsv)
+        data = Dataset.from_pandas(frame, preserve_index=False)
     missing = [column for column in (*task.columns, "label") if column not in data.column_names]
     if missing:
         raise ValueError(
             f"{path} has columns {', '.join(data.column_names)}; needed: {', '.join((*task.columns, 'label'))}"
         )
+    for column in task.columns:
+        if absent := sum(text is None for text in data[column]):
+            raise ValueError(f"{path} has {absent} rows without {column}")
+    labels = dict.fromkeys(data["label"])
+    if not all(_is_label(label, task) for label in labels):
+        wanted = ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels))
+        raise ValueError(
+            f"{path} has labels {', '.join(map(repr, list(labels)[:10]))}; needed: "
+            f"{'numbers' if _is_regression(task) else wanted}"
+        )
     return data
+
+
+def _is_regression(task: Task) -> bool:
+    return len(task.labels) == 1
+
+
+def _is_label(label: object, task: Task) -> bool:
+    try:
+        value = float(label)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return _is_regression(task) or value in range(len(task.labels))
 
 
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: Task) -> DatasetDict:
     """Token ids, mask and `labels` (int, or float for regression); truncated to the task's length, not padded."""
-    regression = len(task.labels) == 1
+    regression = _is_regression(task)
 
     def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(*(rows[column] for column in task.columns), truncation=True, max_length=task.max_length)
@@ -126,11 +149,49 @@ def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, task: Task) 
 
 
 def compute_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
-    """A `compute_metrics` for `Trainer`: logits and labels -> the task's metrics."""
+    """A `compute_metrics` for `Trainer`: logits and labels -> the task's metrics, and their mean where there are two.
+
+    Scores are fractions; NaN where a logit is NaN. Constant predictions correlate 0.
+    """
 
     def compute(prediction: Any) -> dict[str, float]:
         logits, labels = np.asarray(prediction[0]), np.asarray(prediction[1])
-        predicted = logits.squeeze(-1) if len(task.labels) == 1 else logits.argmax(-1)
-        return {name: METRICS[name](predicted, labels) for name in task.metrics}
+        predicted = logits.squeeze(-1) if _is_regression(task) else logits.argmax(-1)
+        valid = np.isfinite(logits).all()
+        scores = {name: float(_METRICS[name](labels, predicted)) if valid else float("nan") for name in task.metrics}
+        return scores if len(scores) == 1 else {**scores, "combined_score": float(np.mean(list(scores.values())))}
 
     return compute
+
+
+def _accuracy(labels: np.ndarray, predicted: np.ndarray) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return accuracy_score(labels, predicted)
+
+
+def _f1(labels: np.ndarray, predicted: np.ndarray) -> float:
+    from sklearn.metrics import f1_score
+
+    return f1_score(labels, predicted, zero_division=0.0)
+
+
+def _matthews(labels: np.ndarray, predicted: np.ndarray) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return matthews_corrcoef(labels, predicted)
+
+
+def _pearson(labels: np.ndarray, predicted: np.ndarray) -> float:
+    from scipy.stats import pearsonr
+
+    return 0.0 if np.ptp(predicted) == 0 or np.ptp(labels) == 0 else pearsonr(labels, predicted).statistic
+
+
+def _spearman(labels: np.ndarray, predicted: np.ndarray) -> float:
+    from scipy.stats import rankdata
+
+    return _pearson(rankdata(labels), rankdata(predicted))
+
+
+_METRICS = {"accuracy": _accuracy, "f1": _f1, "matthews": _matthews, "pearson": _pearson, "spearman": _spearman}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -17,17 +19,60 @@ def test_deterministic_distinct_and_balanced() -> None:
     assert sum(row["label"] for row in rows) == 500
 
 
+Reading = tuple[float, set[tuple[str, str]]]
+_DEGREE = "|".join(degree for degree in sentiment.DEGREES if degree)
+_NEGATOR, _DENIAL = "|".join(sentiment.NEGATORS), "|".join(sentiment.DENIALS)
+_BOTH = re.compile(rf"not only was the (\w+) ({_DEGREE}|)(\w+) , but the (\w+) was ({_DEGREE}|)(\w+) too")
+_CLAUSE = re.compile(rf"(?:({_DENIAL}) )?the (\w+) was (?:({_NEGATOR}) )?({_DEGREE}|)(\w+)")
+_CONTRASTS = [  # text, then which of the two is the main clause
+    (re.compile(r"<(\d)> , but <(\d)>"), 1),
+    (re.compile(r"although <(\d)> , <(\d)>"), 1),
+    (re.compile(r"<(\d)> , even though <(\d)>"), 0),
+    (re.compile(r"<(\d)> , despite claims that <(\d)>"), 0),
+]
+
+
+def parse(sentence: str) -> Reading:
+    """Value and (aspect, adjective) pairs of a sentence, read from its text alone."""
+    clauses: list[Reading] = []
+
+    def value(degree: str, adjective: str) -> float:
+        return sentiment.ADJECTIVES[adjective] * sentiment.DEGREES[degree]
+
+    def both(m: re.Match[str]) -> str:
+        clauses.append((value(m[2], m[3]) + value(m[5], m[6]), {(m[1], m[3]), (m[4], m[6])}))
+        return f"<{len(clauses) - 1}>"
+
+    def clause(m: re.Match[str]) -> str:
+        factor = (-0.8 if m[1] else 1) * (-0.7 if m[3] else 1)
+        clauses.append((factor * value(m[4], m[5]), {(m[2], m[5])}))
+        return f"<{len(clauses) - 1}>"
+
+    skeleton = _CLAUSE.sub(clause, _BOTH.sub(both, sentence))
+    if skeleton == "<0>":
+        return clauses[0]
+    for pattern, main in _CONTRASTS:
+        if match := pattern.fullmatch(skeleton):
+            first, second = clauses[int(match[1])], clauses[int(match[2])]
+            (strong, pairs), (weak, more) = (second, first) if main else (first, second)
+            return strong + 0.25 * weak, pairs | more
+    raise AssertionError(f"not in the grammar: {sentence} -> {skeleton}")
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_the_label_follows_from_the_parse(validation: bool) -> None:
+    for row in sentiment.generate(3000, validation, seed=1):
+        value, _ = parse(str(row["sentence"]))
+        assert abs(value) > 0.29 and row["label"] == (value > 0), row
+
+
 def test_no_validation_pair_occurs_in_training() -> None:
     def pairs(validation: bool) -> set[tuple[str, str]]:
-        found = set()
-        for row in sentiment.generate(1500, validation, seed=0):
-            words = row["sentence"].split()
-            found |= {(a, adj) for a in sentiment.ASPECTS if a in words for adj in sentiment.ADJECTIVES if adj in words
-                      and len([w for w in words if w in sentiment.ASPECTS]) == 1}  # fmt: skip
-        return found
+        rows = sentiment.generate(1500, validation, seed=0)
+        return set().union(*(parse(str(row["sentence"]))[1] for row in rows))
 
     train, validation = pairs(False), pairs(True)
-    assert len(train) > 100 and len(validation) > 50
+    assert len(train) > 400 and len(validation) > 100
     assert not train & validation
 
 
