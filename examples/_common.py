@@ -60,6 +60,7 @@ class Options:
     learning_rate: float = field(
         default=3e-4, metadata={"help": "of the distillation stages; published for BERT-base: 2e-5, split stage 5e-5"}
     )
+    group_by_length: bool = field(default=True, metadata={"help": "batches of like length: half the padding"})
     save_steps: int = field(default=500, metadata={"help": "checkpoint interval for resuming inside a stage, 0: none"})
     seed: int = 0
 
@@ -131,7 +132,7 @@ def arguments(run: Run, name: str, steps: int, learning_rate: float) -> Training
         learning_rate=learning_rate,
         warmup_steps=steps // 10,
         weight_decay=0.01,
-        train_sampling_strategy="group_by_length",  # half the padding of random batches
+        train_sampling_strategy="group_by_length" if getattr(run.options, "group_by_length", False) else "random",
         logging_steps=max(1, steps // 10),
         save_strategy="steps" if save_steps else "no",
         save_steps=save_steps or 500,

@@ -49,9 +49,9 @@ class DemoOptions:
     output_dir: str = field(default="demo-output", metadata={"help": "made anew in each run"})
     train_samples: int = 8000
     validation_samples: int = 1000
-    teacher_steps: int = 200
+    teacher_steps: int = 280
     slim_steps: int = 80
-    steps: int = field(default=150, metadata={"help": "of each distillation stage"})
+    steps: int = field(default=160, metadata={"help": "of each distillation stage"})
     batch_size: int = 32
     seed: int = 0
     measure_only: str = field(default="", metadata={"help": "internal: measure one saved model and exit"})
