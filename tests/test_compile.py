@@ -41,6 +41,29 @@ def test_traced_quantization_gives_the_same_codes(symmetric: bool) -> None:
 
 
 @needs_compiler
+def test_traced_quantization_of_views() -> None:
+    def run(x: torch.Tensor) -> list[torch.Tensor]:
+        y = 2 * x  # an intermediate: Inductor chooses its layout
+        views = [y[:, 0], y[1:], y[:, 2:, 3:], y.transpose(0, 1), y.transpose(1, 2), y.flip(0)[::2]]
+        codes = [lowbit_kernels.quantize_per_token(view)[0] for view in views]
+        return codes + [lowbit_kernels.fake_quantize_per_token(view, 8, False) for view in views]
+
+    x = torch.randn(4, 6, 48)
+    with torch.no_grad():
+        for got, expected in zip(torch.compile(run, fullgraph=True)(x), run(x), strict=True):
+            torch.testing.assert_close(got, expected, rtol=2e-7, atol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForTokenClassification"])
+def test_a_whole_model_compiles_as_one_graph(head: str) -> None:
+    model = lowbit.quantize(tiny(head), lowbit.TernaryConfig())
+    inputs = batch(head)
+    (got,), (expected,) = outputs(torch.compile(model, fullgraph=True), inputs), outputs(model, inputs)
+    assert (got - expected).norm() < 0.02 * expected.norm()
+
+
+@needs_compiler
 @pytest.mark.parametrize("split", [False, True])
 def test_a_compiled_model_equals_the_eager_one(split: bool) -> None:
     model = lowbit.prepare(tiny(), lowbit.TernaryConfig())
@@ -79,6 +102,16 @@ def copy_of(model: torch.nn.Module) -> torch.nn.Module:
     for layer in copied.bert.encoder.layer:
         layer._compiled_call_impl = None
     return copied
+
+
+def test_export_with_dynamic_batch_and_length() -> None:
+    model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
+    rows, length = torch.export.Dim("rows", max=64), torch.export.Dim("length", min=2, max=40)
+    shapes = dict.fromkeys(("input_ids", "attention_mask"), {0: rows, 1: length})
+    with torch.no_grad():
+        exported = torch.export.export(model, (), kwargs=batch(), dynamic_shapes=shapes).module()
+    inputs = batch(rows=5, length=17)
+    assert torch.equal(exported(**inputs).logits, outputs(model, inputs)[0])
 
 
 def test_a_missing_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,4 +73,12 @@ def traced_on_cpu(x: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
+def stored(x: torch.Tensor) -> torch.Tensor:
+    """Make Inductor store a result that it would compute again wherever it is read, for every vector of a row.
+
+    `x` must be the result of an elementwise op: of a view, Inductor would reinterpret the base.
+    """
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x
+
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)

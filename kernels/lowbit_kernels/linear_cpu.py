@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._ops import define, traced_on_cpu
+from ._ops import define, stored, traced_on_cpu
 from .packing import unpack_binary, unpack_split, unpack_ternary
 
 
@@ -216,5 +216,5 @@ def _finish(
     x_scale = x_scale.unsqueeze(-1)
     y = y * x_scale if bias is None else torch.addcmul(bias.float(), y, x_scale)
     if activation is not None:
-        y = torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+        y = stored(torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none"))
     return y.to(out_dtype)

@@ -12,9 +12,11 @@ read and 1 written per value on a GPU.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from ._ops import FLOATS, check_choice, check_device, check_tensor, define, traced_on_cpu
+from ._ops import FLOATS, check_choice, check_device, check_tensor, define, stored, traced_on_cpu
 from ._triton import tl, triton
 
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -236,16 +238,11 @@ def _codes(x: torch.Tensor, inverse: torch.Tensor, zero: torch.Tensor | None, bi
     return q.clamp_(-qmax if zero is None else -qmax - 1, qmax) if clamp else q
 
 
-def _stored(x: torch.Tensor) -> torch.Tensor:
-    """Make Inductor store a value that it would recompute wherever it is read."""
-    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x
-
-
 def _rows_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
     x = x.float()
     # amin and amax apart are three times faster than aminmax.
     scale, inverse, zero = _scale_and_zero_torch(x.amin(1), x.amax(1), bits, symmetric)
-    scale, inverse, zero = _stored(scale), _stored(inverse), None if zero is None else _stored(zero)
+    scale, inverse, zero = stored(scale), stored(inverse), None if zero is None else stored(zero)
     # Symmetric codes need no clamp: |x| (1/scale) <= qmax (1 + 2^-22), which rounds to qmax. Asymmetric ones do: max
     # and min may both round away from each other.
     q = _codes(x, inverse.unsqueeze(1), None if zero is None else zero.unsqueeze(1), bits, not symmetric)
@@ -267,7 +264,7 @@ def _fake_rows_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
     wide = x.float()
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
     scale, inverse, zero = _scale_and_zero_torch(low, high, bits, symmetric)
-    scale, inverse, zero = _stored(scale), _stored(inverse), None if zero is None else _stored(zero)
+    scale, inverse, zero = stored(scale), stored(inverse), None if zero is None else stored(zero)
     q = (wide * inverse).round_()
     if zero is not None:
         # clamp(q + zero) - zero; the lower end needs none, since low itself rounds to it
@@ -376,9 +373,8 @@ def quantize_per_token(
     if x.dim() == 0:
         raise ValueError("x is a scalar, expected [..., K]; use x.reshape(1, 1) or quantize_per_tensor")
     tokens = x.shape[:-1]
-    rows = x.detach().reshape(tokens.numel(), x.shape[-1])
+    rows = x.detach().reshape(math.prod(tokens), x.shape[-1])
     if traced_on_cpu(x) and x.numel():
-        rows = rows.as_strided(rows.shape, rows.stride())
         q, scale, zero_point = _rows_cpu(rows, bits, symmetric)
     else:
         q, scale, zero_point = _per_token(rows, bits, symmetric)
