@@ -107,7 +107,7 @@ def copy_of(model: torch.nn.Module) -> torch.nn.Module:
 def test_export_with_dynamic_batch_and_length() -> None:
     model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
     rows, length = torch.export.Dim("rows", max=64), torch.export.Dim("length", min=2, max=40)
-    shapes = dict.fromkeys(("input_ids", "attention_mask"), {0: rows, 1: length})
+    shapes = {key: {0: rows, 1: length} for key in ("input_ids", "attention_mask")}
     with torch.no_grad():
         exported = torch.export.export(model, (), kwargs=batch(), dynamic_shapes=shapes).module()
     inputs = batch(rows=5, length=17)
