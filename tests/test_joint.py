@@ -50,6 +50,15 @@ def test_joint_projections_notice_another_tensor_and_an_edited_one() -> None:
     assert joint._last is None  # nothing is kept alive
 
 
+def test_a_result_is_handed_out_once() -> None:
+    linears = three(CONFIGS["ternary"])
+    JointProjection(linears)
+    x = torch.randn(3, 50)
+    expected = multiply([linears[0]], x)[0]
+    linears[0](x).detach().zero_()
+    assert torch.equal(linears[0](x), expected)
+
+
 def test_edited_weights_are_noticed() -> None:
     linears = three(CONFIGS["ternary"])
     JointProjection(linears)

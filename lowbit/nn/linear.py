@@ -223,7 +223,7 @@ def multiply(linears: Sequence[PackedLinear], x: torch.Tensor) -> list[torch.Ten
 class JointProjection:
     """Query, key and value of one attention in one product, although the attention calls them one after the other.
 
-    The first one called with a tensor computes all; the others find their part, and the last one drops the tensor.
+    The first one called with a tensor computes all; each result is handed out once.
 
     Args:
         linears: of the same kind, in the order in which they are called.
@@ -231,18 +231,21 @@ class JointProjection:
 
     def __init__(self, linears: Sequence[PackedLinear]) -> None:
         self.linears = tuple(linears)
-        self._last: tuple[torch.Tensor, int | None, list[torch.Tensor]] | None = None
+        self._last: tuple[torch.Tensor, int | None, list[torch.Tensor | None]] | None = None
         for linear in linears:
             linear.joint = self
 
     def __call__(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         """Output of one of the linears."""
+        index = self.linears.index(linear)
         version = None if torch.compiler.is_compiling() or x.is_inference() else x._version
         last = self._last  # read once: another thread may be running the same model
-        if last is None or last[0] is not x or last[1] != version:
-            last = x, version, multiply(self.linears, x)
-        self._last = None if linear is self.linears[-1] else last
-        return last[2][self.linears.index(linear)]
+        if last is None or last[0] is not x or last[1] != version or last[2][index] is None:
+            last = x, version, [*multiply(self.linears, x)]
+        result, last[2][index] = last[2][index], None
+        self._last = None if index == len(self.linears) - 1 else last
+        assert result is not None
+        return result
 
     def __getstate__(self) -> dict[str, Any]:
         return {"linears": self.linears, "_last": None}
