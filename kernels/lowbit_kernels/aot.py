@@ -2,10 +2,11 @@
 
     python -m lowbit_kernels.aot [--arch 90] [--only linear]
 
-One line a kernel and architecture: registers, spilled bytes, shared memory, tensor-core instructions. Exit code 1 where
-a kernel spills, asks for more shared memory than the architecture has, or multiplies without int8 tensor cores. Each
-op file lists its kernels in `aot_cases()`: (label, kernel, signature, constants, warps, stages), with Triton's types;
-"i32:16" is an integer known to be a multiple of 16, which pointers always are.
+One line a kernel and architecture: registers, spilled bytes, shared memory, instructions, tensor-core products, and the
+mix of the loop that holds them. Exit code 1 where a kernel spills, asks for more shared memory than the architecture
+has, or multiplies without int8 tensor cores. Each op file lists its kernels in `aot_cases(arch)`: (label, kernel,
+signature, constants, warps, stages), with Triton's types; "i32:16" is an integer known to be a multiple of 16, which
+pointers always are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -47,6 +49,7 @@ class Compiled:
     multiplies: bool
     tensor_core: int  # int8 tensor-core instructions
     opcodes: dict[str, int]
+    loop: dict[str, int]  # opcodes of the innermost loop with tensor-core products
 
     def faults(self) -> list[str]:
         """What is wrong with it; empty if nothing is."""
@@ -62,12 +65,12 @@ class Compiled:
 
 
 def cases(only: str = "") -> list[tuple[str, int]]:
-    """(module, index into its `aot_cases()`) of every kernel whose module name contains `only`."""
-    return [(name, i) for name in MODULES if only in name for i in range(len(_aot_cases(name)))]
+    """(module, index into its `aot_cases(arch)`) of every kernel whose module name contains `only`."""
+    return [(name, i) for name in MODULES if only in name for i in range(len(_aot_cases(name, 90)))]
 
 
-def _aot_cases(module: str) -> list[tuple]:
-    return importlib.import_module(f"lowbit_kernels.{module}").aot_cases()
+def _aot_cases(module: str, arch: int) -> list[tuple]:
+    return importlib.import_module(f"lowbit_kernels.{module}").aot_cases(arch)
 
 
 def compile_case(module: str, index: int, arch: int) -> Compiled:
@@ -76,7 +79,7 @@ def compile_case(module: str, index: int, arch: int) -> Compiled:
     Raises:
         RuntimeError: with TRITON_INTERPRET=1, under which Triton compiles nothing.
     """
-    label, kernel, signature, constants, warps, stages = _aot_cases(module)[index]
+    label, kernel, signature, constants, warps, stages = _aot_cases(module, arch)[index]
     return compile_kernel(label, kernel, signature, constants, warps, stages, arch)
 
 
@@ -101,7 +104,9 @@ def compile_kernel(
     )
     options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage, opcodes = _disassemble(built.asm["cubin"])
+    usage, listing = _disassemble(built.asm["cubin"])
+    opcodes = Counter(opcode for _, opcode, _ in listing)
+    product = ARCHITECTURES[arch][1]
     return Compiled(
         label=label,
         arch=arch,
@@ -110,13 +115,17 @@ def compile_kernel(
         spilled=usage["STACK"] + usage["LOCAL"],
         shared=built.metadata.shared,
         multiplies="tt.dot" in built.asm["ttir"],
-        tensor_core=opcodes.get(ARCHITECTURES[arch][1], 0),
-        opcodes=opcodes,
+        tensor_core=opcodes.get(product, 0),
+        opcodes=dict(opcodes),
+        loop=dict(_loop(listing, product)),
     )
 
 
-def _disassemble(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
-    """(resource usage, number of instructions by opcode) of a cubin, by the cuobjdump that Triton ships."""
+Listing = list[tuple[int, str, int | None]]  # address, opcode, target where it is a branch
+
+
+def _disassemble(cubin: bytes) -> tuple[dict[str, int], Listing]:
+    """(resource usage, instructions) of a cubin, by the cuobjdump that Triton ships."""
     import triton
 
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -128,23 +137,45 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], dict[str, int]]:
             for flag in ("-res-usage", "-sass")
         ]
     usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", texts[0])}
-    opcodes: dict[str, int] = {}
-    for opcode in re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)", texts[1]):
-        opcodes[opcode] = opcodes.get(opcode, 0) + 1
-    return usage, opcodes
+    instruction = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?([A-Z0-9]+)([^;]*);")
+    listing: Listing = []
+    for address, opcode, operands in instruction.findall(texts[1]):
+        target = re.search(r"0x([0-9a-f]+)", operands) if opcode == "BRA" else None
+        listing.append((int(address, 16), opcode, int(target[1], 16) if target else None))
+    return usage, listing
+
+
+def _loop(listing: Listing, product: str) -> Counter[str]:
+    """Opcodes between the nearest backward branch and its target that enclose a product."""
+    bodies = [
+        Counter(opcode for place, opcode, _ in listing if target <= place <= address)
+        for address, _, target in listing
+        if target is not None and target < address
+    ]
+    return min((body for body in bodies if body[product]), key=Counter.total, default=Counter())
 
 
 def report(results: list[Compiled]) -> str:
     """The results as a table, faults at the end of the line."""
     width = max((len(result.label) for result in results), default=0)
-    lines = [f"{'kernel':{width}}  arch  registers  spilled  shared  instructions  int8 products"]
+    lines = [f"{'kernel':{width}}  arch  registers  spilled  shared  instructions  int8 products  loop"]
     for result in results:
         faults = "; ".join(result.faults())
         lines.append(
             f"{result.label:{width}}  {result.arch:4}  {result.registers:9}  {result.spilled:7}  {result.shared:6}  "
-            f"{sum(result.opcodes.values()):12}  {result.tensor_core:13}{'  FAULT: ' + faults if faults else ''}"
+            f"{sum(result.opcodes.values()):12}  {result.tensor_core:13}  {_mix(result)}"
+            f"{'  FAULT: ' + faults if faults else ''}"
         )
     return "\n".join(lines)
+
+
+def _mix(result: Compiled) -> str:
+    """The loop in words: its length, products, what decodes weights (SHF LOP3 IADD PRMT), loads and stores of tiles."""
+    if not result.loop:
+        return ""
+    shown = (ARCHITECTURES[result.arch][1], "SHF", "LOP3", "IADD", "VIADD", "PRMT", "LDSM", "LDS", "STS", "LDGSTS")
+    parts = [f"{result.loop[opcode]} {opcode}" for opcode in shown if opcode in result.loop]
+    return f"{sum(result.loop.values())}: {', '.join(parts)}"
 
 
 def main(arguments: list[str] | None = None) -> int:

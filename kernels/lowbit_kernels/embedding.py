@@ -70,7 +70,7 @@ def launch(
     return out
 
 
-def aot_cases() -> list[tuple]:
+def aot_cases(arch: int) -> list[tuple]:
     """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
     cases = []
     for layout, name in ((INT8, "int8"), (TERNARY, "ternary"), (BINARY, "binary"), (SPLIT, "split")):

@@ -8,7 +8,8 @@
 Weights move N*K/4 (or N*K/8) bytes instead of 2*N*K in float16. The Triton kernel computes y^T = W x^T so that the
 decoded weights are the left operand of the tensor-core product, the only one that may sit in registers on Hopper.
 Weights are decoded with their sign, four bytes in four instructions: multiplying unsigned codes and subtracting the row
-sum of x saves two of them, but summing x costs more than that.
+sum of x saves two of them, but summing x costs more than that. On Hopper the planes of a byte are joined to one left
+operand, elsewhere each is a product of its own; the integers are the same.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from typing import Any
 
 import torch
 
+from ._derived import Derived
 from ._ops import FLOATS, check_choice, check_device, check_tensor, define, traced_on_cpu
 from ._triton import INTERPRET, tl, triton
 from .linear_cpu import codes_linear_cpu, linears_cpu
-from .packing import pack_codes
+from .packing import pack_codes, unpacked
 from .quantize import quantize_per_token
 
 TERNARY, BINARY, SPLIT = 0, 1, 2  # `LAYOUT` of the kernel
@@ -70,48 +72,85 @@ def _gelu(y, ACTIVATION: tl.constexpr):
     return y
 
 
-@triton.jit(do_not_specialize=["M", "K"])  # one binary for every number of tokens
+@triton.jit
+def _plane(packed, PLANE: tl.constexpr, LAYOUT: tl.constexpr, SECOND: tl.constexpr, INTERPRET: tl.constexpr):
+    """Weights of one plane of a tile of bytes; SECOND takes the second matrix of a split pair."""
+    if LAYOUT == 0:
+        return _decode(packed, 6 - 2 * PLANE, 3, INTERPRET)
+    elif LAYOUT == 1:
+        return _decode(packed, PLANE - 1, 2, INTERPRET)
+    elif SECOND:
+        return _decode(packed, 5 - 2 * PLANE, 2, INTERPRET)
+    else:
+        return _decode(packed, 6 - 2 * PLANE, 2, INTERPRET)
+
+
+@triton.jit
+def _side_by_side(
+    packed, LAYOUT: tl.constexpr, SECOND: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """All planes of a tile of bytes as weights [BLOCK_N, PLANES * BLOCK_B] in the order of the columns.
+
+    `join` adds a last axis: the first join takes the highest bit of the plane's number, the last one the lowest.
+    """
+    p0 = _plane(packed, 0, LAYOUT, SECOND, INTERPRET)
+    p1 = _plane(packed, 1, LAYOUT, SECOND, INTERPRET)
+    p2 = _plane(packed, 2, LAYOUT, SECOND, INTERPRET)
+    p3 = _plane(packed, 3, LAYOUT, SECOND, INTERPRET)
+    if LAYOUT == 1:
+        p4 = _plane(packed, 4, LAYOUT, SECOND, INTERPRET)
+        p5 = _plane(packed, 5, LAYOUT, SECOND, INTERPRET)
+        p6 = _plane(packed, 6, LAYOUT, SECOND, INTERPRET)
+        p7 = _plane(packed, 7, LAYOUT, SECOND, INTERPRET)
+        even = tl.join(tl.join(p0, p4), tl.join(p2, p6))
+        odd = tl.join(tl.join(p1, p5), tl.join(p3, p7))
+        blocks = tl.reshape(tl.join(even, odd), (BLOCK_N, BLOCK_B // 32, 32, 2, 2, 2))
+        return tl.reshape(tl.permute(blocks, (0, 1, 3, 4, 5, 2)), (BLOCK_N, 8 * BLOCK_B))
+    else:
+        blocks = tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (BLOCK_N, BLOCK_B // 32, 32, 2, 2))
+        return tl.reshape(tl.permute(blocks, (0, 1, 3, 4, 2)), (BLOCK_N, 4 * BLOCK_B))
+
+
+@triton.jit(do_not_specialize=["M"])  # one binary for every number of tokens
 def _linear_kernel(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, out_ptr,
-    M, N, K, x_columns, row_bytes,
+    x_ptr, w_ptr, scale_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, w_sum_ptr, out_ptr,
+    M, N, x_columns, row_bytes,
     stride_xm, stride_wn, stride_om, stride_scale, stride_xs, stride_plane,
     LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ZERO: tl.constexpr,
+    CONCAT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     PLANES: tl.constexpr = 8 if LAYOUT == 1 else 4
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     byte = tl.arange(0, BLOCK_B)
-    # Byte j of a row holds, in plane p, the value of column (j // 32) * 32 * PLANES + 32 p + j % 32.
-    column = (byte // 32) * (32 * PLANES) + byte % 32
     mask_n = offs_n < N
     mask_m = offs_m < M
     w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + byte[None, :]
-    x_ptrs = x_ptr + offs_m[None, :].to(tl.int64) * stride_xm + column[:, None]
+    x_rows = x_ptr + offs_m[None, :].to(tl.int64) * stride_xm
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
-    acc2 = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)  # second plane of a split pair
-    w_sum = tl.zeros((BLOCK_N,), dtype=tl.int32)
-    w_sum2 = tl.zeros((BLOCK_N,), dtype=tl.int32)
+    acc2 = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)  # second matrix of a split pair
     for start in range(0, row_bytes, BLOCK_B):
         # What is beyond K decodes to -1 and meets x = 0.
         packed = tl.load(w_ptrs + start, mask=mask_n[:, None] & (start + byte < row_bytes)[None, :], other=0)
-        for plane in tl.static_range(PLANES):
-            k = start * PLANES + column + 32 * plane
-            x = tl.load(x_ptrs + start * PLANES + 32 * plane, mask=(k < x_columns)[:, None] & mask_m[None, :], other=0)
-            if LAYOUT == 0:
-                w = _decode(packed, 6 - 2 * plane, 3, INTERPRET)
-            elif LAYOUT == 1:
-                w = _decode(packed, plane - 1, 2, INTERPRET)
-            else:
-                w = _decode(packed, 6 - 2 * plane, 2, INTERPRET)
-                w2 = _decode(packed, 5 - 2 * plane, 2, INTERPRET)
+        if CONCAT:
+            k = start * PLANES + tl.arange(0, PLANES * BLOCK_B)
+            x = tl.load(x_rows + k[:, None], mask=(k < x_columns)[:, None] & mask_m[None, :], other=0)
+            acc = tl.dot(_side_by_side(packed, LAYOUT, False, BLOCK_N, BLOCK_B, INTERPRET), x, acc, out_dtype=tl.int32)
+            if LAYOUT == 2:
+                w2 = _side_by_side(packed, LAYOUT, True, BLOCK_N, BLOCK_B, INTERPRET)
                 acc2 = tl.dot(w2, x, acc2, out_dtype=tl.int32)
-                if HAS_ZERO:
-                    w_sum2 += tl.sum(tl.where((k < K)[None, :], w2.to(tl.int32), 0), axis=1)
-            acc = tl.dot(w, x, acc, out_dtype=tl.int32)
-            if HAS_ZERO:
-                w_sum += tl.sum(tl.where((k < K)[None, :], w.to(tl.int32), 0), axis=1)
+        else:
+            # Byte j of a row holds, in plane p, the value of column (j // 32) * 32 * PLANES + 32 p + j % 32.
+            column = start * PLANES + (byte // 32) * (32 * PLANES) + byte % 32
+            for plane in tl.static_range(PLANES):
+                k = column + 32 * plane
+                x = tl.load(x_rows + k[:, None], mask=(k < x_columns)[:, None] & mask_m[None, :], other=0)
+                acc = tl.dot(_plane(packed, plane, LAYOUT, False, INTERPRET), x, acc, out_dtype=tl.int32)
+                if LAYOUT == 2:
+                    acc2 = tl.dot(_plane(packed, plane, LAYOUT, True, INTERPRET), x, acc2, out_dtype=tl.int32)
 
     x_scale = tl.load(x_scale_ptr + offs_m * stride_xs, mask=mask_m, other=0.0)
     scale = tl.load(scale_ptr + offs_n * stride_scale, mask=mask_n, other=0.0)
@@ -119,12 +158,14 @@ def _linear_kernel(
     if HAS_ZERO:
         # In float32, since zero points reach 2^30 in rows far from 0; exact as long as the product is below 2^24.
         x_zero = tl.load(x_zero_ptr + offs_m * stride_xs, mask=mask_m, other=0).to(tl.float32)
-        y -= w_sum.to(tl.float32)[:, None] * x_zero[None, :]
+        w_sum = tl.load(w_sum_ptr + offs_n, mask=mask_n, other=0).to(tl.float32)
+        y -= w_sum[:, None] * x_zero[None, :]
     y = y * scale[:, None]
     if LAYOUT == 2:
         y2 = acc2.to(tl.float32)
         if HAS_ZERO:
-            y2 -= w_sum2.to(tl.float32)[:, None] * x_zero[None, :]
+            w_sum2 = tl.load(w_sum_ptr + N + offs_n, mask=mask_n, other=0).to(tl.float32)
+            y2 -= w_sum2[:, None] * x_zero[None, :]
         scale2 = tl.load(scale_ptr + stride_plane + offs_n * stride_scale, mask=mask_n, other=0.0)
         y += y2 * scale2[:, None]
     y = y * x_scale[None, :]
@@ -167,8 +208,14 @@ def launch(
     out_dtype: torch.dtype,
     layout: str,
     tile: Tile | None = None,
+    w_sum: torch.Tensor | None = None,
+    concat: bool | None = None,
 ) -> torch.Tensor:
-    """Run the Triton kernel; arguments as the op's, already validated."""
+    """Run the Triton kernel; arguments as the op's, already validated.
+
+    `w_sum`, the sums of the weight codes over K (int32 [N] or [2, N]), is found out where zero points need it. `concat`
+    chooses between one product of all planes and one a plane; default: what suits the device.
+    """
     M, K = x.shape
     N, row_bytes = packed.shape
     out = torch.empty(M, N, dtype=out_dtype, device=x.device)
@@ -177,18 +224,37 @@ def launch(
     tile = tile or choose_tile(M)
     x, packed = _aligned(x), packed if packed.stride(1) == 1 else packed.contiguous()
     bias = None if bias is None else bias.contiguous()
-    x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
+    if x_zero_point is not None:
+        x_zero_point, w_sum = x_zero_point.contiguous(), _w_sum(packed, K, layout) if w_sum is None else w_sum
+    concat = _hopper(x.device) if concat is None else concat
     per_row = scale.shape[-1] > 1
     grid = (triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m))
     _linear_kernel[grid](
-        x, packed, scale.contiguous(), bias, x_scale.contiguous(), x_zero_point, out,
-        M, N, K, x.shape[1], row_bytes,
+        x, packed, scale.contiguous(), bias, x_scale.contiguous(), x_zero_point, w_sum, out,
+        M, N, x.shape[1], row_bytes,
         x.stride(0), packed.stride(0), out.stride(0), int(per_row), int(x_scale.numel() > 1), scale.shape[-1],
         LAYOUT=LAYOUTS[layout], ACTIVATION=ACTIVATIONS[activation], HAS_BIAS=bias is not None,
-        HAS_ZERO=x_zero_point is not None, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=tile.block_b,
-        INTERPRET=INTERPRET, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        HAS_ZERO=x_zero_point is not None, CONCAT=concat, INTERPRET=INTERPRET,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=tile.block_b,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
+
+
+def _concat(major: int) -> bool:
+    """One product of all planes on Hopper, whose wgmma takes the joined tile from registers; elsewhere it costs."""
+    return major == 9
+
+
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and _concat(torch.cuda.get_device_capability(device)[0])
+
+
+_w_sums = Derived()
+
+
+def _w_sum(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
+    return _w_sums.get([packed], (K, layout), lambda: unpacked(packed, K, layout).sum(-1, dtype=torch.int32))
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -199,11 +265,11 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(x, (0, -K % 16)).contiguous()
 
 
-def aot_cases() -> list[tuple]:
+def aot_cases(arch: int) -> list[tuple]:
     """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
     pointers = {"x_ptr": "*i8", "w_ptr": "*u8", "scale_ptr": "*fp32", "bias_ptr": "*fp32", "x_scale_ptr": "*fp32"}
-    pointers |= {"x_zero_ptr": "*i32", "out_ptr": "*fp32"}
-    others = dict.fromkeys(("M", "K", "stride_scale", "stride_xs"), "i32")
+    pointers |= {"x_zero_ptr": "*i32", "w_sum_ptr": "*i32", "out_ptr": "*fp32"}
+    others = dict.fromkeys(("M", "stride_scale", "stride_xs"), "i32")
     others |= dict.fromkeys(("x_columns", "row_bytes", "stride_xm", "stride_wn"), "i32:16")
     tiles = (*TILES.values(), LARGE_TILE)
     cases = []
@@ -211,7 +277,13 @@ def aot_cases() -> list[tuple]:
         for tile, activation, size in (*((tile, "gelu", "i32:16") for tile in tiles), (LARGE_TILE, "gelu_tanh", "i32")):
             signature = {**pointers, **others, **dict.fromkeys(("N", "stride_om", "stride_plane"), size)}
             constants = {"LAYOUT": layout, "ACTIVATION": ACTIVATIONS[activation], "HAS_BIAS": True, "HAS_ZERO": True}
-            constants |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_B": tile.block_b, "INTERPRET": False}
+            constants |= {
+                "CONCAT": _concat(arch // 10),
+                "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n,
+                "BLOCK_B": tile.block_b,
+                "INTERPRET": False,
+            }
             label = f"linear {name} {tile.block_m} tokens{'' if size == 'i32:16' else ', odd N'}"
             cases.append((label, _linear_kernel, signature, constants, tile.num_warps, tile.num_stages))
     return cases
@@ -342,7 +414,8 @@ def _codes_cuda(
 ) -> torch.Tensor:
     # Codes come from a quantizer, so their range needs no check, which would stall the device.
     packed = pack_codes(codes, layout)
-    return launch(x, packed, scale, bias, x_scale, x_zero_point, None, out_dtype, layout)
+    w_sum = codes.sum(-1, dtype=torch.int32)
+    return launch(x, packed, scale, bias, x_scale, x_zero_point, None, out_dtype, layout, w_sum=w_sum)
 
 
 def _codes_fake(

@@ -14,17 +14,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._derived import Derived
 from ._ops import define, stored, traced_on_cpu
-from .packing import unpack_binary, unpack_split, unpack_ternary
+from .packing import unpacked
 
 
 @dataclass
 class Expanded:
     """Signed int8 codes [N, K] (a split pair stacked to [2N, K]), prepacked by oneDNN where it can be."""
 
-    made_from: tuple[object, ...]  # what the packed tensor was then
     K: int
     rows: int
     weight: torch.Tensor
@@ -32,7 +31,7 @@ class Expanded:
     prepacked: bool
 
 
-_kept = WeakTensorKeyDictionary()
+_kept = Derived()
 _keep = True
 
 
@@ -50,7 +49,7 @@ def keep_expanded(keep: bool) -> None:
 
 def expanded_bytes() -> int:
     """Bytes of int8 expansions that the CPU path keeps now."""
-    return sum(entry.rows * entry.K for entry in _kept.values())
+    return sum(expanded.rows * expanded.K for expanded in _kept.values())
 
 
 @functools.cache
@@ -58,38 +57,23 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
 
 
-def _codes(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
-    if layout == "split":
-        return torch.cat(unpack_split(packed, K))
-    return (unpack_ternary if layout == "ternary" else unpack_binary)(packed, K)
-
-
 def expand(packed: Sequence[torch.Tensor], K: int, layout: str) -> Expanded:
-    """The kept expansion of packed weights that share their input, made now where there is none or one has changed."""
-    first = packed[0]
-    # Inference tensors have no version to notice in-place edits by.
-    if not _keep or any(tensor.is_inference() for tensor in packed):
-        return _expand(packed, K, layout)
-    made_from = (K, layout, *((tensor._version, tensor.data_ptr()) for tensor in packed))
-    entry = _kept.get(first)
-    if entry is None or entry.made_from != made_from:
-        entry = _kept[first] = _expand(packed, K, layout, made_from)
-    return entry
+    """The expansion of packed weights that share their input; kept, unless `keep_expanded(False)`."""
+
+    def make() -> Expanded:
+        return expand_codes(torch.cat([unpacked(tensor, K, layout).flatten(0, -2) for tensor in packed]))
+
+    return _kept.get(packed, (K, layout), make) if _keep else make()
 
 
-def _expand(packed: Sequence[torch.Tensor], K: int, layout: str, made_from: tuple[object, ...] = ()) -> Expanded:
-    codes = [_codes(tensor, K, layout) for tensor in packed]
-    return expand_codes(codes[0] if len(codes) == 1 else torch.cat(codes), made_from)
-
-
-def expand_codes(codes: torch.Tensor, made_from: tuple[object, ...] = ()) -> Expanded:
+def expand_codes(codes: torch.Tensor) -> Expanded:
     """Expansion of int8 codes [rows, K]."""
     K = codes.shape[1]
     row_sum = codes.sum(1, dtype=torch.int32).float()
     # oneDNN returns the accumulators as float32: exact below 2^24, which |x| <= 128 and |w| <= 1 keep up to this K.
     prepacked = _has_onednn() and codes.numel() > 0 and 128 * K < 2**24
     weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None) if prepacked else codes.contiguous()
-    return Expanded(made_from, K, codes.shape[0], weight, row_sum, prepacked)
+    return Expanded(K, codes.shape[0], weight, row_sum, prepacked)
 
 
 @functools.lru_cache(maxsize=64)

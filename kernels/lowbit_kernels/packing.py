@@ -140,6 +140,13 @@ def unpack_split(packed: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tens
     return (pair >> 1) * 2 - 1, (pair & 1) * 2 - 1
 
 
+def unpacked(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
+    """int8 codes of any layout: [N, K]; [2, N, K] for "split"."""
+    if layout == "split":
+        return torch.stack(unpack_split(packed, K))
+    return (unpack_ternary if layout == "ternary" else unpack_binary)(packed, K)
+
+
 _DIGITS = (1, 3, 9, 27, 81)
 
 

@@ -176,7 +176,7 @@ def launch_per_tensor(
     return q, new_scale, new_zero
 
 
-def aot_cases() -> list[tuple]:
+def aot_cases(arch: int) -> list[tuple]:
     """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
     cases = []
     for symmetric in (True, False):

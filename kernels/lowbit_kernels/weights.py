@@ -225,7 +225,7 @@ def launch_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Te
     return w1, w2
 
 
-def aot_cases() -> list[tuple]:
+def aot_cases(arch: int) -> list[tuple]:
     """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
     w, v, codes = {"w_ptr": "*fp32"}, {"v_ptr": "*fp32"}, {"codes_ptr": "*i8"}
     scale, threshold = {"scale_ptr": "*fp32"}, {"threshold_ptr": "*fp32"}

@@ -18,7 +18,7 @@ SMALL = linear.choose_tile(16).block_m
 
 
 def index_of(label: str) -> int:
-    return [case[0] for case in linear.aot_cases()].index(label)
+    return [case[0] for case in linear.aot_cases(90)].index(label)
 
 
 @pytest.mark.parametrize("kind", linear.LAYOUTS)
@@ -31,12 +31,20 @@ def test_the_linear_multiplies_on_int8_tensor_cores_without_spilling(arch: int, 
 
 def test_decoded_weights_stay_in_registers_on_hopper() -> None:
     """The left operand of IGMMA; through shared memory each plane would be stored first (STSM or STS)."""
-    case = linear.aot_cases()[index_of(f"linear ternary {SMALL} tokens")]
+    case = linear.aot_cases(90)[index_of(f"linear ternary {SMALL} tokens")]
     signature, constants, warps, stages = case[2], {**case[3], "HAS_ZERO": False}, case[4], case[5]
     result = aot.compile_kernel("ternary", linear._linear_kernel, signature, constants, warps, stages, 90)
     assert "PRMT" not in result.opcodes  # bytes are never taken apart
     assert "STSM" not in result.opcodes
     assert result.opcodes["LDGSTS"] > 0
+
+
+def test_the_loop_is_found_and_decodes_four_weights_in_four_instructions() -> None:
+    result = aot.compile_case("linear", index_of("linear ternary 128 tokens"), 90)
+    assert result.loop["IGMMA"] == result.tensor_core
+    assert not {"PRMT", "STS", "STSM"} & set(result.loop)
+    # 64 rows x 32 bytes on 128 threads: 4 words of packed bytes a thread, 4 planes each
+    assert result.loop["LOP3"] + result.loop.get("SHF", 0) < 80 < sum(result.loop.values()) < 250
 
 
 @pytest.mark.parametrize("module", aot.MODULES)
@@ -48,12 +56,14 @@ def test_every_kernel_of_every_module_is_in_the_table() -> None:
     for name in aot.MODULES:
         module = importlib.import_module(f"lowbit_kernels.{name}")
         kernels = {attribute for attribute in vars(module) if attribute.endswith("_kernel")}
-        listed = {case[1].fn.__name__ for case in module.aot_cases()}
+        listed = {case[1].fn.__name__ for case in module.aot_cases(90)}
         assert listed == kernels
 
 
 def test_faults_are_found_and_named() -> None:
-    good = aot.Compiled("kernel", 90, registers=64, spilled=0, shared=1024, multiplies=True, tensor_core=4, opcodes={})
+    good = aot.Compiled(
+        "kernel", 90, registers=64, spilled=0, shared=1024, multiplies=True, tensor_core=4, opcodes={}, loop={}
+    )
     faults = {
         "": good,
         "spills 8 bytes": dataclasses.replace(good, spilled=8),
@@ -68,7 +78,7 @@ def test_faults_are_found_and_named() -> None:
 
 
 def test_a_spilling_kernel_is_caught() -> None:
-    case = linear.aot_cases()[index_of("linear split 128 tokens")]
+    case = linear.aot_cases(90)[index_of("linear split 128 tokens")]
     constants = {**case[3], "BLOCK_M": 256, "BLOCK_N": 128}  # more accumulators than a block of 4 warps has registers
     result = aot.compile_kernel("too large", linear._linear_kernel, case[2], constants, 4, 2, 80)
     assert any("spills" in fault for fault in result.faults())
@@ -83,4 +93,4 @@ def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_command_exits_with_0_and_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert aot.main(["--arch", "90", "--only", "embedding"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 1 + len(importlib.import_module("lowbit_kernels.embedding").aot_cases())
+    assert len(printed) == 1 + len(importlib.import_module("lowbit_kernels.embedding").aot_cases(90))

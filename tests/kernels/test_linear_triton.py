@@ -36,9 +36,11 @@ def random_case(kind: str, M: int, N: int, K: int, per_row: bool = True, per_tok
     return x, random_packed(kind, N, K), scale, torch.randn(N), x_scale
 
 
-def launch(kind, x, packed, scale, bias, x_scale, zero=None, activation=None, out_dtype=torch.float32, tile=None):
+def launch(
+    kind, x, packed, scale, bias, x_scale, zero=None, activation=None, out_dtype=torch.float32, tile=None, concat=False
+):
     tensors = (None if t is None else t.to(DEVICE) for t in (x, packed, scale, bias, x_scale, zero))
-    return linear.launch(*tensors, activation, out_dtype, kind, tile).cpu()
+    return linear.launch(*tensors, activation, out_dtype, kind, tile, concat=concat).cpu()
 
 
 def definition(kind, x, packed, scale, bias, x_scale, zero=None, activation=None) -> torch.Tensor:
@@ -47,12 +49,13 @@ def definition(kind, x, packed, scale, bias, x_scale, zero=None, activation=None
     return function(x, packed, scale, bias, **keywords)
 
 
-def integer_sums(kind, x, packed, tile=None) -> list[torch.Tensor]:
+def integer_sums(kind, x, packed, tile=None, concat=None) -> list[torch.Tensor]:
     """The accumulators themselves: unit scales leave the integers as they are. A pair is read one plane at a time."""
     one = torch.ones(1)
     if kind != "split":
-        return [launch(kind, x, packed, one, None, one, tile=tile)]
-    return [launch(kind, x, packed, scale, None, one, tile=tile) for scale in torch.eye(2).unsqueeze(-1)]
+        return [launch(kind, x, packed, one, None, one, tile=tile, concat=concat)]
+    scales = torch.eye(2).unsqueeze(-1)
+    return [launch(kind, x, packed, scale, None, one, tile=tile, concat=concat) for scale in scales]
 
 
 def expected_sums(kind, x, packed) -> list[torch.Tensor]:
@@ -79,9 +82,10 @@ def test_integer_sums_are_exact_for_ragged_weights(N: int, K: int, kind: str) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_every_tile_gives_the_same_integers(tile: linear.Tile, kind: str) -> None:
+@pytest.mark.parametrize("concat", [False, True])
+def test_every_tile_gives_the_same_integers(concat: bool, tile: linear.Tile, kind: str) -> None:
     x, packed, *_ = random_case(kind, 131, 67, 520)
-    for got, expected in zip(integer_sums(kind, x, packed, tile), expected_sums(kind, x, packed), strict=True):
+    for got, expected in zip(integer_sums(kind, x, packed, tile, concat), expected_sums(kind, x, packed), strict=True):
         assert torch.equal(got, expected)
 
 
@@ -163,10 +167,10 @@ def test_nothing_outside_the_output_is_written() -> None:
     one = torch.ones(1, device=DEVICE)
     tile = linear.choose_tile(3)
     linear._linear_kernel[(1, 1)](
-        x.to(DEVICE), packed.to(DEVICE), one, None, one, None, canvas[2:, 3:],
-        3, 5, 130, 130, packed.shape[1], 130, packed.shape[1], 40, 0, 0, 1,
-        LAYOUT=0, ACTIVATION=0, HAS_BIAS=False, HAS_ZERO=False, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-        BLOCK_B=tile.block_b, INTERPRET=linear.INTERPRET,
+        x.to(DEVICE), packed.to(DEVICE), one, None, one, None, None, canvas[2:, 3:],
+        3, 5, 130, packed.shape[1], 130, packed.shape[1], 40, 0, 0, 1,
+        LAYOUT=0, ACTIVATION=0, HAS_BIAS=False, HAS_ZERO=False, CONCAT=False,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=tile.block_b, INTERPRET=linear.INTERPRET,
     )  # fmt: skip
     expected = torch.full((20, 40), 7.0)
     expected[2:5, 3:8] = expected_sums("ternary", x, packed)[0]
