@@ -1,8 +1,9 @@
 """BERT-base on the CPU: ternary and binary against float32, torch dynamic int8 and onnxruntime dynamic int8.
 
-Random weights, sequence length 128, batch 1 and 8. All models sit in one process on the same threads and inputs, and
-take turns (A B C A B C ...), so that a machine whose speed drifts slows all of them; ratios are medians of the ratios
-within a turn. Each output is checked before it is timed. Writes one JSON and prints a table.
+Random weights, sequence length 128, batch 1 and 8; "compiled" is `lowbit.compile` for the shape. All models sit in one
+process on the same threads and inputs, and take turns (A B C A B C ...), so that a machine whose speed drifts slows all
+of them; ratios are medians of the ratios within a turn. Each output is checked before it is timed. Writes one JSON and
+prints a table.
 
     python -m benchmarks.cpu --results benchmarks/results
 """
