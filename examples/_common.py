@@ -53,6 +53,9 @@ class Options:
     model: str = field(default_factory=default_model, metadata={"help": "float BERT: folder or Hub id"})
     output_dir: str = field(default="runs", metadata={"help": "stages, results.json; finished stages are not repeated"})
     max_train_samples: int = field(default=0, metadata={"help": "use only the first N training examples, 0 for all"})
+    heldout: int = field(
+        default=0, metadata={"help": "evaluate also on N training examples of 6 words or more beyond max_train_samples"}
+    )
     teacher_steps: int = field(default=500, metadata={"help": "steps of plain fine-tuning; 0: --model is fine-tuned"})
     steps: int = field(default=1000, metadata={"help": "steps of each distillation stage"})
     batch_size: int = 32

@@ -10,10 +10,13 @@ run the same command again.
 from __future__ import annotations
 
 import copy
+import dataclasses
+
+from datasets import Dataset
 
 import lowbit
 from _common import Options, Run, distil, fine_tune, load_teacher, measure, offline_if_local, parse, start, table
-from lowbit.tasks import get_task, load_task, tokenize
+from lowbit.tasks import Task, get_task, load_task, tokenize
 
 
 def open_run(options: Options) -> Run:
@@ -23,9 +26,19 @@ def open_run(options: Options) -> Run:
     data = load_task(options.task, options.data_dir)
     if options.max_train_samples:
         count = min(options.max_train_samples, len(data["train"]))
-        data["train"] = data["train"].select(range(count))
+        data["train"], rest = data["train"].select(range(count)), data["train"].select(range(count, len(data["train"])))
+        if options.heldout:
+            data["validation_heldout"] = held_out(rest, set(data["train"][task.columns[0]]), task, options.heldout)
+            task = dataclasses.replace(task, validation=(*task.validation, "validation_heldout"))
     _, tokenizer = load_teacher(options, task)
     return start(options, task, tokenize(data, tokenizer, task), tokenizer)
+
+
+def held_out(rest: Dataset, known: set[str], task: Task, count: int) -> Dataset:
+    """The first examples of some length whose text is not known: a larger sample than most validation splits."""
+    texts = rest[task.columns[0]]
+    chosen = [i for i, text in enumerate(texts) if text not in known and len(text.split()) >= 6]
+    return rest.select(chosen[:count])
 
 
 def main(options: Options) -> None:

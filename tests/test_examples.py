@@ -57,11 +57,12 @@ def options(setup: tuple[Path, Path], output: Path) -> list[str]:
 
 
 def test_ternarybert_runs_and_does_not_repeat_finished_stages(setup: tuple[Path, Path], tmp_path: Path) -> None:
-    first = run("ternarybert_glue.py", *options(setup, tmp_path))
+    heldout = ["--max_train_samples", "40", "--heldout", "5"]
+    first = run("ternarybert_glue.py", *options(setup, tmp_path), *heldout)
     assert "== teacher" in first and "ternary-packed" in first
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["ternary-packed"]) >= {"accuracy", "disk_mb", "latency_b1_ms"}
-    assert "== " not in run("ternarybert_glue.py", *options(setup, tmp_path))
+    assert set(results["ternary-packed"]) >= {"accuracy", "accuracy_heldout", "disk_mb", "latency_b1_ms"}
+    assert "== " not in run("ternarybert_glue.py", *options(setup, tmp_path), *heldout)
 
 
 def test_a_fine_tuned_model_can_be_the_teacher(setup: tuple[Path, Path], tmp_path: Path) -> None:
