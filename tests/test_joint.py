@@ -68,6 +68,8 @@ def test_edited_weights_are_noticed() -> None:
     linears[1].weight_scale.copy_(linears[1].weight_scale.flip(0))
     after = [linear(x) for linear in linears]
     assert torch.equal(after[1], before[1].flip(1)) and torch.equal(after[2], before[2])
+    linears[2].weight_scale.zero_()
+    assert torch.equal([linear(x) for linear in linears][2], linears[2].bias.expand(3, -1))
 
 
 def test_copies_are_independent() -> None:

@@ -21,9 +21,11 @@ class Derived:
 
     def get(self, tensors: Sequence[torch.Tensor], key: tuple[object, ...], make: Callable[[], Any]) -> Any:
         """The value for these tensors and this key; made anew where there is none or a tensor has changed."""
-        if any(tensor.is_inference() for tensor in tensors):
-            return make()
-        made_from = (key, *((tensor._version, tensor.data_ptr()) for tensor in tensors))
+        made_from: list[object] = [key]
+        for tensor in tensors:
+            if tensor.is_inference():
+                return make()
+            made_from += tensor._version, tensor.data_ptr()
         entry = self._kept.get(tensors[0])
         if entry is None or entry[0] != made_from:
             entry = self._kept[tensors[0]] = made_from, make()

@@ -27,6 +27,7 @@ class Expanded:
     K: int
     rows: int
     weight: torch.Tensor
+    scale: torch.Tensor  # float32 [rows]
     row_sum: torch.Tensor  # float32 [rows], exact
     prepacked: bool
 
@@ -57,23 +58,29 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
 
 
-def expand(packed: Sequence[torch.Tensor], K: int, layout: str) -> Expanded:
+def expand(packed: Sequence[torch.Tensor], scale: Sequence[torch.Tensor], K: int, layout: str) -> Expanded:
     """The expansion of packed weights that share their input; kept, unless `keep_expanded(False)`."""
 
     def make() -> Expanded:
-        return expand_codes(torch.cat([unpacked(tensor, K, layout).flatten(0, -2) for tensor in packed]))
+        codes = torch.cat([unpacked(tensor, K, layout).flatten(0, -2) for tensor in packed])
+        return expand_codes(codes, torch.cat([_row_scale(s, p.shape[0]) for s, p in zip(scale, packed, strict=True)]))
 
-    return _kept.get(packed, (K, layout), make) if _keep else make()
+    return _kept.get([*packed, *scale], (K, layout), make) if _keep else make()
 
 
-def expand_codes(codes: torch.Tensor) -> Expanded:
-    """Expansion of int8 codes [rows, K]."""
+def expand_codes(codes: torch.Tensor, scale: torch.Tensor) -> Expanded:
+    """Expansion of int8 codes [rows, K] with one scale a row."""
     K = codes.shape[1]
     row_sum = codes.sum(1, dtype=torch.int32).float()
     # oneDNN returns the accumulators as float32: exact below 2^24, which |x| <= 128 and |w| <= 1 keep up to this K.
     prepacked = _has_onednn() and codes.numel() > 0 and 128 * K < 2**24
     weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None) if prepacked else codes.contiguous()
-    return Expanded(K, codes.shape[0], weight, row_sum, prepacked)
+    return Expanded(K, codes.shape[0], weight, scale, row_sum, prepacked)
+
+
+def _row_scale(scale: torch.Tensor, N: int) -> torch.Tensor:
+    """[N] or [1] -> [N]; of a pair [2, N] or [2, 1] -> [2N]."""
+    return scale.expand(*scale.shape[:-1], N).reshape(-1).contiguous()
 
 
 @functools.lru_cache(maxsize=64)
@@ -81,14 +88,15 @@ def _ones_zeros(n: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ones(n), torch.zeros(n, dtype=torch.int64)
 
 
-def accumulate(x: torch.Tensor, expanded: Expanded, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """x int8 [M, K] times the expanded codes -> float32 [M, rows]: exact integers, times `scale` [rows] if given."""
+def accumulate(x: torch.Tensor, expanded: Expanded, scaled: bool = False) -> torch.Tensor:
+    """x int8 [M, K] times the expanded codes -> float32 [M, rows]: exact integers, or times the scales of the rows."""
     if not expanded.prepacked or x.shape[0] == 0:
         acc = _int_mm(x, expanded.weight).float() if x.shape[0] else x.new_zeros(0, expanded.rows, dtype=torch.float32)
-        return acc if scale is None else acc.mul_(scale)
+        return acc.mul_(expanded.scale) if scaled else acc
     ones, zeros = _ones_zeros(expanded.rows)
+    scale = expanded.scale if scaled else ones
     return torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 0, expanded.weight, ones if scale is None else scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        x, 1.0, 0, expanded.weight, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
 
 
@@ -128,8 +136,8 @@ def codes_linear_cpu(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`linears_cpu` for one linear given by its codes int8 [N, K] or [2, N, K]."""
-    expanded = expand_codes(codes.reshape(-1, x.shape[1]))
-    y = _times_scale(x, expanded, _row_scale(scale, codes.shape[-2]), x_zero_point)
+    expanded = expand_codes(codes.reshape(-1, x.shape[1]), _row_scale(scale, codes.shape[-2]))
+    y = _product(x, expanded, x_zero_point)
     return _finish(y, bias, x_scale, None, out_dtype, layout)
 
 
@@ -137,20 +145,13 @@ def _planes(layout: str) -> int:
     return 2 if layout == "split" else 1
 
 
-def _row_scale(scale: torch.Tensor, N: int) -> torch.Tensor:
-    """[N] or [1] -> [N]; of a pair [2, N] or [2, 1] -> [2N]."""
-    return scale.expand(*scale.shape[:-1], N).reshape(-1).contiguous()
-
-
-def _times_scale(
-    x: torch.Tensor, expanded: Expanded, scale: torch.Tensor, x_zero_point: torch.Tensor | None
-) -> torch.Tensor:
+def _product(x: torch.Tensor, expanded: Expanded, x_zero_point: torch.Tensor | None) -> torch.Tensor:
     """scale[n] * sum_k (x[m, k] - x_zero_point[m]) * w[n, k] -> float32 [M, rows]."""
     x = x.contiguous()
     if x_zero_point is None:
-        return accumulate(x, expanded, scale)
+        return accumulate(x, expanded, scaled=True)
     y = accumulate(x, expanded)
-    return y.addcmul_(x_zero_point.float().unsqueeze(-1), expanded.row_sum, value=-1).mul_(scale)
+    return y.addcmul_(x_zero_point.float().unsqueeze(-1), expanded.row_sum, value=-1).mul_(expanded.scale)
 
 
 def _scaled(
@@ -160,9 +161,7 @@ def _scaled(
     x_zero_point: torch.Tensor | None,
     layout: str,
 ) -> torch.Tensor:
-    scales = [_row_scale(own, tensor.shape[0]) for own, tensor in zip(scale, packed, strict=True)]
-    joint = scales[0] if len(scales) == 1 else torch.cat(scales)
-    return _times_scale(x, expand(packed, x.shape[1], layout), joint, x_zero_point)
+    return _product(x, expand(packed, scale, x.shape[1], layout), x_zero_point)
 
 
 def _scaled_fake(

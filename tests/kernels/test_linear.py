@@ -61,12 +61,16 @@ def magnitude(x, codes, scale, bias, x_scale, zero=None) -> torch.Tensor:
     return total * x_scale.double().unsqueeze(-1) + (0 if bias is None else bias.double().abs())
 
 
+def expand(packed: torch.Tensor, K: int, kind: str) -> linear_cpu.Expanded:
+    return linear_cpu.expand([packed], [torch.ones(2, 1) if kind == "split" else torch.ones(1)], K, kind)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("K", [1, 3, 100, 128, 130, 768])
 @pytest.mark.parametrize("N", [1, 3, 8, 17, 64])
 def test_integer_sums_are_exact(N: int, K: int, kind: str) -> None:
     codes = random_codes(kind, N, K)
-    expanded = linear_cpu.expand([pack(kind, codes)], K, kind)
+    expanded = expand(pack(kind, codes), K, kind)
     for M in ROWS:  # one prepacked weight serves every M
         x = random_int8(M, K)
         x[0] = -128
@@ -80,7 +84,7 @@ def test_integer_sums_are_exact_without_onednn(K: int, kind: str, monkeypatch: p
     monkeypatch.setattr(linear_cpu, "_has_onednn", lambda: False)
     for M, N in itertools.product((0, 1, 3, 17, 33), (0, 1, 2, 17)):
         codes = random_codes(kind, N, K)
-        expanded = linear_cpu.expand([pack(kind, codes)], K, kind)
+        expanded = expand(pack(kind, codes), K, kind)
         assert not expanded.prepacked
         x = random_int8(M, K)
         expected = x.long() @ torch.cat(codes).long().t()
@@ -91,7 +95,7 @@ def test_sums_stay_exact_up_to_the_last_prepacked_K() -> None:
     for K in (2**17 - 1, 2**17):
         codes = torch.ones(2, K, dtype=torch.int8)
         codes[1, ::2] = -1
-        expanded = linear_cpu.expand([packing.pack_ternary(codes)], K, "ternary")
+        expanded = expand(packing.pack_ternary(codes), K, "ternary")
         assert expanded.prepacked == (K < 2**17 and linear_cpu._has_onednn())
         x = torch.full((2, K), -128, dtype=torch.int8)
         x[1, 0] = -127  # one below 2^24: an odd number
