@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of ternary weights in files: 1 had 2 bits each, 2 has 1.6
 
 # (field, accepted values); None means "left in float".
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -21,7 +21,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "embedding_granularity": ("per_row", "per_tensor"),
     "activation_granularity": ("per_token", "per_tensor"),
     "stage": ("float", "prepared", "packed"),
-    "format_version": (FORMAT_VERSION,),
+    "format_version": (1, FORMAT_VERSION),
     "quant_method": ("lowbit",),
 }
 _SITES = ("linear", "ffn_output", "query", "key", "attention_probs", "value")
@@ -50,7 +50,8 @@ class LowbitConfig:
         split: each quantized weight is a pair of binary planes (ternary weight splitting). Set by `lowbit.split`.
         num_attention_heads: attention heads kept by `lowbit.slim`, None for all. Set by `lowbit.slim`.
         stage: "float" (only slimmed), "prepared" (fake-quantized) or "packed". Set by `prepare` and `convert`.
-        format_version: version of the packed checkpoint format.
+        format_version: version of the packed checkpoint format: 2, or 1 to write ternary weights with 2 bits instead
+            of 1.6. What is read as version 1 is saved as version 2.
     """
 
     weight_bits: int | None = 2

@@ -2,8 +2,11 @@
 
 A model's `config.quantization_config` is a `LowbitConfig`; with `quant_method: "lowbit"` in config.json, transformers
 hands the freshly built model (on the meta device) to `LowbitQuantizer`, which gives it the checkpoint's modules. Packed
-checkpoints carry a CRC-32 of every tensor in the safetensors header and are verified before any weight is used. Files
-hold ternary codes five to a byte, as `weight_trits`; modules hold them four to a byte.
+checkpoints carry a CRC-32 of every tensor in the safetensors header and are verified before any weight is used.
+
+Files hold ternary codes five to a byte, modules four to a byte, both as `weight`. So ternary modules get a buffer of
+the file's shape before transformers loads (by whatever route: shards, other heads, device maps), and the codes are
+expanded where they have landed. `state_dict()` and `load_state_dict` know the modules' form only.
 """
 
 from __future__ import annotations
@@ -19,14 +22,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowbit_kernels import pack_trits, unpack_ternary, unpack_trits
-from lowbit_kernels.packing import pack_codes
+from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trits
 
-from .config import LowbitConfig
+from .config import FORMAT_VERSION, LowbitConfig
 from .errors import CheckpointError
 from .nn._packed import Packed
 
@@ -34,19 +35,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHECKSUMS = "lowbit.crc32"  # key in the safetensors header
-_TRITS = "_trits"  # suffix of tensors in archive form
-
-
-class _ExpandTrits(ConversionOps):
-    """A tensor of `pack_trits` -> layout lb2."""
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
-        module = kwargs["model"].get_submodule(kwargs["full_layer_name"].rpartition(".")[0])
-        tensors = next(iter(input_dict.values()))
-        tensor = tensors[0] if isinstance(tensors, list) else tensors
-        return {target_patterns[0]: pack_codes(unpack_trits(tensor, module.row_length), "ternary")}
 
 
 @register_quantization_config("lowbit")
@@ -81,8 +69,11 @@ class LowbitQuantizer(HfQuantizer):
             from .conversion import build
 
             build(model, self.quantization_config)
-            if self.quantization_config.stage == "packed":
-                _verify_files(model, checkpoint_files or [])
+            # Without files there is a state dict from memory, which has the modules' form.
+            if self.quantization_config.stage == "packed" and checkpoint_files:
+                if self.quantization_config.format_version >= 2:
+                    _expect_trits(model)
+                _verify_files(model, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
@@ -92,11 +83,10 @@ class LowbitQuantizer(HfQuantizer):
             # transformers has already noted the wanted config on the model, which is still float.
             wanted, model.config.quantization_config = self.quantization_config, None
             return quantize(model, wanted)
-        # transformers would run the conversions backwards when it saves; `get_state_dict_and_metadata` does it for us.
-        model._weight_conversions = None
         if self.quantization_config.stage == "packed":
+            _expand_trits(model)
             _verify_modules(model)
-        return attach(model, self.quantization_config)
+        return attach(model, self.quantization_config.replace(format_version=FORMAT_VERSION))
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -105,15 +95,10 @@ class LowbitQuantizer(HfQuantizer):
         if self.quantization_config.stage != "packed":
             return None, {}
         state = model.state_dict()
-        for name, module in _packed_modules(model).items():
-            if module.layout == "ternary":
-                codes = unpack_ternary(state.pop(f"{name}.weight"), module.row_length)
-                state[f"{name}.weight{_TRITS}"] = pack_trits(codes)
+        if self.quantization_config.format_version >= 2:
+            for name, module in _ternary_modules(model).items():
+                state[f"{name}.weight"] = pack_trits(unpack_ternary(module.weight, module.row_length))
         return state, {_CHECKSUMS: json.dumps({name: _crc32(tensor) for name, tensor in state.items()})}
-
-    def get_weight_conversions(self) -> list[WeightConverter]:
-        """How files are read: trits become the modules' layout."""
-        return [WeightConverter(f"weight{_TRITS}", "weight", [_ExpandTrits()])] if self.pre_quantized else []
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         raise ValueError("a lowbit model cannot be dequantized in place; load the float checkpoint it came from")
@@ -196,12 +181,10 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
                             f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, config.json asks for "
                             f"{dtype} {tuple(shape)}"
                         )
-                    if bare in expected and bare.endswith(_TRITS) and tensor.numel() and int(tensor.max()) > 242:
-                        raise CheckpointError(f"{file}: {name} holds {int(tensor.max())}; five trits reach 242")
         except (SafetensorError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
     missing = sorted(set(expected) - found)
-    if files and missing:
+    if missing:
         raise CheckpointError(f"{files[0]}: {len(missing)} packed tensors are missing, the first is {missing[0]}")
 
 
@@ -215,17 +198,40 @@ def _packed_modules(model: PreTrainedModel) -> dict[str, Packed]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
 
 
+def _ternary_modules(model: PreTrainedModel) -> dict[str, Packed]:
+    return {name: module for name, module in _packed_modules(model).items() if module.layout == "ternary"}
+
+
+def _expect_trits(model: PreTrainedModel) -> None:
+    """Give ternary modules, still on the meta device, a `weight` of the file's shape: uint8 [N, ceil(K/5)]."""
+    for module in _ternary_modules(model).values():
+        module.weight = module.weight.new_empty(module.weight.shape[0], -(-module.row_length // 5))
+
+
+def _expand_trits(model: PreTrainedModel) -> None:
+    """Replace what `_expect_trits` made room for by layout lb2: uint8 [N, ceil(K/128)*32].
+
+    Raises:
+        CheckpointError: a byte that five ternary codes do not reach.
+    """
+    for name, module in _ternary_modules(model).items():
+        if module.weight.shape[1] != -(-module.row_length // 5):
+            continue  # lb2 already (version 1, or a state dict); its rows are always longer
+        try:
+            # As in PackedLinear: of an inference tensor the CPU path could not keep its int8 expansion.
+            with torch.inference_mode(False):
+                module.weight = pack_ternary(unpack_trits(module.weight, module.row_length))
+        except ValueError as error:
+            raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
+
+
 def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """Bare names of the packed tensors -> dtype and shape in a file; ternary codes in archive form."""
+    """Bare names of the packed tensors -> dtype and shape in a file."""
     expected: dict[str, tuple[torch.dtype, torch.Size]] = {}
     for name, module in _packed_modules(model).items():
         bare = _bare(model, name)
         expected[f"{bare}.weight_scale"] = module.weight_scale.dtype, module.weight_scale.shape
-        if module.layout == "ternary":
-            shape = torch.Size((module.weight.shape[0], -(-module.row_length // 5)))
-            expected[f"{bare}.weight{_TRITS}"] = torch.uint8, shape
-        else:
-            expected[f"{bare}.weight"] = module.weight.dtype, module.weight.shape
+        expected[f"{bare}.weight"] = module.weight.dtype, module.weight.shape
     return expected
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification, BertModel
 from transformers.models import bert as bert_package
 
 import lowbit
@@ -82,7 +82,7 @@ def test_a_base_model_loads_from_a_checkpoint_with_a_head(tmp_path: Path) -> Non
 def test_ternary_files_hold_five_codes_a_byte_and_modules_four(tmp_path: Path) -> None:
     model = packed()
     model.save_pretrained(tmp_path)
-    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")[f"{QUERY}.weight_trits"]
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")[f"{QUERY}.weight"]
     assert stored.shape == (64, 13)
     weight = model.get_submodule(QUERY).weight
     assert weight.shape == (64, 32)  # saving changes nothing in memory
@@ -93,6 +93,61 @@ def test_ternary_files_hold_five_codes_a_byte_and_modules_four(tmp_path: Path) -
     loaded.save_pretrained(tmp_path / "again")
     files = [folder / "model.safetensors" for folder in (tmp_path, tmp_path / "again")]
     assert safetensors.torch.load_file(files[0]).keys() == safetensors.torch.load_file(files[1]).keys()
+
+
+def test_files_of_version_1_load_and_are_saved_as_version_2(tmp_path: Path) -> None:
+    old = lowbit.quantize(tiny(), lowbit.TernaryConfig(format_version=1))
+    old.save_pretrained(tmp_path)
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in old.state_dict().items())
+    loaded = load(tmp_path)
+    assert same(old, loaded)
+    loaded.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"] == 2
+    assert safetensors.torch.load_file(tmp_path / "model.safetensors")[f"{QUERY}.weight"].shape == (64, 13)
+    assert same(old, load(tmp_path))
+
+
+@pytest.mark.parametrize(("written", "claimed"), [(1, 2), (2, 1)])
+def test_a_file_of_another_version_than_it_says_is_refused(written: int, claimed: int, tmp_path: Path) -> None:
+    lowbit.quantize(tiny(), lowbit.TernaryConfig(format_version=written)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["format_version"] = claimed
+    path.write_text(json.dumps(config))
+    with pytest.raises(lowbit.CheckpointError, match="asks for"):
+        load(tmp_path)
+
+
+def test_a_base_model_loads_into_a_head(tmp_path: Path) -> None:
+    model = packed("BertModel")
+    model.save_pretrained(tmp_path)
+    assert same(model, load(tmp_path).bert, "BertModel")
+
+
+def test_a_state_dict_from_memory_loads(tmp_path: Path) -> None:
+    model = packed()
+    model.save_pretrained(tmp_path)
+    state = model.state_dict()
+    loaded = type(model).from_pretrained(None, config=AutoConfig.from_pretrained(tmp_path), state_dict=state)
+    assert same(model, loaded)
+    other = packed()
+    other.load_state_dict(state)
+    assert same(model, other)
+
+
+def test_loading_in_inference_mode_keeps_the_int8_expansion(tmp_path: Path) -> None:
+    packed().save_pretrained(tmp_path)
+    with torch.inference_mode():
+        model = load(tmp_path)
+    assert not model.get_submodule(QUERY).weight.is_inference()
+
+
+def test_without_lowbit_nothing_is_loaded(tmp_path: Path) -> None:
+    packed().save_pretrained(tmp_path)
+    program = f"import transformers; transformers.BertModel.from_pretrained({str(tmp_path)!r})"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode != 0 and "mismatched" in result.stderr
 
 
 def test_device_map_loads_the_same(tmp_path: Path) -> None:
@@ -160,11 +215,11 @@ def rewrite(folder: Path, change: object) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop(f"{QUERY}.weight_trits"), "missing"),
+        (lambda t: t.pop(f"{QUERY}.weight"), "missing"),
         (lambda t: t.pop(f"{QUERY}.weight_scale"), "missing"),
-        (lambda t: t.update({f"{QUERY}.weight_trits": t[f"{QUERY}.weight_trits"].float()}), "float32"),
-        (lambda t: t.update({f"{QUERY}.weight_trits": t[f"{QUERY}.weight_trits"][:, :4].contiguous()}), "asks for"),
-        (lambda t: t[f"{QUERY}.weight_trits"][3, 2].fill_(243), "holds 243"),
+        (lambda t: t.update({f"{QUERY}.weight": t[f"{QUERY}.weight"].float()}), "float32"),
+        (lambda t: t.update({f"{QUERY}.weight": t[f"{QUERY}.weight"][:, :4].contiguous()}), "asks for"),
+        (lambda t: t[f"{QUERY}.weight"][3, 2].fill_(243), "holds 243"),
         (lambda t: t[f"{QUERY}.weight_scale"].fill_(float("nan")), "finite"),
         (lambda t: t[f"{QUERY}.weight_scale"].neg_(), "negative"),
     ],

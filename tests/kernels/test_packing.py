@@ -89,7 +89,7 @@ def test_bytes_that_are_no_trits_are_refused() -> None:
 
 
 def test_format_version_changes_only_with_the_golden_bytes() -> None:
-    assert packing.FORMAT_VERSION == 1
+    assert packing.FORMAT_VERSION == 2
 
 
 @pytest.mark.parametrize("kind", BLOCK)
