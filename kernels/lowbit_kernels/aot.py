@@ -18,6 +18,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -64,9 +65,10 @@ class Compiled:
         return found
 
 
-def cases(only: str = "") -> list[tuple[str, int]]:
-    """(module, index into its `aot_cases(arch)`) of every kernel whose module name contains `only`."""
-    return [(name, i) for name in MODULES if only in name for i in range(len(_aot_cases(name, 90)))]
+def cases(archs: Iterable[int], only: str = "") -> list[tuple[str, int, int]]:
+    """(module, index into its `aot_cases(arch)`, arch) of every kernel whose module name contains `only`."""
+    names = [name for name in MODULES if only in name]
+    return [(name, i, arch) for name in names for arch in archs for i in range(len(_aot_cases(name, arch)))]
 
 
 def _aot_cases(module: str, arch: int) -> list[tuple]:
@@ -184,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append", help="default: all")
     parser.add_argument("--only", default="", help="only modules with this in their name")
     options = parser.parse_args(arguments)
-    work = [(*case, arch) for case in cases(options.only) for arch in options.arch or ARCHITECTURES]
+    work = cases(options.arch or ARCHITECTURES, options.only)
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
         results = list(pool.map(compile_case, *zip(*work, strict=True))) if work else []
     print(report(results))

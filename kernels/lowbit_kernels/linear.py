@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from . import configs
 from ._derived import Derived
 from ._ops import FLOATS, check_choice, check_device, check_tensor, define, traced_on_cpu
 from ._triton import INTERPRET, tl, triton
@@ -186,15 +187,26 @@ class Tile:
     num_warps: int
     num_stages: int
 
+    def __post_init__(self) -> None:
+        for name, least in (("block_m", 16), ("block_n", 16), ("block_b", 32), ("num_warps", 1)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ValueError(f"{name}={value}, accepted: powers of two from {least}")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages={self.num_stages}, accepted: 1 and more")
 
-# Largest M of the bucket -> tile; chosen so that no architecture spills (`python -m lowbit_kernels.aot`).
-TILES = {16: Tile(16, 64, 64, 4, 3), 64: Tile(32, 64, 64, 4, 3), 512: Tile(64, 64, 32, 4, 3)}
-LARGE_TILE = Tile(128, 64, 32, 4, 3)
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_b} {self.num_warps}w {self.num_stages}s"
 
 
-def choose_tile(M: int) -> Tile:
-    """The tile for M tokens."""
-    return next((tile for most, tile in TILES.items() if most >= M), LARGE_TILE)
+def choose_tile(layout: str, M: int, N: int, K: int, arch: int | None) -> Tile:
+    """The tile for x [M, K] and a weight [N, K] on a device of compute capability `arch` (`configs.lookup`)."""
+    return configs.lookup(f"{layout}_linear", Tile, M, N, K, arch)
+
+
+def shipped_tiles(layout: str, arch: int) -> list[Tile]:
+    """Every tile that the package's tables have for a layout on a compute capability."""
+    return configs.shipped(f"{layout}_linear", Tile, arch)
 
 
 def launch(
@@ -221,12 +233,13 @@ def launch(
     out = torch.empty(M, N, dtype=out_dtype, device=x.device)
     if M == 0 or N == 0:
         return out
-    tile = tile or choose_tile(M)
+    arch = configs.device_arch(x.device)
+    tile = tile or choose_tile(layout, M, N, K, arch)
     x, packed = _aligned(x), packed if packed.stride(1) == 1 else packed.contiguous()
     bias = None if bias is None else bias.contiguous()
     if x_zero_point is not None:
         x_zero_point, w_sum = x_zero_point.contiguous(), _w_sum(packed, K, layout) if w_sum is None else w_sum
-    concat = _hopper(x.device) if concat is None else concat
+    concat = _concat(arch) if concat is None else concat
     per_row = scale.shape[-1] > 1
     grid = (triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m))
     _linear_kernel[grid](
@@ -241,13 +254,9 @@ def launch(
     return out
 
 
-def _concat(major: int) -> bool:
+def _concat(arch: int | None) -> bool:
     """One product of all planes on Hopper, whose wgmma takes the joined tile from registers; elsewhere it costs."""
-    return major == 9
-
-
-def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and _concat(torch.cuda.get_device_capability(device)[0])
+    return arch is not None and arch // 10 == 9
 
 
 _w_sums = Derived()
@@ -271,20 +280,21 @@ def aot_cases(arch: int) -> list[tuple]:
     pointers |= {"x_zero_ptr": "*i32", "w_sum_ptr": "*i32", "out_ptr": "*fp32"}
     others = dict.fromkeys(("M", "stride_scale", "stride_xs"), "i32")
     others |= dict.fromkeys(("x_columns", "row_bytes", "stride_xm", "stride_wn"), "i32:16")
-    tiles = (*TILES.values(), LARGE_TILE)
     cases = []
     for name, layout in LAYOUTS.items():
-        for tile, activation, size in (*((tile, "gelu", "i32:16") for tile in tiles), (LARGE_TILE, "gelu_tanh", "i32")):
+        tiles = shipped_tiles(name, arch)
+        largest = max(tiles, key=lambda tile: tile.block_m * tile.block_n / tile.num_warps)
+        for tile, activation, size in (*((tile, "gelu", "i32:16") for tile in tiles), (largest, "gelu_tanh", "i32")):
             signature = {**pointers, **others, **dict.fromkeys(("N", "stride_om", "stride_plane"), size)}
             constants = {"LAYOUT": layout, "ACTIVATION": ACTIVATIONS[activation], "HAS_BIAS": True, "HAS_ZERO": True}
             constants |= {
-                "CONCAT": _concat(arch // 10),
+                "CONCAT": _concat(arch),
                 "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n,
                 "BLOCK_B": tile.block_b,
                 "INTERPRET": False,
             }
-            label = f"linear {name} {tile.block_m} tokens{'' if size == 'i32:16' else ', odd N'}"
+            label = f"linear {name} {tile}{'' if size == 'i32:16' else ', odd N'}"
             cases.append((label, _linear_kernel, signature, constants, tile.num_warps, tile.num_stages))
     return cases
 

@@ -12,26 +12,26 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter keeps Triton from compiling", allow_module_level=True)
 
-from lowbit_kernels import aot, linear
-
-SMALL = linear.choose_tile(16).block_m
+from lowbit_kernels import aot, configs, linear
 
 
-def index_of(label: str) -> int:
-    return [case[0] for case in linear.aot_cases(90)].index(label)
+def index_of(layout: str, M: int, arch: int = 90) -> int:
+    """The case of the tile that serves M tokens on any weight."""
+    label = f"linear {layout} {configs.untuned(f'{layout}_linear', linear.Tile, M, arch)}"
+    return [case[0] for case in linear.aot_cases(arch)].index(label)
 
 
 @pytest.mark.parametrize("kind", linear.LAYOUTS)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_linear_multiplies_on_int8_tensor_cores_without_spilling(arch: int, kind: str) -> None:
-    result = aot.compile_case("linear", index_of(f"linear {kind} {SMALL} tokens"), arch)
+    result = aot.compile_case("linear", index_of(kind, 16, arch), arch)
     assert result.faults() == []
     assert result.multiplies and result.tensor_core > 0 and 0 < result.shared < 99 * 1024
 
 
 def test_decoded_weights_stay_in_registers_on_hopper() -> None:
     """The left operand of IGMMA; through shared memory each plane would be stored first (STSM or STS)."""
-    case = linear.aot_cases(90)[index_of(f"linear ternary {SMALL} tokens")]
+    case = linear.aot_cases(90)[index_of("ternary", 16)]
     signature, constants, warps, stages = case[2], {**case[3], "HAS_ZERO": False}, case[4], case[5]
     result = aot.compile_kernel("ternary", linear._linear_kernel, signature, constants, warps, stages, 90)
     assert "PRMT" not in result.opcodes  # bytes are never taken apart
@@ -40,11 +40,14 @@ def test_decoded_weights_stay_in_registers_on_hopper() -> None:
 
 
 def test_the_loop_is_found_and_decodes_four_weights_in_four_instructions() -> None:
-    result = aot.compile_case("linear", index_of("linear ternary 128 tokens"), 90)
+    tile = configs.untuned("ternary_linear", linear.Tile, 8192, 90)
+    result = aot.compile_case("linear", index_of("ternary", 8192), 90)
     assert result.loop["IGMMA"] == result.tensor_core
-    assert not {"PRMT", "STS", "STSM"} & set(result.loop)
-    # 64 rows x 32 bytes on 128 threads: 4 words of packed bytes a thread, 4 planes each
-    assert result.loop["LOP3"] + result.loop.get("SHF", 0) < 80 < sum(result.loop.values()) < 250
+    assert not {"PRMT", "STS", "STSM", "LDG"} & set(result.loop)
+    # Each word of packed bytes a thread has holds 4 planes: mask and flip are 8 LOP3, and 3 planes are shifted.
+    words = tile.block_n * tile.block_b // (128 * tile.num_warps)
+    assert 8 * words <= result.loop["LOP3"] + result.loop.get("SHF", 0) <= 12 * words
+    assert sum(result.loop.values()) * 32 / tile.block_b < 130  # per 128 values of K
 
 
 @pytest.mark.parametrize("module", aot.MODULES)
@@ -78,7 +81,7 @@ def test_faults_are_found_and_named() -> None:
 
 
 def test_a_spilling_kernel_is_caught() -> None:
-    case = linear.aot_cases(90)[index_of("linear split 128 tokens")]
+    case = linear.aot_cases(90)[index_of("split", 8192)]
     constants = {**case[3], "BLOCK_M": 256, "BLOCK_N": 128}  # more accumulators than a block of 4 warps has registers
     result = aot.compile_kernel("too large", linear._linear_kernel, case[2], constants, 4, 2, 80)
     assert any("spills" in fault for fault in result.faults())
