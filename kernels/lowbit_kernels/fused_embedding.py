@@ -249,7 +249,8 @@ def embedding_layernorm(
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit, naming the argument.
-        IndexError: an id outside its table (CPU; on CUDA such a row is NaN, since a check would stall the device).
+        IndexError: an id outside its table (CPU; on CUDA such a row is NaN, since a check would stall the device). In
+            code that torch.compile made for the CPU, a token type or position id raises Inductor's RuntimeError.
     """
     tables = {"token_type_table": token_type_table, "position_table": position_table}
     check_tensor("weight", weight, FLOATS, ndim=1)
