@@ -1,4 +1,4 @@
-"""Kernels for 2- and 1-bit BERT: packing, quantization, linears and embeddings as `torch.library` ops.
+"""Kernels for 2- and 1-bit BERT: packing, quantization, linears, LayerNorm and embeddings as `torch.library` ops.
 
 CPU tensors take a path made of torch's int8 primitives, CUDA tensors a Triton kernel, meta tensors a shape function;
 `reference.py` defines every op in float64. Names are resolved on first use: importing this package costs nothing.
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .embedding import quantized_embedding
+    from .fused_embedding import embedding_layernorm
+    from .layernorm import add_layernorm
     from .linear import binary_linear, codes_linear, joint_linear, split_linear, ternary_linear
     from .linear_cpu import expanded_bytes, keep_expanded
     from .packing import (
@@ -29,9 +31,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "add_layernorm": "layernorm",
     "binarize": "weights",
     "binary_linear": "linear",
     "codes_linear": "linear",
+    "embedding_layernorm": "fused_embedding",
     "expanded_bytes": "linear_cpu",
     "fake_quantize_per_token": "quantize",
     "joint_linear": "linear",
@@ -54,9 +58,11 @@ _HOME = {
 }
 
 __all__ = [
+    "add_layernorm",
     "binarize",
     "binary_linear",
     "codes_linear",
+    "embedding_layernorm",
     "expanded_bytes",
     "fake_quantize_per_token",
     "joint_linear",

@@ -81,4 +81,5 @@ def stored(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x
 
 
-FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+SINGLE = (torch.float32, torch.float16, torch.bfloat16)  # what float32 arithmetic serves without loss
+FLOATS = (*SINGLE, torch.float64)

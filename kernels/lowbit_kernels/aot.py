@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-MODULES = ("linear", "quantize", "weights", "embedding")
+MODULES = ("linear", "quantize", "weights", "embedding", "layernorm", "fused_embedding")
 
 KIB = 1024
 # Compute capability -> (shared memory of a block, SASS of its int8 tensor-core product). Triton has no int8 product of

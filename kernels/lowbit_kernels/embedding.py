@@ -10,14 +10,47 @@ from __future__ import annotations
 
 import torch
 
-from ._ops import check_choice, check_device, check_tensor, define
+from ._ops import SINGLE, check_choice, check_device, check_tensor, define
 from ._triton import tl, triton
 from .packing import unpack_binary, unpack_split, unpack_ternary
 
 INT8, TERNARY, BINARY, SPLIT = 0, 1, 2, 3  # `LAYOUT` of the kernel
-_OUT = (torch.float32, torch.float16, torch.bfloat16)
+ID_DTYPES = (torch.int64, torch.int32)
 
 # ---------------------------------------------------------------------------------------------------------- Triton
+
+
+@triton.jit
+def table_row(ids_ptr, rows):
+    """(row of the id, whether it is one of `rows`); row 0 where it is not, which is then not to be read."""
+    row = tl.load(ids_ptr).to(tl.int64)
+    valid = (row >= 0) & (row < rows)
+    return tl.where(valid, row, 0), valid
+
+
+@triton.jit
+def row_scales(scale_ptr, row, valid, stride_scale, stride_plane, LAYOUT: tl.constexpr):
+    """The scale of a row, NaN for an invalid one, and that of its second plane."""
+    scale = tl.where(valid, tl.load(scale_ptr + row * stride_scale, mask=valid, other=0.0), float("nan"))
+    scale2 = scale
+    if LAYOUT == 3:
+        scale2 = tl.load(scale_ptr + stride_plane + row * stride_scale, mask=valid, other=0.0)
+    return scale, scale2
+
+
+@triton.jit
+def values(packed, plane, scale, scale2, LAYOUT: tl.constexpr):
+    """The float32 values in plane `plane` of the bytes."""
+    bits = packed.to(tl.int32)
+    if LAYOUT == 0:
+        return bits.to(tl.float32) * scale
+    elif LAYOUT == 1:
+        return (((bits >> (6 - 2 * plane)) & 3) - 1).to(tl.float32) * scale
+    elif LAYOUT == 2:
+        return (((bits >> plane) & 1) * 2 - 1).to(tl.float32) * scale
+    else:
+        y = (((bits >> (7 - 2 * plane)) & 1) * 2 - 1).to(tl.float32) * scale
+        return y + (((bits >> (6 - 2 * plane)) & 1) * 2 - 1).to(tl.float32) * scale2
 
 
 @triton.jit
@@ -27,31 +60,22 @@ def _embedding_kernel(
 ):  # fmt: skip
     """One program an id. An id out of range reads nothing and writes NaN."""
     program = tl.program_id(0).to(tl.int64)
-    row = tl.load(ids_ptr + program).to(tl.int64)
-    valid = (row >= 0) & (row < V)
-    row = tl.where(valid, row, 0)
+    row, valid = table_row(ids_ptr + program, V)
     byte = tl.arange(0, BLOCK)
     packed = tl.load(w_ptr + row * row_bytes + byte, mask=byte < tl.where(valid, row_bytes, 0), other=0)
-    scale = tl.where(valid, tl.load(scale_ptr + row * stride_scale, mask=valid, other=0.0), float("nan"))
+    scale, scale2 = row_scales(scale_ptr, row, valid, stride_scale, stride_plane, LAYOUT)
+    PLANES: tl.constexpr = 1 if LAYOUT == 0 else 8 if LAYOUT == 2 else 4
+    column = byte if LAYOUT == 0 else (byte // 32) * (32 * PLANES) + byte % 32
     out_ptr += program * dim
-    if LAYOUT == 0:
-        y = packed.to(tl.float32) * scale
-        tl.store(out_ptr + byte, y.to(out_ptr.dtype.element_ty), mask=byte < dim)
-    else:
-        PLANES: tl.constexpr = 8 if LAYOUT == 2 else 4
-        column = (byte // 32) * (32 * PLANES) + byte % 32
-        bits = packed.to(tl.int32)
-        for plane in tl.static_range(PLANES):
-            if LAYOUT == 1:
-                y = (((bits >> (6 - 2 * plane)) & 3) - 1).to(tl.float32) * scale
-            elif LAYOUT == 2:
-                y = (((bits >> plane) & 1) * 2 - 1).to(tl.float32) * scale
-            else:
-                scale2 = tl.load(scale_ptr + stride_plane + row * stride_scale, mask=valid, other=0.0)
-                y = (((bits >> (7 - 2 * plane)) & 1) * 2 - 1).to(tl.float32) * scale
-                y += (((bits >> (6 - 2 * plane)) & 1) * 2 - 1).to(tl.float32) * scale2
-            k = column + 32 * plane
-            tl.store(out_ptr + k, y.to(out_ptr.dtype.element_ty), mask=(byte < row_bytes) & (k < dim))
+    for plane in tl.static_range(PLANES):
+        k = column + 32 * plane
+        y = values(packed, plane, scale, scale2, LAYOUT).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + k, y, mask=(byte < row_bytes) & (k < dim))
+
+
+def layout_of(scale: torch.Tensor, bits: int) -> int:
+    """`LAYOUT` of a table with that scale and that many bits."""
+    return SPLIT if scale.dim() == 2 else {8: INT8, 2: TERNARY, 1: BINARY}[bits]
 
 
 def launch(
@@ -61,11 +85,10 @@ def launch(
     out = torch.empty(ids.shape[0], dim, dtype=out_dtype, device=packed.device)
     if out.numel():
         packed, scale = packed.contiguous(), scale.contiguous()
-        layout = SPLIT if scale.dim() == 2 else {8: INT8, 2: TERNARY, 1: BINARY}[bits]
         _embedding_kernel[(ids.shape[0],)](
             ids.contiguous(), packed, scale, out, packed.shape[0], packed.shape[1], dim,
             int(scale.shape[-1] > 1), scale.shape[-1],
-            LAYOUT=layout, BLOCK=triton.next_power_of_2(packed.shape[1]), num_warps=4,
+            LAYOUT=layout_of(scale, bits), BLOCK=triton.next_power_of_2(packed.shape[1]), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -85,14 +108,19 @@ def aot_cases(arch: int) -> list[tuple]:
 # ------------------------------------------------------------------------------------------------------------- CPU
 
 
+def check_ids(name: str, ids: torch.Tensor, rows: int) -> None:
+    """Raise IndexError unless all ids are rows of the table."""
+    low, high = torch.aminmax(ids)
+    if low < 0 or high >= rows:
+        raise IndexError(f"{name} reach from {int(low)} to {int(high)}, the table has rows 0 to {rows - 1}")
+
+
 def _embedding_cpu(
     ids: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bits: int, dim: int, out_dtype: torch.dtype
 ) -> torch.Tensor:
     if ids.numel() == 0:
         return packed.new_empty(0, dim, dtype=out_dtype)
-    low, high = torch.aminmax(ids)
-    if low < 0 or high >= packed.shape[0]:
-        raise IndexError(f"ids reach from {int(low)} to {int(high)}, the table has rows 0 to {packed.shape[0] - 1}")
+    check_ids("ids", ids, packed.shape[0])
     rows = packed.index_select(0, ids)
     scale = scale.expand(*scale.shape[:-1], packed.shape[0]).index_select(-1, ids).unsqueeze(-1)
     if scale.dim() == 3:
@@ -111,7 +139,7 @@ def _embedding_fake(
     return packed.new_empty(ids.shape[0], dim, dtype=out_dtype)
 
 
-_op = define(
+embedding_op = define(
     "quantized_embedding(Tensor ids, Tensor packed, Tensor scale, int bits, int dim, ScalarType out_dtype) -> Tensor",
     cpu=_embedding_cpu,
     cuda=launch,
@@ -145,12 +173,26 @@ def quantized_embedding(
         TypeError, ValueError: dtypes, shapes or devices that do not fit.
         IndexError: an id outside the table (CPU; on CUDA such a row is NaN, since a check would stall the device).
     """
-    check_tensor("ids", ids, (torch.int64, torch.int32))
-    check_choice("bits", bits, (1, 2, 8))
+    dim = check_table(ids, packed, scale, "bits", bits, embedding_dim, out_dtype)
+    check_device(ids=ids, packed=packed, scale=scale)
+    return embedding_op(ids.reshape(-1), packed, scale, bits, dim, out_dtype).reshape(*ids.shape, dim)
+
+
+def check_table(
+    ids: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bits_name: str,
+    bits: int,
+    embedding_dim: int | None,
+    out_dtype: torch.dtype,
+) -> int:
+    """Raise TypeError or ValueError unless these fit each other; returns the number of columns of a row."""
+    check_tensor("ids", ids, ID_DTYPES)
+    check_choice(bits_name, bits, (1, 2, 8))
     check_tensor("packed", packed, (torch.int8 if bits == 8 else torch.uint8,), ndim=2)
     check_tensor("scale", scale, (torch.float32,))
-    check_choice("out_dtype", out_dtype, _OUT)
-    check_device(ids=ids, packed=packed, scale=scale)
+    check_choice("out_dtype", out_dtype, SINGLE)
     per_byte = {1: 8, 2: 4, 8: 1}[bits]
     block = 1 if bits == 8 else 32 * per_byte
     columns = packed.shape[1] * per_byte
@@ -164,4 +206,4 @@ def quantized_embedding(
         raise ValueError(
             f"scale has shape {tuple(scale.shape)}, expected [{V}] or [1] (split pair, bits 2: [2, {V}] or [2, 1])"
         )
-    return _op(ids.reshape(-1), packed, scale, bits, dim, out_dtype).reshape(*ids.shape, dim)
+    return dim

@@ -50,6 +50,12 @@ def _extrema(x_ptr, length, BLOCK: tl.constexpr):
         low = tl.minimum(low, tl.where(mask, x, float("inf")))
         high = tl.maximum(high, tl.where(mask, x, float("-inf")))
         poison += x - x
+    return _reduced(low, high, poison)
+
+
+@triton.jit
+def _reduced(low, high, poison):
+    """One (least, largest) of a vector of them; NaN where one of `poison` is."""
     nan = tl.sum(poison, axis=0)
     return tl.min(low, axis=0) + nan, tl.max(high, axis=0) + nan
 
@@ -77,15 +83,38 @@ def _scale_and_zero(low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
 
 
 @triton.jit
-def _store_codes(x_ptr, q_ptr, length, inverse, zero, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):
+def _to_codes(x, inverse, zero, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """int8 codes of float32 values; 0 where a value or its scale is NaN."""
     QMAX: tl.constexpr = 2 ** (BITS - 1) - 1
     QMIN: tl.constexpr = -QMAX if SYMMETRIC else -QMAX - 1
+    q = _rint(x * inverse) + zero
+    return tl.where(q == q, tl.minimum(tl.maximum(q, QMIN), QMAX), 0.0).to(tl.int8)
+
+
+@triton.jit
+def _store_codes(x_ptr, q_ptr, length, inverse, zero, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     for start in range(0, length, BLOCK):
         mask = start + offs < length
-        q = _rint(tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32) * inverse) + zero
-        q = tl.where(q == q, tl.minimum(tl.maximum(q, QMIN), QMAX), 0.0)
-        tl.store(q_ptr + start + offs, q.to(tl.int8), mask=mask)
+        x = tl.load(x_ptr + start + offs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(q_ptr + start + offs, _to_codes(x, inverse, zero, BITS, SYMMETRIC), mask=mask)
+
+
+@triton.jit
+def _store_scale_and_zero(scale_ptr, zero_ptr, scale, zero, SYMMETRIC: tl.constexpr):
+    tl.store(scale_ptr, scale)
+    if not SYMMETRIC:
+        tl.store(zero_ptr, tl.where(zero == zero, zero, 0.0).to(tl.int32))
+
+
+@triton.jit
+def quantize_row(x, mask, k, q_ptr, scale_ptr, zero_ptr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """For kernels that hold a whole float32 row: what `_row_kernel` stores for it. `mask` marks its columns `k`."""
+    low, high, poison = tl.where(mask, x, float("inf")), tl.where(mask, x, float("-inf")), tl.where(mask, x - x, 0.0)
+    low, high = _reduced(low, high, poison)
+    scale, inverse, zero = _scale_and_zero(low, high, BITS, SYMMETRIC)
+    _store_scale_and_zero(scale_ptr, zero_ptr, scale, zero, SYMMETRIC)
+    tl.store(q_ptr + k, _to_codes(x, inverse, zero, BITS, SYMMETRIC), mask=mask)
 
 
 @triton.jit
@@ -97,9 +126,7 @@ def _row_kernel(
     x_ptr += row * K
     low, high = _extrema(x_ptr, K, BLOCK)
     scale, inverse, zero = _scale_and_zero(low, high, BITS, SYMMETRIC)
-    tl.store(scale_ptr + row, scale)
-    if not SYMMETRIC:
-        tl.store(zero_ptr + row, tl.where(zero == zero, zero, 0.0).to(tl.int32))
+    _store_scale_and_zero(scale_ptr + row, zero_ptr + row, scale, zero, SYMMETRIC)
     _store_codes(x_ptr, q_ptr + row * K, K, inverse, zero, BITS, SYMMETRIC, BLOCK)
 
 
@@ -129,12 +156,10 @@ def _chunk_kernel(
         low = tl.minimum(low, chunk_low)
         high = tl.maximum(high, tl.load(high_ptr + start + offs, mask=mask, other=float("-inf")))
         poison += tl.where(mask, chunk_low - chunk_low, 0.0)
-    nan = tl.sum(poison, axis=0)
-    scale, inverse, zero = _scale_and_zero(tl.min(low, axis=0) + nan, tl.max(high, axis=0) + nan, BITS, SYMMETRIC)
+    low, high = _reduced(low, high, poison)
+    scale, inverse, zero = _scale_and_zero(low, high, BITS, SYMMETRIC)
     if p == 0:
-        tl.store(scale_ptr, scale)
-        if not SYMMETRIC:
-            tl.store(zero_ptr, tl.where(zero == zero, zero, 0.0).to(tl.int32))
+        _store_scale_and_zero(scale_ptr, zero_ptr, scale, zero, SYMMETRIC)
     length = tl.minimum(n - p * CHUNK, CHUNK).to(tl.int32)
     _store_codes(x_ptr + p * CHUNK, q_ptr + p * CHUNK, length, inverse, zero, BITS, SYMMETRIC, BLOCK)
 
@@ -145,14 +170,15 @@ CHUNK = 16384  # values a program when one scale serves the whole tensor
 
 def launch_per_token(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
     """Run the Triton kernel on float [M, K]; the zero point is empty when symmetric."""
+    if not x.numel():
+        return outputs_of_empty(x, symmetric, x.shape[0])
     x = x.contiguous()
-    q, scale, zero_point = _outputs(x, symmetric, x.shape[0])
-    if x.numel():
-        block = min(triton.next_power_of_2(x.shape[1]), MAX_BLOCK)
-        _row_kernel[(x.shape[0],)](
-            x, q, scale, zero_point, x.shape[1],
-            BITS=bits, SYMMETRIC=symmetric, BLOCK=block, num_warps=4 if block <= 1024 else 8,
-        )  # fmt: skip
+    q, scale, zero_point = outputs(x, symmetric, x.shape[0])
+    block = min(triton.next_power_of_2(x.shape[1]), MAX_BLOCK)
+    _row_kernel[(x.shape[0],)](
+        x, q, scale, zero_point, x.shape[1],
+        BITS=bits, SYMMETRIC=symmetric, BLOCK=block, num_warps=4 if block <= 1024 else 8,
+    )  # fmt: skip
     return q, scale, zero_point
 
 
@@ -162,17 +188,18 @@ def launch_per_tensor(
     """Run the Triton kernels with one scale; a static scale needs no reduction and takes torch's elementwise ops."""
     if scale is not None:
         return _static(x, bits, symmetric, scale, zero_point)
-    x = x.contiguous()
-    q, new_scale, new_zero = _outputs(x, symmetric, 1)
     n = x.numel()
-    if n:
-        chunks = triton.cdiv(n, CHUNK)
-        low, high = new_scale.new_empty(chunks), new_scale.new_empty(chunks)
-        _extrema_kernel[(chunks,)](x, low, high, n, CHUNK=CHUNK, BLOCK=MAX_BLOCK, num_warps=8)
-        _chunk_kernel[(chunks,)](
-            x, q, low, high, new_scale, new_zero, n, chunks,
-            BITS=bits, SYMMETRIC=symmetric, CHUNK=CHUNK, BLOCK=MAX_BLOCK, num_warps=8,
-        )  # fmt: skip
+    if not n:
+        return outputs_of_empty(x, symmetric, 1)
+    x = x.contiguous()
+    q, new_scale, new_zero = outputs(x, symmetric, 1)
+    chunks = triton.cdiv(n, CHUNK)
+    low, high = new_scale.new_empty(chunks), new_scale.new_empty(chunks)
+    _extrema_kernel[(chunks,)](x, low, high, n, CHUNK=CHUNK, BLOCK=MAX_BLOCK, num_warps=8)
+    _chunk_kernel[(chunks,)](
+        x, q, low, high, new_scale, new_zero, n, chunks,
+        BITS=bits, SYMMETRIC=symmetric, CHUNK=CHUNK, BLOCK=MAX_BLOCK, num_warps=8,
+    )  # fmt: skip
     return q, new_scale, new_zero
 
 
@@ -203,11 +230,17 @@ def aot_cases(arch: int) -> list[tuple]:
 CPU_CHUNK = 2**18  # values quantized at a time, so that the float32 intermediate stays in cache: 2.5x at [4096, 3072]
 
 
-def _outputs(x: torch.Tensor, symmetric: bool, scales: int) -> Quantized:
-    """(codes, scale, zero point) to fill; scale 0 and zero point 0 are right already where x is empty."""
-    zero_point = x.new_zeros(0 if symmetric else scales, dtype=torch.int32)
+def outputs(x: torch.Tensor, symmetric: bool, scales: int) -> Quantized:
+    """(codes, scale, zero point) to fill."""
+    zero_point = x.new_empty(0 if symmetric else scales, dtype=torch.int32)
     q = x.new_empty(x.shape, dtype=torch.int8)
-    return q, x.new_zeros(scales, dtype=torch.float32), zero_point
+    return q, x.new_empty(scales, dtype=torch.float32), zero_point
+
+
+def outputs_of_empty(x: torch.Tensor, symmetric: bool, scales: int) -> Quantized:
+    """What an x without values gives: scale 0 and zero point 0."""
+    q, scale, zero_point = outputs(x, symmetric, scales)
+    return q, scale.zero_(), zero_point.zero_()
 
 
 def _scale_and_zero_torch(
@@ -249,9 +282,9 @@ def _rows_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
     return q.to(torch.int8), scale, _zero_point(scale, zero)
 
 
-def _per_token_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
+def per_token_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
     if x.numel() == 0:
-        return _outputs(x, symmetric, x.shape[0])
+        return outputs_of_empty(x, symmetric, x.shape[0])
     x = x.contiguous()
     if x.numel() <= CPU_CHUNK:
         return _rows_cpu(x, bits, symmetric)
@@ -286,7 +319,7 @@ def _per_tensor_cpu(
     if scale is not None:
         return _static(x, bits, symmetric, scale, zero_point)
     if x.numel() == 0:
-        return _outputs(x, symmetric, 1)
+        return outputs_of_empty(x, symmetric, 1)
     flat = x.contiguous().view(-1)
     low, high = flat.amin().reshape(1).float(), flat.amax().reshape(1).float()
     new_scale, inverse, zero = _scale_and_zero_torch(low, high, bits, symmetric)
@@ -321,18 +354,18 @@ def _fake_per_token_cuda(x: torch.Tensor, bits: int, symmetric: bool) -> torch.T
 
 
 def _per_token_fake(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
-    return _outputs(x, symmetric, x.shape[0])
+    return outputs(x, symmetric, x.shape[0])
 
 
 def _per_tensor_fake(
     x: torch.Tensor, bits: int, symmetric: bool, scale: torch.Tensor | None, zero_point: torch.Tensor | None
 ) -> Quantized:
-    return _outputs(x, symmetric, 1)
+    return outputs(x, symmetric, 1)
 
 
 _per_token = define(
     "quantize_per_token(Tensor x, int bits, bool symmetric) -> (Tensor, Tensor, Tensor)",
-    cpu=_per_token_cpu,
+    cpu=per_token_cpu,
     cuda=launch_per_token,
     fake=_per_token_fake,
 )

@@ -339,3 +339,48 @@ def quantized_embedding(
         planes = [(codes, scale)]
     table = sum(codes.double() * scales.double().unsqueeze(-1) for codes, scales in planes)
     return table[ids.long()].to(out_dtype)  # type: ignore[index]
+
+
+# --- LayerNorm -----------------------------------------------------------------------------------------------------
+
+
+def add_layernorm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-12,
+    *,
+    bits: int | None = None,
+    symmetric: bool = True,
+) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(v - mean) / sqrt(variance + eps) * weight + bias of v = x + residual; the codes are of y as rounded."""
+    v = x.double() if residual is None else x.double() + residual.double()
+    centred = v - v.mean(-1, keepdim=True)
+    variance = (centred**2).mean(-1, keepdim=True)
+    y = (centred / (variance + eps) ** 0.5 * weight.double() + bias.double()).to(x.dtype)
+    return y if bits is None else (y, *quantize_per_token(y, bits, symmetric))
+
+
+def embedding_layernorm(
+    ids: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    embedding_bits: int,
+    token_type_ids: Tensor,
+    token_type_table: Tensor,
+    position_ids: Tensor,
+    position_table: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-12,
+    *,
+    bits: int | None = None,
+    symmetric: bool = True,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor | tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """LayerNorm of (word + token type) + position, where rows and sums are rounded to `out_dtype`."""
+    v = quantized_embedding(ids, packed, scale, embedding_bits, embedding_dim=len(weight), out_dtype=out_dtype)
+    for rows in (token_type_table[token_type_ids.long()], position_table[position_ids.long()]):
+        v = (v.double() + rows.to(out_dtype).double()).to(out_dtype)
+    return add_layernorm(v, None, weight, bias, eps, bits=bits, symmetric=symmetric)

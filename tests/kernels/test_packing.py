@@ -161,6 +161,8 @@ def test_bad_input_is_refused_by_name(function, arguments, error, message) -> No
 
 def test_every_exported_name_resolves() -> None:
     assert sorted(lowbit_kernels._HOME) == lowbit_kernels.__all__
+    # A submodule of that name would hide the function once it is imported.
+    assert not set(lowbit_kernels._HOME) & set(lowbit_kernels._HOME.values())
     for name in lowbit_kernels.__all__:
         assert getattr(lowbit_kernels, name).__name__ == name
     with pytest.raises(AttributeError, match="nonsense"):
