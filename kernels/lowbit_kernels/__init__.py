@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention import attention
     from .embedding import quantized_embedding
     from .linear import binary_linear, codes_linear, joint_linear, split_linear, ternary_linear
     from .linear_cpu import expanded_bytes, keep_expanded
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "attention": "attention",
     "binarize": "weights",
     "binary_linear": "linear",
     "codes_linear": "linear",
@@ -54,6 +56,7 @@ _HOME = {
 }
 
 __all__ = [
+    "attention",
     "binarize",
     "binary_linear",
     "codes_linear",
