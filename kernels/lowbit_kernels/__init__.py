@@ -10,7 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import attention
     from .embedding import quantized_embedding
     from .linear import binary_linear, codes_linear, joint_linear, split_linear, ternary_linear
     from .linear_cpu import expanded_bytes, keep_expanded
@@ -25,12 +24,13 @@ if TYPE_CHECKING:
         unpack_trits,
     )
     from .quantize import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
+    from .varlen_attention import attention
     from .weights import binarize, split_ternary, ternarize
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "attention": "attention",
+    "attention": "varlen_attention",
     "binarize": "weights",
     "binary_linear": "linear",
     "codes_linear": "linear",

@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-MODULES = ("linear", "quantize", "weights", "embedding", "attention")
+MODULES = ("linear", "quantize", "weights", "embedding", "varlen_attention")
 
 KIB = 1024
 # Compute capability -> (shared memory of a block, SASS of its tensor-core products of int8 and of floats). Triton has

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 
 import pytest
@@ -11,10 +10,9 @@ from torch import nn
 
 from lowbit.nn.attention import attention_forward
 from lowbit.quantizers import ActivationQuantizer
-from lowbit_kernels import attention, reference
+from lowbit_kernels import attention, reference, varlen_attention
 
-module = importlib.import_module("lowbit_kernels.attention")
-PROBS, ALL = ("attention_probs",), module.SITES
+PROBS, ALL = ("attention_probs",), varlen_attention.SITES
 MODES = [(None, ()), (8, PROBS), (8, ()), (8, ALL), (4, PROBS), (4, ("key", "value"))]
 LENGTHS = [[7, 0, 1, 33, 0, 12], [16, 16, 16], [1], [0, 40]]
 # Of results that lie between the extremes of the values: float32 sums and exponentials; one rounding of the output.
@@ -69,7 +67,7 @@ def test_groups_of_sequences_change_nothing(
     for lengths in ([5, 9, 2, 2, 30, 0, 17, 9, 9], [8] * 7):
         arguments = joint(lengths, 2, 16)
         for scores in (1, 500, 2000):
-            monkeypatch.setattr(module, "CPU_SCORES", scores)
+            monkeypatch.setattr(varlen_attention, "CPU_SCORES", scores)
             assert_attends(attention(*arguments, bits=bits, asymmetric=asymmetric), arguments, bits, asymmetric, 1e-5)
 
 
