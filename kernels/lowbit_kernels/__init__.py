@@ -26,12 +26,14 @@ if TYPE_CHECKING:
         unpack_trits,
     )
     from .quantize import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
+    from .varlen_attention import attention
     from .weights import binarize, split_ternary, ternarize
 
 __version__ = "0.1.0"
 
 _HOME = {
     "add_layernorm": "layernorm",
+    "attention": "varlen_attention",
     "binarize": "weights",
     "binary_linear": "linear",
     "codes_linear": "linear",
@@ -59,6 +61,7 @@ _HOME = {
 
 __all__ = [
     "add_layernorm",
+    "attention",
     "binarize",
     "binary_linear",
     "codes_linear",

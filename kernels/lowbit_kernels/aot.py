@@ -4,9 +4,9 @@
 
 One line a kernel and architecture: registers, spilled bytes, shared memory, instructions, tensor-core products, and the
 mix of the loop that holds them. Exit code 1 where a kernel spills, asks for more shared memory than the architecture
-has, or multiplies without int8 tensor cores. Each op file lists its kernels in `aot_cases(arch)`: (label, kernel,
-signature, constants, warps, stages), with Triton's types; "i32:16" is an integer known to be a multiple of 16, which
-pointers always are.
+has, or multiplies without tensor cores (full float32 may). Each op file lists its kernels in `aot_cases(arch)`: (label,
+kernel, signature, constants, warps, stages), with Triton's types; "i32:16" is an integer known to be a multiple of 16,
+which pointers always are.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-MODULES = ("linear", "quantize", "weights", "embedding", "layernorm", "fused_embedding")
+MODULES = ("linear", "quantize", "weights", "embedding", "layernorm", "fused_embedding", "varlen_attention")
 
 KIB = 1024
-# Compute capability -> (shared memory of a block, SASS of its int8 tensor-core product). Triton has no int8 product of
-# the fifth-generation tensor cores: on 100 it becomes the warp-level IMMA of Ampere.
+# Compute capability -> (shared memory of a block, SASS of its tensor-core products of int8 and of floats). Triton has
+# no int8 product of the fifth-generation tensor cores: on 100 it becomes the warp-level IMMA of Ampere.
 ARCHITECTURES = {
-    80: (163 * KIB, "IMMA"),
-    89: (99 * KIB, "IMMA"),
-    90: (227 * KIB, "IGMMA"),
-    100: (227 * KIB, "IMMA"),
+    80: (163 * KIB, "IMMA", "HMMA"),
+    89: (99 * KIB, "IMMA", "HMMA"),
+    90: (227 * KIB, "IGMMA", "HGMMA"),
+    100: (227 * KIB, "IMMA", "UTCHMMA"),
 }
 
 
@@ -47,22 +47,24 @@ class Compiled:
     registers: int
     spilled: int  # bytes of local memory a thread
     shared: int
-    multiplies: bool
-    tensor_core: int  # int8 tensor-core instructions
+    products: tuple[str, ...]  # the tensor-core instructions that its products should become; none for full float32
     opcodes: dict[str, int]
     loop: dict[str, int]  # opcodes of the innermost loop with tensor-core products
 
+    @property
+    def tensor_core(self) -> int:
+        """Tensor-core instructions."""
+        return sum(self.opcodes.get(product, 0) for product in self.products)
+
     def faults(self) -> list[str]:
         """What is wrong with it; empty if nothing is."""
-        limit, product = ARCHITECTURES[self.arch]
+        limit = ARCHITECTURES[self.arch][0]
         found = []
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
         if self.shared > limit:
             found.append(f"shared memory {self.shared} exceeds {limit}")
-        if self.multiplies and not self.tensor_core:
-            found.append(f"no {product} instruction")
-        return found
+        return found + [f"no {product} instruction" for product in self.products if not self.opcodes.get(product)]
 
 
 def cases(archs: Iterable[int], only: str = "") -> list[tuple[str, int, int]]:
@@ -108,7 +110,7 @@ def compile_kernel(
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, listing = _disassemble(built.asm["cubin"])
     opcodes = Counter(opcode for _, opcode, _ in listing)
-    product = ARCHITECTURES[arch][1]
+    products = _products(built.asm["ttir"], arch)
     return Compiled(
         label=label,
         arch=arch,
@@ -116,11 +118,18 @@ def compile_kernel(
         # STACK holds frames without spills too (none of our kernels has one); LDL and STL are the spills themselves.
         spilled=usage["STACK"] + usage["LOCAL"],
         shared=built.metadata.shared,
-        multiplies="tt.dot" in built.asm["ttir"],
-        tensor_core=opcodes.get(product, 0),
+        products=products,
         opcodes=dict(opcodes),
-        loop=dict(_loop(listing, product)),
+        loop=dict(_loop(listing, products)),
     )
+
+
+def _products(ttir: str, arch: int) -> tuple[str, ...]:
+    """The tensor-core instructions that the dots of Triton's intermediate code should become."""
+    _, int8, floats = ARCHITECTURES[arch]
+    dots = re.findall(r"tt\.dot (.*) : tensor<\d+x\d+x(\w+)> \*", ttir)
+    found = {int8 if dtype == "i8" else floats for attributes, dtype in dots if dtype != "f32" or "tf32" in attributes}
+    return tuple(sorted(found))
 
 
 Listing = list[tuple[int, str, int | None]]  # address, opcode, target where it is a branch
@@ -147,25 +156,26 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], Listing]:
     return usage, listing
 
 
-def _loop(listing: Listing, product: str) -> Counter[str]:
+def _loop(listing: Listing, products: tuple[str, ...]) -> Counter[str]:
     """Opcodes between the nearest backward branch and its target that enclose a product."""
     bodies = [
         Counter(opcode for place, opcode, _ in listing if target <= place <= address)
         for address, _, target in listing
         if target is not None and target < address
     ]
-    return min((body for body in bodies if body[product]), key=Counter.total, default=Counter())
+    with_product = (body for body in bodies if any(body[product] for product in products))
+    return min(with_product, key=Counter.total, default=Counter())
 
 
 def report(results: list[Compiled]) -> str:
     """The results as a table, faults at the end of the line."""
     width = max((len(result.label) for result in results), default=0)
-    lines = [f"{'kernel':{width}}  arch  registers  spilled  shared  instructions  int8 products  loop"]
+    lines = [f"{'kernel':{width}}  arch  registers  spilled  shared  instructions  products  loop"]
     for result in results:
         faults = "; ".join(result.faults())
         lines.append(
             f"{result.label:{width}}  {result.arch:4}  {result.registers:9}  {result.spilled:7}  {result.shared:6}  "
-            f"{sum(result.opcodes.values()):12}  {result.tensor_core:13}  {_mix(result)}"
+            f"{sum(result.opcodes.values()):12}  {result.tensor_core:8}  {_mix(result)}"
             f"{'  FAULT: ' + faults if faults else ''}"
         )
     return "\n".join(lines)
@@ -175,7 +185,7 @@ def _mix(result: Compiled) -> str:
     """The loop in words: its length, products, what decodes weights (SHF LOP3 IADD PRMT), loads and stores of tiles."""
     if not result.loop:
         return ""
-    shown = (ARCHITECTURES[result.arch][1], "SHF", "LOP3", "IADD", "VIADD", "PRMT", "LDSM", "LDS", "STS", "LDGSTS")
+    shown = (*result.products, "SHF", "LOP3", "IADD", "VIADD", "PRMT", "LDSM", "LDS", "STS", "LDGSTS")
     parts = [f"{result.loop[opcode]} {opcode}" for opcode in shown if opcode in result.loop]
     return f"{sum(result.loop.values())}: {', '.join(parts)}"
 

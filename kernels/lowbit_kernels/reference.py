@@ -222,6 +222,47 @@ def split_linear(
     return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype)
 
 
+# --- attention -----------------------------------------------------------------------------------------------------
+
+
+def _dequantized(x: Tensor, bits: int | None, symmetric: bool) -> Tensor:
+    """x [..., K] as its codes say, float64; x itself without bits."""
+    if bits is None:
+        return x.double()
+    q, scale, zero_point = quantize_per_token(x, bits, symmetric)
+    zero = 0 if zero_point is None else zero_point.double().unsqueeze(-1)
+    return scale.double().unsqueeze(-1) * (q.double() - zero)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scaling: float | None = None,
+    bits: int | None = None,
+    asymmetric: tuple[str, ...] = ("attention_probs",),
+) -> Tensor:
+    """softmax(scaling * Q K^T) V for every sequence and head of [T, H, D], with every operand quantized by rows."""
+    T, H, D = query.shape
+    scaling = D**-0.5 if scaling is None else scaling
+    out = torch.zeros(T, H, D, dtype=torch.float64)
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        assert end - start <= max_seqlen
+        for head in range(H):
+            q, k, v = (
+                _dequantized(x[start:end, head], bits, site not in asymmetric)
+                for site, x in (("query", query), ("key", key), ("value", value))
+            )
+            probs = torch.softmax(scaling * (q @ k.T), dim=1)
+            if bits is not None:
+                probs = _dequantized(probs.float(), bits, "attention_probs" not in asymmetric)
+            out[start:end, head] = probs @ v
+    return out.to(query.dtype)
+
+
 # --- weights -------------------------------------------------------------------------------------------------------
 
 

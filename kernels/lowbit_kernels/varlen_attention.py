@@ -1,0 +1,471 @@
+"""Attention without padding: the sequences of a batch lie one after the other, no key is masked but by its sequence.
+
+    out[i] = sum_j probs[i, j] value[j],   probs[i] = softmax_j(scaling * query[i] . key[j])     i, j in one sequence
+    bits     out[i] = sum_j q(probs[i])_j q(value[j]),   probs[i] = softmax_j(scaling * q(query[i]) . q(key[j]))
+
+Shapes [T, H, D], each head for itself; sequence b holds the tokens cu_seqlens[b] to cu_seqlens[b + 1]. `q` is
+`fake_quantize_per_token`, with the sites and defaults of `lowbit.nn.attention` (released TernaryBERT and BinaryBERT).
+A row of probabilities takes its range from the keys of its own sequence. In a padded batch the probability 0 of masked
+keys counts too, which moves the range where every own probability is far from 0: a sequence then depends on how far its
+batch is padded. Here it never does.
+
+Without bits, one pass over the keys (online softmax: Milakov & Gimelshein 2018, FlashAttention). With bits, two: the
+first finds the largest and the smallest score m, n and l = sum_j exp(s_j - m), and so the range of the probabilities,
+from exp(n - m) / l to 1 / l; the second computes the same scores again, quantizes and multiplies. Scores are products
+of int8 codes, exact, and cheap enough to do twice: the map would be T * S * H floats to write and read. Rows are
+quantized where they are loaded, so a key is quantized once for every block of queries, which at BERT's lengths are few.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ._ops import check_choice, check_device, check_tensor, define, traced_on_cpu
+from ._triton import tl, triton
+from .quantize import _rint, _scale_and_zero, fake_quantize_per_token
+
+SITES = ("query", "key", "attention_probs", "value")
+HEAD_DIMS = (16, 32, 64, 128)  # of the Triton kernels
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# ---------------------------------------------------------------------------------------------------------- Triton
+# Legend: a program takes BLOCK_M queries of one head of one sequence, its loops BLOCK_N keys at a time. Scores are in
+# units of log2: `scaling` holds a factor log2(e), and exp2 is one instruction where exp is two.
+
+
+@triton.jit
+def _sequence(cu_seqlens_ptr, T, blocks, BLOCK_M: tl.constexpr):
+    """(first token, length, first query) of this program; what lies beyond T is never touched."""
+    sequence = tl.program_id(0) // blocks
+    start = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.minimum(tl.load(cu_seqlens_ptr + sequence + 1), T) - start
+    return start, length, (tl.program_id(0) % blocks) * BLOCK_M
+
+
+@triton.jit
+def _load(x_ptr, start, row, length, stride_t, D: tl.constexpr):
+    """Rows of one sequence and head, [len(row), D]; 0 beyond its end."""
+    x_ptrs = x_ptr + (start + row).to(tl.int64)[:, None] * stride_t + tl.arange(0, D)[None, :]
+    return tl.load(x_ptrs, mask=(row < length)[:, None], other=0.0)
+
+
+@triton.jit
+def _store(out_ptr, out, start, row, length, H, head, D: tl.constexpr):
+    out_ptrs = out_ptr + ((start + row).to(tl.int64)[:, None] * H + head) * D + tl.arange(0, D)[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(row < length)[:, None])
+
+
+@triton.jit(do_not_specialize=["T", "blocks"])
+def _attention_kernel(
+    query_ptr, key_ptr, value_ptr, cu_seqlens_ptr, out_ptr, T, H, blocks, scaling,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    start, length, first = _sequence(cu_seqlens_ptr, T, blocks, BLOCK_M)
+    if first >= length:
+        return
+    head = tl.program_id(1)
+    row = first + tl.arange(0, BLOCK_M)
+    query = _load(query_ptr + head * stride_qh, start, row, length, stride_qt, D)
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    for begin in range(0, length, BLOCK_N):
+        column = begin + tl.arange(0, BLOCK_N)
+        key = _load(key_ptr + head * stride_kh, start, column, length, stride_kt, D)
+        value = _load(value_ptr + head * stride_vh, start, column, length, stride_vt, D)
+        scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scaling
+        scores = tl.where((column < length)[None, :], scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
+        exps = tl.exp2(scores - new_highest[:, None])
+        shrink = tl.exp2(highest - new_highest)
+        total = total * shrink + tl.sum(exps, axis=1)
+        acc = tl.dot(exps.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
+        highest = new_highest
+    _store(out_ptr, acc / total[:, None], start, row, length, H, head, D)
+
+
+@triton.jit
+def _quantized(x, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
+    """Rows [rows, D] -> codes in float32, scales [rows], zero points [rows]; NaN for bad rows."""
+    QMAX: tl.constexpr = 2 ** (BITS - 1) - 1
+    x = x.to(tl.float32)
+    poison = tl.sum(x - x, axis=1)  # NaN where x holds NaN, which min and max would drop, or infinity
+    low = tl.min(x, axis=1) + poison
+    high = tl.max(x, axis=1) + poison
+    scale, inverse, zero = _scale_and_zero(low, high, BITS, SYMMETRIC)
+    codes = _rint(x * inverse[:, None])
+    if not SYMMETRIC:
+        codes = tl.minimum(codes + zero[:, None], QMAX)
+    return codes, scale, zero
+
+
+@triton.jit
+def _operand(codes):
+    """Codes as the tensor cores take them: int8 needs 32 columns, float16 does not and is exact for codes too."""
+    if codes.shape[1] < 32:
+        return codes.to(tl.float16)
+    else:
+        return codes.to(tl.int8)
+
+
+@triton.jit
+def _scores(
+    query, query_scale, query_zero, query_sum, key_ptr, start, column, length, stride_kt,
+    BITS: tl.constexpr, SYMMETRIC_QUERY: tl.constexpr, SYMMETRIC_KEY: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Scores of one block of keys; what is beyond the sequence is 0.
+
+    sum_d (q - zq)(k - zk) = sum_d q k - zk sum_d q - zq sum_d (k - zk), the corrections in float32: zero points of rows
+    far from 0 are large, but then so is the score.
+    """
+    codes, scale, zero = _quantized(_load(key_ptr, start, column, length, stride_kt, D), BITS, SYMMETRIC_KEY)
+    scores = tl.dot(query, tl.trans(_operand(codes))).to(tl.float32)
+    if not SYMMETRIC_KEY:
+        scores -= query_sum[:, None] * zero[None, :]
+    if not SYMMETRIC_QUERY:
+        scores -= query_zero[:, None] * (tl.sum(codes, axis=1) - D * zero)[None, :]
+    return scores * query_scale[:, None] * scale[None, :]
+
+
+@triton.jit(do_not_specialize=["T", "blocks"])
+def _quantized_attention_kernel(
+    query_ptr, key_ptr, value_ptr, cu_seqlens_ptr, out_ptr, T, H, blocks, scaling,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    BITS: tl.constexpr, SYMMETRIC_QUERY: tl.constexpr, SYMMETRIC_KEY: tl.constexpr, SYMMETRIC_PROBS: tl.constexpr,
+    SYMMETRIC_VALUE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    QMAX: tl.constexpr = 2 ** (BITS - 1) - 1
+    start, length, first = _sequence(cu_seqlens_ptr, T, blocks, BLOCK_M)
+    if first >= length:
+        return
+    head = tl.program_id(1)
+    key_ptr += head * stride_kh
+    value_ptr += head * stride_vh
+    row = first + tl.arange(0, BLOCK_M)
+    query = _load(query_ptr + head * stride_qh, start, row, length, stride_qt, D)
+    query_codes, query_scale, query_zero = _quantized(query, BITS, SYMMETRIC_QUERY)
+    query_sum = tl.sum(query_codes, axis=1)
+    query = _operand(query_codes)
+    query_scale *= scaling
+
+    highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    lowest = tl.full((BLOCK_M,), float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for begin in range(0, length, BLOCK_N):
+        column = begin + tl.arange(0, BLOCK_N)
+        own = (column < length)[None, :]
+        scores = _scores(
+            query, query_scale, query_zero, query_sum, key_ptr, start, column, length, stride_kt,
+            BITS, SYMMETRIC_QUERY, SYMMETRIC_KEY, D,
+        )  # fmt: skip
+        new_highest = tl.maximum(highest, tl.max(tl.where(own, scores, float("-inf")), axis=1))
+        lowest = tl.minimum(lowest, tl.min(tl.where(own, scores, float("inf")), axis=1))
+        exps = tl.where(own, tl.exp2(scores - new_highest[:, None]), 0.0)
+        total = total * tl.exp2(highest - new_highest) + tl.sum(exps, axis=1)
+        highest = new_highest
+
+    high = 1.0 / total
+    low = tl.exp2(lowest - highest) * high
+    scale, inverse, zero = _scale_and_zero(low, high, BITS, SYMMETRIC_PROBS)
+    # Probabilities are scale * (base + codes) with codes from 0 to 2^bits - 1, exact in float16 and bfloat16; base,
+    # which has no bound, is multiplied with the sum of the values instead.
+    base = (-QMAX - 1.0) - zero if not SYMMETRIC_PROBS else zero
+    steps = high * inverse
+    acc = tl.zeros((BLOCK_M, D), tl.float32)
+    value_sum = tl.zeros((D,), tl.float32)
+    for begin in range(0, length, BLOCK_N):
+        column = begin + tl.arange(0, BLOCK_N)
+        scores = _scores(
+            query, query_scale, query_zero, query_sum, key_ptr, start, column, length, stride_kt,
+            BITS, SYMMETRIC_QUERY, SYMMETRIC_KEY, D,
+        )  # fmt: skip
+        values = _load(value_ptr, start, column, length, stride_vt, D)
+        value_codes, value_scale, value_zero = _quantized(values, BITS, SYMMETRIC_VALUE)
+        value = ((value_codes - value_zero[:, None]) * value_scale[:, None]).to(values.dtype)
+        codes = _rint(tl.exp2(scores - highest[:, None]) * steps[:, None]) - base[:, None]
+        # Keys beyond the sequence meet values of 0, so their codes only have to be finite.
+        codes = tl.minimum(tl.maximum(codes, 0.0), QMAX if SYMMETRIC_PROBS else 2 * QMAX + 1)
+        # Whole numbers lose nothing to TF32, and of a float32 value three terms leave 2^-21 out.
+        acc = tl.dot(codes.to(values.dtype), value, acc, input_precision="tf32x3")
+        if not SYMMETRIC_PROBS:
+            value_sum += tl.sum(value.to(tl.float32), axis=0)
+    out = (acc + base[:, None] * value_sum[None, :]) * scale[:, None]
+    _store(out_ptr, out, start, row, length, H, head, D)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile configuration: queries, keys per step, and Triton's warps and stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None) -> Tile:
+    """The tile for sequences up to `max_seqlen`: no architecture spills; neither tuned nor measured.
+
+    Hopper's wgmma takes 64 rows or more; full float32 does without tensor cores and holds its operands in registers.
+    """
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 2) if bits is None else Tile(64, 16 if D == 128 else 32, 8, 2)
+    num_stages = 3 if bits is None else 2
+    if D == 128 or max_seqlen <= 32:
+        return Tile(64, 32, 8, num_stages)
+    return Tile(64 if max_seqlen <= 64 else 128, 64, 8, num_stages)
+
+
+def launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scaling: float,
+    bits: int | None,
+    asymmetric: Sequence[str],
+) -> torch.Tensor:
+    """Run the Triton kernel; arguments as the op's, already validated."""
+    T, H, D = query.shape
+    out = query.new_empty(T, H, D)
+    if not out.numel():
+        return out
+    query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
+    tile = choose_tile(max_seqlen, D, query.dtype, bits)
+    blocks = triton.cdiv(max_seqlen, tile.block_m)
+    arguments = (
+        query, key, value, cu_seqlens.contiguous(), out, T, H, blocks, scaling * math.log2(math.e),
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+    )  # fmt: skip
+    shape = {"D": D, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    grid = (blocks * (len(cu_seqlens) - 1), H)
+    if bits is None:
+        _attention_kernel[grid](*arguments, **shape, **options)
+    else:
+        _quantized_attention_kernel[grid](*arguments, BITS=bits, **_flags(asymmetric), **shape, **options)
+    return out
+
+
+def _flags(asymmetric: Sequence[str]) -> dict[str, bool]:
+    return {f"SYMMETRIC_{site.split('_')[-1].upper()}": site not in asymmetric for site in SITES}
+
+
+def aot_cases(arch: int) -> list[tuple]:
+    """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
+    types = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    strides = dict.fromkeys((f"stride_{tensor}{axis}" for tensor in "qkv" for axis in "th"), "i32:16")
+    others = {"cu_seqlens_ptr": "*i32", "T": "i32", "H": "i32", "blocks": "i32", "scaling": "fp32", **strides}
+    common = [(64, 128, torch.float16), (64, 128, torch.bfloat16), (64, 128, torch.float32), (64, 64, torch.float16)]
+    common += [(32, 32, torch.bfloat16), (32, 512, torch.float16)]
+    rare = [(16, 128, torch.float16), (128, 512, torch.bfloat16), (128, 512, torch.float32)]
+    modes = [(*shape, *mode) for shape in common for mode in ((None, ()), (8, ("attention_probs",)))]
+    modes += [(*shape, *mode) for shape in rare for mode in ((None, ()), (4, SITES))]
+    cases = []
+    for D, max_seqlen, dtype, bits, asymmetric in modes:
+        tile = choose_tile(max_seqlen, D, dtype, bits)
+        signature = dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "out_ptr"), types[dtype]) | others
+        constants = {"D": D, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        label = f"attention {types[dtype]} D={D} up to {max_seqlen}"
+        kernel = _attention_kernel
+        if bits is not None:
+            label += f", {bits} bits{' asymmetric' if asymmetric == SITES else ''}"
+            kernel = _quantized_attention_kernel
+            constants |= {"BITS": bits, **_flags(asymmetric)}
+        cases.append((label, kernel, signature, constants, tile.num_warps, tile.num_stages))
+    return cases
+
+
+# ------------------------------------------------------------------------------------------------------------- CPU
+
+CPU_SCORES = 2**20  # scores held at a time, so that they stay in cache: 1.4 to 2 times as fast as a whole batch
+
+
+def _padded(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    own: torch.Tensor | None,
+    scaling: float,
+    bits: int | None,
+    asymmetric: Sequence[str],
+) -> torch.Tensor:
+    """Sequences side by side, [b, S, H, D] to the same; `own` [b, S] says which keys are real, None that all are.
+
+    Not torch's scaled_dot_product_attention, which on the CPU makes 0 of a row whose scores are all NaN.
+    """
+
+    def quantized(site: str, x: torch.Tensor) -> torch.Tensor:
+        return x if bits is None else fake_quantize_per_token(x, bits, site not in asymmetric)
+
+    q = quantized("query", query.transpose(1, 2).float())
+    k = quantized("key", key.transpose(1, 2).float())
+    v = quantized("value", value.transpose(1, 2).float())
+    scores = torch.matmul(q * scaling, k.transpose(2, 3))
+    if own is None:
+        probs = torch.softmax(scores, -1)
+    else:
+        real = own[:, None, None, :]
+        probs = torch.softmax(scores.masked_fill_(~real, -math.inf), -1)
+        # Keys that are not real meet values of 0; they take a probability that is in the row's range already.
+        probs = torch.where(real, probs, probs.amax(-1, keepdim=True))
+        v = v.masked_fill(~real.transpose(2, 3), 0.0)
+    return torch.matmul(quantized("attention_probs", probs), v).transpose(1, 2).to(query.dtype)
+
+
+def _is_uniform(query: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> bool:
+    """Whether all sequences have the same length: no other lengths up to `max_seqlen` add up to T."""
+    return query.shape[0] == (cu_seqlens.shape[0] - 1) * max_seqlen
+
+
+def _uniform(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    length: int,
+    scaling: float,
+    bits: int | None,
+    asymmetric: Sequence[str],
+) -> torch.Tensor:
+    """Sequences of one length, [b * length, H, D] to the same: views, nothing is padded."""
+    query, key, value = (x.unflatten(0, (-1, length)) for x in (query, key, value))
+    return _padded(query, key, value, None, scaling, bits, asymmetric).flatten(0, 1).contiguous()
+
+
+def _check_cu_seqlens(cu_seqlens: torch.Tensor, T: int, max_seqlen: int) -> None:
+    low, high = torch.aminmax(cu_seqlens.diff()) if len(cu_seqlens) > 1 else (0, 0)
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or low < 0 or high > max_seqlen:
+        raise ValueError(
+            f"cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])} in steps of {int(low)} to "
+            f"{int(high)}, expected 0 to T={T} in steps of 0 to max_seqlen={max_seqlen}"
+        )
+
+
+def _cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scaling: float,
+    bits: int | None,
+    asymmetric: Sequence[str],
+) -> torch.Tensor:
+    T, H, D = query.shape
+    _check_cu_seqlens(cu_seqlens, T, max_seqlen)
+    out = query.new_empty(T, H, D)
+    if not out.numel():
+        return out
+    if _is_uniform(query, cu_seqlens, max_seqlen):
+        size = _sequences_at_a_time(H, max_seqlen) * max_seqlen
+        for q, k, v, target in zip(*(x.split(size) for x in (query, key, value, out)), strict=True):
+            target.copy_(_uniform(q, k, v, max_seqlen, scaling, bits, asymmetric))
+        return out
+    # From the longest to the shortest, so that neighbours pad each other little: with copies of their own first token,
+    # so that NaN stays in its sequence.
+    lengths, order = cu_seqlens.diff().sort(descending=True)
+    lengths = lengths[lengths > 0].unsqueeze(1)
+    starts = cu_seqlens[order[: len(lengths)]].unsqueeze(1)
+    first = 0
+    while first < len(lengths):
+        longest = int(lengths[first])
+        group = slice(first, first + _sequences_at_a_time(H, longest))
+        place = torch.arange(longest)
+        own = place < lengths[group]
+        tokens = starts[group] + torch.where(own, place, 0)
+        q, k, v = (x.index_select(0, tokens.flatten()).unflatten(0, own.shape) for x in (query, key, value))
+        result = _padded(q, k, v, None if bool(own.all()) else own, scaling, bits, asymmetric).flatten(0, 1)
+        out.index_copy_(0, tokens[own], result.index_select(0, own.flatten().nonzero().flatten()))
+        first = group.stop
+    return out
+
+
+def _sequences_at_a_time(H: int, length: int) -> int:
+    return max(1, CPU_SCORES // (H * length * length))
+
+
+# -------------------------------------------------------------------------------------------------------------- op
+
+
+def _fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scaling: float,
+    bits: int | None,
+    asymmetric: Sequence[str],
+) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
+_op = define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, SymInt max_seqlen, float scaling, int? bits, "
+    "str[] asymmetric) -> Tensor",
+    cpu=_cpu,
+    cuda=launch,
+    fake=_fake,
+)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    *,
+    scaling: float | None = None,
+    bits: int | None = None,
+    asymmetric: Sequence[str] = ("attention_probs",),
+) -> torch.Tensor:
+    """Bidirectional attention within each sequence of a batch without padding; carries no gradient.
+
+    Args:
+        query, key, value: float32, float16 or bfloat16 [T, H, D], one dtype; any strides (those of a joint projection
+            [T, 3, H, D], say). D is 16, 32, 64 or 128 on CUDA, any on the CPU.
+        cu_seqlens: int32 [B + 1], from 0 to T: sequence b holds the tokens cu_seqlens[b] to cu_seqlens[b + 1] - 1.
+        max_seqlen: no sequence is longer.
+        scaling: of the scores; default D ** -0.5.
+        bits: 8 or 4 quantizes query, key, value and the probabilities per token and head, None nothing.
+        asymmetric: what is quantized with a zero point, out of "query", "key", "attention_probs", "value".
+
+    Returns:
+        [T, H, D] like query, contiguous. NaN stays in its sequence and head.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes, devices or names that do not fit; cu_seqlens that do not (CPU; on CUDA,
+            where a check would stall the device, rows outside every sequence or beyond max_seqlen are undefined).
+    """
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        check_tensor(name, tensor, _FLOATS, ndim=3)
+        if tensor.shape != query.shape or tensor.dtype != query.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected the same as query: {query.dtype} "
+                f"{tuple(query.shape)}"
+            )
+    check_tensor("cu_seqlens", cu_seqlens, (torch.int32,), ndim=1)
+    check_device(query=query, key=key, value=value, cu_seqlens=cu_seqlens)
+    check_choice("bits", bits, (None, 8, 4))
+    unknown = sorted(set(asymmetric) - set(SITES))
+    if unknown:
+        raise ValueError(f"asymmetric={unknown}, accepted: {', '.join(SITES)}")
+    D = query.shape[2]
+    if D == 0 or (query.device.type == "cuda" and D not in HEAD_DIMS):
+        raise ValueError(f"query has D={D}, accepted: {', '.join(map(str, HEAD_DIMS))} on CUDA, any above 0 on the CPU")
+    if cu_seqlens.shape[0] == 0 or max_seqlen < 0:
+        raise ValueError(
+            f"cu_seqlens has {cu_seqlens.shape[0]} entries and max_seqlen={max_seqlen}, expected B + 1 and at least 0"
+        )
+    scaling = D**-0.5 if scaling is None else scaling
+    query, key, value = query.detach(), key.detach(), value.detach()
+    if traced_on_cpu(query) and query.numel() and _is_uniform(query, cu_seqlens, max_seqlen):
+        return _uniform(query, key, value, max_seqlen, scaling, bits, asymmetric)
+    return _op(query, key, value, cu_seqlens, max_seqlen, scaling, bits, list(asymmetric))

@@ -1,0 +1,215 @@
+"""Attention without padding equals its definition, and no sequence sees another."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from lowbit.nn.attention import attention_forward
+from lowbit.quantizers import ActivationQuantizer
+from lowbit_kernels import attention, reference, varlen_attention
+
+PROBS, ALL = ("attention_probs",), varlen_attention.SITES
+MODES = [(None, ()), (8, PROBS), (8, ()), (8, ALL), (4, PROBS), (4, ("key", "value"))]
+LENGTHS = [[7, 0, 1, 33, 0, 12], [16, 16, 16], [1], [0, 40]]
+# Of results that lie between the extremes of the values: float32 sums and exponentials; one rounding of the output.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def joint(lengths: list[int], H: int, D: int, dtype: torch.dtype = torch.float32) -> tuple:
+    """query, key, value as slices of one projection, cu_seqlens, max_seqlen."""
+    x = torch.randn(sum(lengths), 3, H, D).to(dtype)
+    cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    return *x.unbind(1), cu_seqlens, max(lengths, default=0)
+
+
+def assert_attends(got: torch.Tensor, arguments: tuple, bits: int | None, asymmetric: tuple, rounding: float) -> None:
+    """Equal to the definition but for rounding, and for the few probabilities that rounding takes to the next code."""
+    expected = reference.attention(
+        *(x.double() for x in arguments[:3]), *arguments[3:], bits=bits, asymmetric=asymmetric
+    )
+    assert got.dtype == arguments[0].dtype and got.is_contiguous()
+    size = arguments[2].double().abs().amax() if got.numel() else 1.0
+    error = (got.double() - expected).abs() / size
+    if bits is not None:
+        step = 1 / (2 ** (bits - 1) - 1)
+        assert (error <= 2 * step + rounding).all()
+        error = error[(error <= rounding).all(-1)]
+        assert error.numel() >= 0.95 * got.numel()
+    assert (error <= rounding).all()
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), MODES)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("D", [1, 5, 64])
+def test_equals_definition(D: int, lengths: list[int], dtype: torch.dtype, bits: int | None, asymmetric: tuple) -> None:
+    arguments = joint(lengths, 3, D, dtype)
+    got = attention(*arguments, bits=bits, asymmetric=asymmetric)
+    assert_attends(got, arguments, bits, asymmetric, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_scaling_is_applied(bits: int | None) -> None:
+    arguments = joint([9, 4], 2, 8)
+    for scaling in (0.0, 0.3, -1.0):
+        expected = reference.attention(*arguments, scaling=scaling, bits=bits)
+        torch.testing.assert_close(attention(*arguments, scaling=scaling, bits=bits), expected, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), MODES)
+def test_groups_of_sequences_change_nothing(
+    bits: int | None, asymmetric: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for lengths in ([5, 9, 2, 2, 30, 0, 17, 9, 9], [8] * 7):
+        arguments = joint(lengths, 2, 16)
+        for scores in (1, 500, 2000):
+            monkeypatch.setattr(varlen_attention, "CPU_SCORES", scores)
+            assert_attends(attention(*arguments, bits=bits, asymmetric=asymmetric), arguments, bits, asymmetric, 1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_any_strides(bits: int | None) -> None:
+    query, key, value, *rest = joint([3, 11, 6], 4, 8)
+    expected = attention(query.contiguous(), key.contiguous(), value.contiguous(), *rest, bits=bits)
+    columns = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in (query, key, value)]
+    assert columns[0].stride(2) != 1
+    for given in ((query, key, value), columns):
+        torch.testing.assert_close(attention(*given, *rest, bits=bits), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), MODES)
+def test_agrees_with_the_attention_of_the_modules(bits: int | None, asymmetric: tuple) -> None:
+    B, S, H, D = 3, 21, 2, 32
+    query, key, value, cu_seqlens, max_seqlen = joint([S] * B, H, D)
+    owner = nn.Module()
+    if bits is not None:
+        owner.quantizers = nn.ModuleDict({site: ActivationQuantizer(bits, site not in asymmetric) for site in ALL})
+    heads = [x.unflatten(0, (B, S)).transpose(1, 2) for x in (query, key, value)]
+    expected = attention_forward(owner.eval(), *heads, None)[0].flatten(0, 1)
+    got = attention(query, key, value, cu_seqlens, max_seqlen, bits=bits, asymmetric=asymmetric)
+    close = (got - expected).abs().amax(-1) <= 1e-5
+    assert close.float().mean() >= 0.95 and (got - expected).abs().amax() < 2 / 7 * value.abs().amax()
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), MODES)
+def test_a_sequence_does_not_depend_on_its_batch(bits: int | None, asymmetric: tuple) -> None:
+    lengths = [6, 50, 3, 6]
+    query, key, value, cu_seqlens, max_seqlen = joint(lengths, 2, 16)
+    key = key * 0.01  # probabilities far from 0, where that of a masked key would move the range
+    together = attention(query, key, value, cu_seqlens, max_seqlen, bits=bits, asymmetric=asymmetric)
+    for start, length in zip(cu_seqlens.tolist(), lengths, strict=False):
+        rows = slice(start, start + length)
+        cu_alone = torch.tensor([0, length], dtype=torch.int32)
+        alone = attention(query[rows], key[rows], value[rows], cu_alone, length, bits=bits, asymmetric=asymmetric)
+        # where the range is small against the probabilities, a code more or less is little
+        torch.testing.assert_close(together[rows], alone, rtol=0, atol=1e-5 if bits is None else 0.03)
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), MODES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("operand", range(3))
+@pytest.mark.parametrize("lengths", [[5, 3, 8, 0, 8], [6, 6, 6]], ids=str)
+def test_nan_stays_in_its_sequence_and_head(
+    lengths: list[int], operand: int, bad: float, bits: int | None, asymmetric: tuple
+) -> None:
+    arguments = joint(lengths, 2, 16)
+    clean = attention(*arguments, bits=bits, asymmetric=asymmetric)
+    first = lengths[0]
+    arguments[operand][first, 1, 3] = bad
+    got = attention(*arguments, bits=bits, asymmetric=asymmetric)
+    expected = reference.attention(*arguments, bits=bits, asymmetric=asymmetric)
+    assert torch.equal(got.isfinite(), expected.isfinite())
+    assert bad == float("inf") or got[first, 1].isnan().any()
+    untouched = torch.ones(got.shape[:2], dtype=torch.bool)
+    untouched[first : first + lengths[1], 1] = False
+    torch.testing.assert_close(got[untouched], clean[untouched], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_large_values(dtype: torch.dtype, bits: int | None) -> None:
+    query, key, value, *rest = joint([19, 30], 2, 64, dtype)
+    arguments = (query * 100, key * 100, value * 1000, *rest)
+    got = attention(*arguments, bits=bits)
+    # scores of some 10^5 in float32 leave exponentials with 2 digits; most rows have one probability of 1
+    assert got.isfinite().all()
+    expected = reference.attention(*(x.double() for x in arguments[:3]), *rest, bits=bits)
+    close = (got - expected).abs().amax(-1) <= ROUNDING[dtype] * 4000
+    assert close.float().mean() > 0.95
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]], ids=str)
+def test_empty(lengths: list[int], bits: int | None) -> None:
+    assert attention(*joint(lengths, 2, 8), bits=bits).shape == (0, 2, 8)
+    assert attention(*joint([3], 0, 8), bits=bits).shape == (3, 0, 8)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("lengths", [[4, 4], [3, 0, 5]], ids=str)
+def test_op_satisfies_torch_library(lengths: list[int], bits: int | None) -> None:
+    arguments = (*joint(lengths, 2, 8), 0.5, bits, ["key", "attention_probs"])
+    torch.library.opcheck(torch.ops.lowbit_kernels.attention.default, arguments)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_compiled_it_is_traced_where_lengths_are_uniform(bits: int | None) -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: list) -> torch.fx.GraphModule:
+        graphs.append(str(graph.code))
+        return graph
+
+    for lengths, opaque in (([9, 9], False), ([9], False), ([9, 4], True)):
+        torch._dynamo.reset()
+        arguments = joint(lengths, 2, 16)
+        compiled = torch.compile(attention, backend=keep, fullgraph=True)
+        got = compiled(*arguments, bits=bits)
+        assert ("lowbit_kernels.attention" in graphs[-1]) == opaque
+        assert_attends(got, arguments, bits, PROBS, 1e-5)
+
+
+def test_inductor_gives_the_same() -> None:
+    torch._dynamo.reset()
+    arguments = joint([12] * 4, 2, 16)
+    assert_attends(torch.compile(attention, fullgraph=True)(*arguments, bits=8), arguments, 8, PROBS, 1e-5)
+
+
+def test_it_carries_no_gradient() -> None:
+    query, *rest = joint([4, 2], 1, 8)
+    assert not attention(query.requires_grad_(), *rest).requires_grad
+
+
+def test_bad_input_is_refused() -> None:
+    query, key, value, cu_seqlens, max_seqlen = joint([3, 5], 2, 8)
+    with pytest.raises(TypeError, match="float64"):
+        attention(query.double(), key, value, cu_seqlens, max_seqlen)
+    with pytest.raises(ValueError, match="expected 3 dimensions"):
+        attention(query.flatten(1), key, value, cu_seqlens, max_seqlen)
+    with pytest.raises(ValueError, match=r"key is torch.float32 \(7, 2, 8\), expected the same as query"):
+        attention(query, key[1:], value, cu_seqlens, max_seqlen)
+    with pytest.raises(ValueError, match=r"value is torch.float16"):
+        attention(query, key, value.half(), cu_seqlens, max_seqlen)
+    with pytest.raises(TypeError, match=r"cu_seqlens has dtype torch.int64"):
+        attention(query, key, value, cu_seqlens.long(), max_seqlen)
+    with pytest.raises(ValueError, match="bits=2, accepted: None, 8, 4"):
+        attention(query, key, value, cu_seqlens, max_seqlen, bits=2)
+    with pytest.raises(ValueError, match=r"asymmetric=\['probs'\], accepted: query, key, attention_probs, value"):
+        attention(query, key, value, cu_seqlens, max_seqlen, bits=8, asymmetric=("probs",))
+    with pytest.raises(ValueError, match="D=0"):
+        attention(query[..., :0], key[..., :0], value[..., :0], cu_seqlens, max_seqlen)
+    with pytest.raises(ValueError, match="max_seqlen=-1"):
+        attention(query, key, value, cu_seqlens, -1)
+    with pytest.raises(ValueError, match="0 entries"):
+        attention(query, key, value, cu_seqlens[:0], max_seqlen)
+
+
+@pytest.mark.parametrize("offsets", [[0, 8, 3, 8], [0, 3, 7], [1, 3, 8], [0, 3, 9], [0, 8], [0]], ids=str)
+def test_offsets_that_do_not_fit_are_refused(offsets: list[int]) -> None:
+    query, key, value, _, max_seqlen = joint([3, 5], 2, 8)
+    with pytest.raises(ValueError, match="expected 0 to T=8 in steps of 0 to max_seqlen=5"):
+        attention(query, key, value, torch.tensor(offsets, dtype=torch.int32), max_seqlen)
