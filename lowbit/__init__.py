@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from . import nn
     from .compiling import compile
     from .config import BinaryConfig, LowbitConfig, TernaryConfig
-    from .conversion import convert, prepare, quantize, split
+    from .conversion import convert, fuse, prepare, quantize, split
     from .distill import AttentionScoreLoss, DistillationTrainer, HiddenStateLoss, LogitsLoss, TaskLoss
     from .errors import CheckpointError
+    from .graphs import compile_for
     from .info import backend
     from .slimming import slim
 
@@ -32,7 +33,9 @@ _HOME = {
     "LowbitConfig": "config",
     "TernaryConfig": "config",
     "compile": "compiling",
+    "compile_for": "graphs",
     "convert": "conversion",
+    "fuse": "conversion",
     "prepare": "conversion",
     "quantize": "conversion",
     "split": "conversion",
@@ -58,7 +61,9 @@ __all__ = [
     "TernaryConfig",
     "backend",
     "compile",
+    "compile_for",
     "convert",
+    "fuse",
     "nn",
     "prepare",
     "quantize",

@@ -36,13 +36,15 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname != _TRIGGER:
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(self)  # or it would find itself
         spec = importlib.util.find_spec(fullname)
+        sys.meta_path.insert(0, self)  # who asks for a spec need not load it
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
+                sys.meta_path.remove(self)
                 _register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]

@@ -10,7 +10,10 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from . import models
+from .nn import PackedEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +39,9 @@ def compile(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
             "torch.compile on a CPU needs a C++ compiler and found neither $CXX, g++ nor clang++; install one "
             "(apt install g++), or run the model as it is"
         )
-    for layer in layers:
+    encoders = [module for module in model.modules() if isinstance(module, PackedEncoder)]
+    for encoder in encoders:
+        encoder.run_layer = torch.compile(encoder.run_layer, **options)
+    for layer in [] if encoders else layers:
         layer.compile(**options)
     return model

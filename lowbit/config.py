@@ -27,6 +27,13 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 _SITES = ("linear", "ffn_output", "query", "key", "attention_probs", "value")
 
 
+def names(entry: str, module_name: str) -> bool:
+    """Whether an entry of `modules_to_not_convert` names the module, or one that it is in."""
+    parts = module_name.split(".")
+    ancestors = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(name == entry or name.endswith("." + entry) for name in ancestors)
+
+
 @dataclass
 class LowbitConfig:
     """How a model's linears, embeddings, activations and attention are quantized.
@@ -39,14 +46,17 @@ class LowbitConfig:
         activation_bits: inputs of quantized linears, and Q, K, V and attention probabilities: 8, 4 or None (float).
         granularity: scales of the linears, "per_row" or "per_tensor" (the published mode).
         embedding_granularity: scales of the embeddings, "per_row" (published) or "per_tensor".
-        activation_granularity: "per_token" (a sentence never depends on its batch) or "per_tensor" (published).
+        activation_granularity: "per_token" (a sentence does not depend on the others in its batch; that there is
+            padding widens the range of its attention probabilities to 0, which `lowbit.fuse` avoids) or "per_tensor"
+            (published).
         activation_clip: clip activations to [-clip, clip] first (published: 2.5), with zero gradient outside;
             None (default) does not clip.
         asymmetric: sites quantized with a zero point, out of "linear", "ffn_output" (the input of the FFN's output
             linear, after GELU), "query", "key", "attention_probs", "value". The default is released BinaryBERT's.
         quantize_attention: quantize Q, K, V and the attention probabilities.
         quantize_pooler: quantize the pooler's linear (released models do).
-        modules_to_not_convert: full module names, or suffixes that start at a dot, left in float.
+        modules_to_not_convert: modules left in float, with all inside them: full names, or endings of names that
+            start at a dot ("pooler", "layer.0", "output.dense").
         split: each quantized weight is a pair of binary planes (ternary weight splitting). Set by `lowbit.split`.
         num_attention_heads: attention heads kept by `lowbit.slim`, None for all. Set by `lowbit.slim`.
         stage: "float" (only slimmed), "prepared" (fake-quantized) or "packed". Set by `prepare` and `convert`.
@@ -83,6 +93,11 @@ class LowbitConfig:
             raise ValueError(f"{type(self).__name__}: asymmetric={unknown}; accepted: {', '.join(_SITES)}")
         if self.activation_clip is not None and not self.activation_clip > 0:
             raise ValueError(f"{type(self).__name__}: activation_clip={self.activation_clip}; accepted: None or > 0")
+        if isinstance(self.modules_to_not_convert, str):
+            raise ValueError(
+                f"{type(self).__name__}: modules_to_not_convert is a text, {self.modules_to_not_convert!r}; "
+                "accepted: a list of names"
+            )
         if self.split and (self.weight_bits != 1 or self.embedding_bits == 2):
             raise ValueError(
                 f"{type(self).__name__}: split=True needs weight_bits=1 and embedding_bits of 1, 8 or None, got "
@@ -90,8 +105,12 @@ class LowbitConfig:
             )
 
     def skips(self, module_name: str) -> bool:
-        """Whether `modules_to_not_convert` names this module (the full name, or a suffix starting at a dot)."""
-        return any(module_name == name or module_name.endswith("." + name) for name in self.modules_to_not_convert)
+        """Whether `modules_to_not_convert` names this module or one that it is in."""
+        return any(names(entry, module_name) for entry in self.modules_to_not_convert)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """A field by name, as transformers reads quantization configs."""
+        return getattr(self, name, default)
 
     def replace(self, **changes: Any) -> LowbitConfig:
         """A copy with some fields changed; always a plain `LowbitConfig`."""

@@ -4,6 +4,7 @@
     split      ternary latent weights -> pairs of binary latent weights, same function (BinaryBERT section 3.2)
     convert    QuantLinear -> PackedLinear,  QuantEmbedding -> PackedEmbedding
     quantize   prepare + convert
+    fuse       the packed encoder on the tokens of a batch without padding
 
 All work in place and return the model. New modules are built before the first old one is replaced, so an error
 leaves the model as it was.
@@ -19,10 +20,11 @@ from torch import nn
 from lowbit_kernels import split_ternary
 
 from . import hf, models
-from .config import LowbitConfig
-from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
+from .config import LowbitConfig, names
+from .nn import PackedEmbedding, PackedEncoder, PackedLinear, QuantEmbedding, QuantLinear
 from .nn import attention as lowbit_attention
 from .nn.linear import JointProjection, attention_quantizers
+from .quantizers import check_weight_quantizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,22 +44,32 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
         The same model, with `attn_implementation="lowbit"`.
 
     Raises:
-        TypeError, ValueError: not a supported model; or already prepared or packed.
+        TypeError, ValueError: not a supported model; already prepared or packed; a quantizer of other bits than the
+            configuration's; a name in `modules_to_not_convert` that is none; NaN or infinity in a parameter.
     """
     current = hf.current_config(model)
     if current.stage != "float":
         raise ValueError(f"the model is already {current.stage}; prepare takes a float model")
     config = config.replace(stage="prepared", split=False, num_attention_heads=current.num_attention_heads)
-    _swap(model, _quantized(model, config))
+    check_weight_quantizer(config.weight_quantizer, config.weight_bits)
+    _check_names(model, config)
+    _check_finite(model)
+    modules = _quantized(model, config)
+    hf.own_config(model)
+    _swap(model, modules)
     _add_attention_quantizers(model, config)
     model.set_attn_implementation(lowbit_attention.NAME)
     return hf.attach(model, config)
 
 
-def convert(model: PreTrainedModel) -> PreTrainedModel:
+def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
     """Pack a prepared model: 2- and 1-bit codes instead of latent floats, integer matrix products.
 
     A decoder tied to the word embedding (masked-LM heads) keeps the latent float weight and is untied.
+
+    Args:
+        model: from `prepare`, usually trained.
+        fused: also call `fuse`.
 
     Raises:
         ValueError: the model is not prepared, is already packed, or holds NaN.
@@ -72,13 +84,38 @@ def convert(model: PreTrainedModel) -> PreTrainedModel:
             packed[name] = PackedEmbedding.from_float(module, module.bits, module.granularity)
     _untie(model)
     _swap(model, packed)
-    _fuse(model)
-    return hf.attach(model, config.replace(stage="packed"))
+    _fuse_linears(model)
+    hf.attach(model, config.replace(stage="packed"))
+    return fuse(model) if fused else model
 
 
-def quantize(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
-    """Post-training quantization: `convert(prepare(model, config))`."""
-    return convert(prepare(model, config))
+def quantize(model: PreTrainedModel, config: LowbitConfig, fused: bool = False) -> PreTrainedModel:
+    """Post-training quantization: `convert(prepare(model, config), fused)`."""
+    return convert(prepare(model, config), fused)
+
+
+def fuse(model: PreTrainedModel) -> PreTrainedModel:
+    """Run the encoder of a packed model without padding (`lowbit.nn.PackedEncoder`).
+
+    Hidden states at padding become 0; elsewhere they are the module-by-module model's up to rounding, with one
+    difference: attention probabilities of a padded sentence are quantized over its own tokens only, so that no sentence
+    depends on its batch. Files are the same: fuse again after `from_pretrained`.
+
+    Args:
+        model: packed, with 8- or 4-bit activations quantized per token, no clip, and no linear left in float.
+
+    Raises:
+        ValueError: not packed, already fused, or a configuration that cannot be fused (the message says what lacks).
+    """
+    config = hf.current_config(model)
+    architecture, base = models.describe(model), model.base_model
+    path = architecture.layers.rpartition(".")[0]
+    encoder = base.get_submodule(path)
+    if isinstance(encoder, PackedEncoder):
+        raise ValueError("the model is already fused")
+    _swap(base, {path: PackedEncoder(encoder, architecture, config)})
+    model.set_attn_implementation(lowbit_attention.UNPADDED)
+    return model
 
 
 def split(model: PreTrainedModel) -> PreTrainedModel:
@@ -102,6 +139,8 @@ def split(model: PreTrainedModel) -> PreTrainedModel:
             f"split takes a ternary model (weight_bits=2, embedding_bits=2, 8 or None), got "
             f"weight_bits={config.weight_bits}, embedding_bits={config.embedding_bits}, split={config.split}"
         )
+    if config.weight_quantizer != "twn":
+        raise ValueError(f"split inverts the threshold of the quantizer 'twn', got {config.weight_quantizer!r}")
     embedding_bits = 1 if config.embedding_bits == 2 else config.embedding_bits
     config = config.replace(weight_bits=1, weight_quantizer="bwn", embedding_bits=embedding_bits, split=True)
     pairs: list[tuple[QuantLinear | QuantEmbedding, nn.Parameter]] = []
@@ -134,8 +173,10 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     else:
         modules = _packed_like(model, config)
     _swap(model, modules)
+    if config.embedding_bits is not None and (config.stage == "packed" or config.split):
+        _forget_ties(model)
     if config.stage == "packed":
-        _fuse(model)
+        _fuse_linears(model)
     _add_attention_quantizers(model, config)
     model.set_attn_implementation(lowbit_attention.NAME)
 
@@ -146,6 +187,19 @@ def _as_pair(module: Any) -> None:
         module.quantizer = "bwn"
     else:
         module.bits = 1
+
+
+def _check_names(model: PreTrainedModel, config: LowbitConfig) -> None:
+    all_names = [name for name, _ in model.named_modules()]
+    unknown = [entry for entry in config.modules_to_not_convert if not any(names(entry, name) for name in all_names)]
+    if unknown:
+        raise ValueError(f"modules_to_not_convert: no module of {type(model).__name__} is named {', '.join(unknown)}")
+
+
+def _check_finite(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{name} holds NaN or infinity and cannot be quantized; check the float model")
 
 
 def _expect_prepared(model: PreTrainedModel, verb: str) -> LowbitConfig:
@@ -234,7 +288,7 @@ def _add_attention_quantizers(model: PreTrainedModel, config: LowbitConfig) -> N
             layer.get_submodule(models.describe(model).attention).quantizers = quantizers
 
 
-def _fuse(model: PreTrainedModel) -> None:
+def _fuse_linears(model: PreTrainedModel) -> None:
     """Query, key and value of a packed layer in one product; GELU in the product before it."""
     architecture = models.describe(model)
     for _, layer in models.layers(model):
@@ -257,5 +311,9 @@ def _untie(model: PreTrainedModel) -> None:
     decoder.weight = nn.Parameter(decoder.weight.detach().clone())
     if decoder.bias is not None:
         decoder.bias = nn.Parameter(decoder.bias.detach().clone())
+    _forget_ties(model)
+
+
+def _forget_ties(model: PreTrainedModel) -> None:
     model.config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}

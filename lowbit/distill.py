@@ -109,40 +109,56 @@ class AttentionScoreLoss:
         return self.weight * loss
 
 
+# What the heads of transformers call their logits; a head with two kinds gets the mean of both losses.
+_LOGITS = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits")
+
+
 @dataclass
 class LogitsLoss:
-    """Soft cross-entropy of the logits; MSE where there is one label (regression); start and end averaged for QA.
+    """Soft cross-entropy of the logits; MSE for regression, binary cross-entropy where several labels may hold.
 
     Args:
         weight: factor of the loss.
         temperature: T; the loss is not rescaled by T^2.
+        problem_type: as transformers' configurations name it: "regression", "single_label_classification" or
+            "multi_label_classification". None: regression where there is one logit, multi-label where the labels are
+            float, else single-label.
     """
 
     weight: float = 1.0
     temperature: float = 1.0
+    problem_type: str | None = None
     name: str = "logits"
     needs: tuple[str, ...] = ()
 
     def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
-        if "start_logits" in student:
-            start = self._distance(student.start_logits, teacher.start_logits)
-            return self.weight * (start + self._distance(student.end_logits, teacher.end_logits)).mean() / 2
-        if "logits" not in student:
+        names = [name for name in _LOGITS if name in student]
+        if not names:
             raise ValueError("LogitsLoss: the student returns no logits; use a model with a task head")
-        distance, mask = self._distance(student.logits, teacher.logits), None
-        if student.logits.dim() == 3:  # one prediction a token: labelled tokens count, or all real ones
-            mask = batch["labels"] != -100 if "labels" in batch else batch.get("attention_mask")
-        return self.weight * _mean(distance, mask)
+        loss: Any = sum(self._loss(student[name], teacher[name], batch) for name in names)
+        return self.weight * loss / len(names)
 
-    def _distance(self, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    def _loss(self, student: torch.Tensor, teacher: torch.Tensor, batch: Batch) -> torch.Tensor:
+        labels, mask = batch.get("labels"), None
+        problem_type = self.problem_type
+        if problem_type is None and labels is not None and labels.is_floating_point() and student.shape[-1] > 1:
+            problem_type = "multi_label_classification"
+        if student.dim() == 3:  # one prediction a token: labelled tokens count, or all real ones
+            mask = batch.get("attention_mask") if labels is None else labels != -100
+        return _mean(self._distance(student, teacher, problem_type), mask)
+
+    def _distance(self, student: torch.Tensor, teacher: torch.Tensor, problem_type: str | None) -> torch.Tensor:
         """One loss for each row of logits [..., C] -> [...]."""
         if student.shape != teacher.shape:
             raise ValueError(
                 f"LogitsLoss: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}; equal needed"
             )
         student, teacher = student.float(), teacher.float()
-        if student.shape[-1] == 1:
-            return (student - teacher).square().squeeze(-1)
+        if problem_type == "regression" or (problem_type is None and student.shape[-1] == 1):
+            return (student - teacher).square().mean(-1)
+        if problem_type == "multi_label_classification":
+            target = torch.sigmoid(teacher / self.temperature)
+            return F.binary_cross_entropy_with_logits(student / self.temperature, target, reduction="none").mean(-1)
         target = F.softmax(teacher / self.temperature, -1)
         return -(target * F.log_softmax(student / self.temperature, -1)).sum(-1)
 
@@ -199,7 +215,7 @@ class DistillationTrainer(Trainer):
 
     Raises:
         ValueError: no teacher, one that shares trainable parameters with the student, both or ill-ordered `objectives`
-            and `stages`, or a stage without objectives.
+            and `stages`, a stage without objectives, label smoothing, or reentrant checkpointing with scores.
     """
 
     # Losses are per-batch means, so Trainer must divide them by the accumulation steps; it would not for models that
@@ -219,7 +235,8 @@ class DistillationTrainer(Trainer):
         if objectives is not None and stages is not None:
             raise ValueError("pass objectives (joint) or stages (a schedule), not both")
         if stages is None:
-            default = (HiddenStateLoss(), AttentionScoreLoss(), LogitsLoss())
+            logits = LogitsLoss(problem_type=getattr(teacher.config, "problem_type", None))
+            default = (HiddenStateLoss(), AttentionScoreLoss(), logits)
             stages = [(1.0, default if objectives is None else objectives)]
         ends = [end for end, _ in stages]
         if not ends or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1.0:
@@ -228,6 +245,12 @@ class DistillationTrainer(Trainer):
             raise ValueError("every stage needs at least one objective")
         self.stages = list(stages)
         super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor smooths labels, which distillation does not train on; set it to 0")
+        names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # transformers 6 and 5
+        checkpointing = next((getattr(self.args, name) for name in names if getattr(self.args, name, None)), None)
+        if self._needs_scores and (checkpointing or {}).get("use_reentrant"):
+            raise ValueError("attention scores get no gradient under use_reentrant=True; set it to False")
         self.model_accepts_loss_kwargs = False
         _refuse_shared_parameters(self.model, teacher)
         self.teacher = teacher.to(self.args.device).eval()
@@ -236,8 +259,12 @@ class DistillationTrainer(Trainer):
         for model in (self.teacher, self.accelerator.unwrap_model(self.model)):
             self._expose_scores(model)
 
+    @property
+    def _needs_scores(self) -> bool:
+        return any("scores" in objective.needs for _, objectives in self.stages for objective in objectives)
+
     def _expose_scores(self, model: PreTrainedModel) -> None:
-        if any("scores" in objective.needs for _, objectives in self.stages for objective in objectives):
+        if self._needs_scores:
             model.set_attn_implementation(LOWBIT_ATTENTION)
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
@@ -262,6 +289,7 @@ class DistillationTrainer(Trainer):
         objectives = self.current_objectives()
         needs = {need for objective in objectives for need in objective.needs}
         wanted = {
+            "return_dict": True,
             "output_hidden_states": "hidden_states" in needs,
             **({"output_attentions": True, "output_scores": True} if "scores" in needs else {}),
         }

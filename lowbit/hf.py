@@ -11,11 +11,13 @@ expanded where they have landed. `state_dict()` and `load_state_dict` know the m
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import os
+import re
 import shutil
 import tempfile
-import types
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHECKSUMS = "lowbit.crc32"  # key in the safetensors header
+_WEIGHTS = re.compile(
+    r"model(?:\.(?!safetensors)([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json"
+)
 
 
 @register_quantization_config("lowbit")
@@ -54,6 +59,7 @@ class _RegisteredConfig(QuantizationConfigMixin):
 class LowbitQuantizer(HfQuantizer):
     """Builds lowbit modules before weights load, checks them after."""
 
+    given_state: dict[str, torch.Tensor] | None = None  # `save_pretrained(state_dict=...)`, which transformers drops
     quantization_config: LowbitConfig
     is_trainable = True
     is_qat_trainable = True
@@ -70,8 +76,8 @@ class LowbitQuantizer(HfQuantizer):
 
             build(model, self.quantization_config)
             # Without files there is a state dict from memory, which has the modules' form.
-            if self.quantization_config.stage == "packed" and checkpoint_files:
-                if self.quantization_config.format_version >= 2:
+            if checkpoint_files:
+                if self.quantization_config.stage == "packed" and self.quantization_config.format_version >= 2:
                     _expect_trits(model)
                 _verify_files(model, checkpoint_files)
         return model
@@ -92,12 +98,10 @@ class LowbitQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """What to write in place of the model's own state dict, and checksums for the file header."""
-        if self.quantization_config.stage != "packed":
-            return None, {}
-        state = model.state_dict()
-        if self.quantization_config.format_version >= 2:
+        state = dict(model.state_dict() if self.given_state is None else self.given_state)
+        if self.quantization_config.stage == "packed" and self.quantization_config.format_version >= 2:
             for name, module in _ternary_modules(model).items():
-                state[f"{name}.weight"] = pack_trits(unpack_ternary(module.weight, module.row_length))
+                state[f"{name}.weight"] = pack_trits(unpack_ternary(state[f"{name}.weight"], module.row_length))
         return state, {_CHECKSUMS: json.dumps({name: _crc32(tensor) for name, tensor in state.items()})}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -107,6 +111,8 @@ class LowbitQuantizer(HfQuantizer):
 def current_config(model: PreTrainedModel) -> LowbitConfig:
     """The model's `LowbitConfig`; a fresh one with stage "float" where it has none.
 
+    A model built from the configuration of another one is float, whatever became of the other.
+
     Raises:
         TypeError, ValueError: not a supported model, or quantized by another method.
     """
@@ -114,11 +120,19 @@ def current_config(model: PreTrainedModel) -> LowbitConfig:
 
     describe(model)
     config = getattr(model.config, "quantization_config", None)
-    if config is None:
+    if config is None or not isinstance(getattr(model, "hf_quantizer", None), HfQuantizer):
         return LowbitConfig(stage="float")
     if not isinstance(config, LowbitConfig):
         raise ValueError(f"the model is already quantized by another method ({config}); load its float checkpoint")
     return config
+
+
+def own_config(model: PreTrainedModel) -> None:
+    """Give the model a configuration of its own: a teacher built from the same object must not change with it."""
+    old, new = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is old:
+            module.config = new
 
 
 def attach(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
@@ -128,11 +142,11 @@ def attach(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     # transformers refuses .half() and .float() on models marked quantized; lowbit modules survive both.
     model.is_quantized = False
     model.config._is_quantized = config.stage == "packed"
-    model.save_pretrained = types.MethodType(_save_pretrained, model)
+    model.save_pretrained = functools.partial(_save_pretrained, model)  # unlike a method, it can be pickled
     return model
 
 
-def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
     """`PreTrainedModel.save_pretrained`, with files written aside and renamed: a failure leaves the old ones intact.
 
     Raises:
@@ -146,21 +160,30 @@ def _save_pretrained(self: PreTrainedModel, save_directory: str | os.PathLike[st
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", target.name)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    model.hf_quantizer.given_state = kwargs.get("state_dict")
     try:
-        type(self).save_pretrained(self, staging, **kwargs)
+        type(model).save_pretrained(model, staging, **kwargs)
         written = {path.name for path in staging.iterdir()}
         # config.json last: until then a reader sees the old configuration, and mismatches are refused by the checks.
         for name in sorted(written, key=lambda name: (name == "config.json", name)):
             os.replace(staging / name, target / name)
-        for stale in target.glob("model*.safetensors*"):
-            if stale.name not in written and any(name.startswith("model") for name in written):
-                stale.unlink()
+        variants = {_variant(name) for name in written} - {None}
+        for path in target.iterdir():
+            if path.name not in written and _variant(path.name) in variants:
+                path.unlink()  # shards of the checkpoint before
     finally:
+        model.hf_quantizer.given_state = None
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _variant(file_name: str) -> str | None:
+    """The variant ("" for none) that a file of weights, or an index of such files, belongs to; None for other files."""
+    match = _WEIGHTS.fullmatch(file_name)
+    return match and (match[1] or match[2] or "")
+
+
 def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
-    """Refuse files whose packed tensors are missing, of another type or shape, or changed since they were written."""
+    """Refuse files where tensors of the encoder are missing, of another type or shape, or changed since written."""
     expected = _expected_tensors(model)
     found: set[str] = set()
     for file in files:
@@ -171,21 +194,24 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
                 checksums = json.loads((tensors.metadata() or {}).get(_CHECKSUMS, "{}"))
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     tensor = tensors.get_tensor(name)
-                    if checksums.get(name, _crc32(tensor)) != _crc32(tensor):
+                    if name in checksums and checksums[name] != _crc32(tensor):
                         raise CheckpointError(f"{file}: {name} does not match its checksum; the file is damaged")
                     bare = _bare(model, name)
                     found.add(bare)
-                    dtype, shape = expected.get(bare, (tensor.dtype, tensor.shape))
-                    if (tensor.dtype, tensor.shape) != (dtype, shape):
+                    dtype, shape = expected.get(bare, (None, tensor.shape))
+                    if (tensor.dtype if dtype else None, tensor.shape) != (dtype, shape):
                         raise CheckpointError(
                             f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, config.json asks for "
-                            f"{dtype} {tuple(shape)}"
+                            f"{dtype or 'float'} {tuple(shape)}"
                         )
         except (SafetensorError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
     missing = sorted(set(expected) - found)
     if missing:
-        raise CheckpointError(f"{files[0]}: {len(missing)} packed tensors are missing, the first is {missing[0]}")
+        raise CheckpointError(
+            f"{files[0]}: {len(missing)} tensors of the encoder are missing, the first is {missing[0]}; the file is "
+            f"damaged, or was saved from a head without a part that {type(model).__name__} has"
+        )
 
 
 def _verify_modules(model: PreTrainedModel) -> None:
@@ -225,9 +251,18 @@ def _expand_trits(model: PreTrainedModel) -> None:
             raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
 
 
-def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """Bare names of the packed tensors -> dtype and shape in a file."""
-    expected: dict[str, tuple[torch.dtype, torch.Size]] = {}
+def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype | None, torch.Size]]:
+    """Bare names of the base model's tensors -> dtype (None: any float) and shape in a file.
+
+    A float pooler may be missing, as in files of heads that have none: transformers initializes it and says so.
+    """
+    from .models import describe
+
+    expected: dict[str, tuple[torch.dtype | None, torch.Size]] = {
+        name: (None, tensor.shape)
+        for name, tensor in model.base_model.state_dict().items()
+        if not name.startswith(f"{describe(model).pooler}.")
+    }
     for name, module in _packed_modules(model).items():
         bare = _bare(model, name)
         expected[f"{bare}.weight_scale"] = module.weight_scale.dtype, module.weight_scale.shape

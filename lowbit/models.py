@@ -19,9 +19,11 @@ class Architecture:
     attention: str  # in a layer; the module that calls the attention interface and knows its head count
     projections: tuple[str, str, str]  # query, key, value; in a layer
     attention_output: str  # in a layer
+    attention_norm: str  # in a layer
     ffn_input: str  # in a layer
     ffn_activation: str  # in a layer
     ffn_output: str  # in a layer
+    ffn_norm: str  # in a layer
     pooler: str
     word_embeddings: str
     position_embeddings: str
@@ -38,9 +40,11 @@ ARCHITECTURES = {
         attention="attention.self",
         projections=("attention.self.query", "attention.self.key", "attention.self.value"),
         attention_output="attention.output.dense",
+        attention_norm="attention.output.LayerNorm",
         ffn_input="intermediate.dense",
         ffn_activation="intermediate.intermediate_act_fn",
         ffn_output="output.dense",
+        ffn_norm="output.LayerNorm",
         pooler="pooler.dense",
         word_embeddings="embeddings.word_embeddings",
         position_embeddings="embeddings.position_embeddings",

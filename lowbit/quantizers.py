@@ -35,6 +35,15 @@ WEIGHT_QUANTIZERS: dict[str, tuple[int, Callable[[torch.Tensor, str], Codes]]] =
 DEFAULT_FOR_BITS = {2: "twn", 1: "bwn"}
 
 
+def check_weight_quantizer(name: str, bits: int | None) -> None:
+    """Raise ValueError unless a quantizer of this name gives codes of so many bits (None: nothing is quantized)."""
+    if bits is not None and (name not in WEIGHT_QUANTIZERS or WEIGHT_QUANTIZERS[name][0] != bits):
+        fitting = [repr(known) for known, (own, _) in WEIGHT_QUANTIZERS.items() if own == bits]
+        raise ValueError(
+            f"weight_quantizer={name!r} with weight_bits={bits}; accepted for {bits} bits: {', '.join(fitting)}"
+        )
+
+
 def weight_codes(weight: torch.Tensor, quantizer: str, granularity: str) -> Codes:
     """Codes and scale of a latent weight, by quantizer name.
 

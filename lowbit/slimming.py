@@ -52,6 +52,7 @@ def slim(
     neurons = max(1, round(width * model.config.intermediate_size))
     kept = [(_top(head, heads), _top(neuron, neurons)) for head, neuron in importance]
     old = [_linears(model, layer) for _, layer in models.layers(model)]
+    hf.own_config(model)
     resize(model, heads, neurons)
     for before, (_, layer), (head, neuron) in zip(old, models.layers(model), kept, strict=True):
         head_size = before["projections"][0].out_features // model.config.num_attention_heads

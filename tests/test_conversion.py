@@ -132,7 +132,13 @@ def test_padding_does_not_change_a_sentence() -> None:
     padded_ids = torch.cat([ids, torch.zeros(1, 5, dtype=torch.long)], 1)
     mask = (torch.arange(12) < 7).long().unsqueeze(0)
     padded = outputs(model, {"input_ids": padded_ids, "attention_mask": mask})[0]
-    torch.testing.assert_close(alone, padded, rtol=2e-2, atol=2e-2)
+    unmasked = outputs(model, {"input_ids": padded_ids})[0]
+    # The zeros of padding widen the range of the attention probabilities; a mask that is ignored does far more.
+    assert (padded - alone).norm() < 0.1 * (unmasked - alone).norm()
+    fused = lowbit.fuse(model)
+    alone = outputs(fused, {"input_ids": ids})[0]
+    padded = outputs(fused, {"input_ids": padded_ids, "attention_mask": mask})[0]
+    torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_masked_lm_decoder_is_tied_while_training_and_untied_when_packed() -> None:
@@ -183,9 +189,9 @@ def test_state_dict_round_trip_and_deepcopy() -> None:
     assert torch.equal(outputs(copy.deepcopy(model), inputs)[0], expected[0])
 
 
-def test_to_a_device_and_back_keeps_the_function() -> None:
-    model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
-    assert copy.deepcopy(model).to("meta").bert.pooler.dense.weight_scale.device.type == "meta"
+def test_all_tensors_move_with_the_model() -> None:
+    model = lowbit.quantize(tiny(), lowbit.TernaryConfig()).to("meta")
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
 
 
 def test_attention_probabilities_and_hidden_states_come_out() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 from transformers.modeling_outputs import BaseModelOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput
+from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 
 import lowbit
 from helpers import batch, tiny
@@ -168,6 +169,30 @@ def test_logits_loss_of_a_regression_is_the_squared_error() -> None:
     student, teacher = torch.randn(6, 1), torch.randn(6, 1)
     loss = LogitsLoss()(SequenceClassifierOutput(logits=student), SequenceClassifierOutput(logits=teacher), {})
     assert loss.item() == pytest.approx(float(np.mean((array(student) - array(teacher)) ** 2)), rel=1e-5)
+
+
+def test_logits_loss_of_several_targets_and_of_several_labels() -> None:
+    student, teacher = torch.randn(6, 3), torch.randn(6, 3)
+    outputs = [SequenceClassifierOutput(logits=logits) for logits in (student, teacher)]
+    loss = LogitsLoss(problem_type="regression")(*outputs, {})
+    assert loss.item() == pytest.approx(((array(student) - array(teacher)) ** 2).mean(), rel=1e-5)
+    s, t = (1 / (1 + np.exp(-array(logits))) for logits in (student, teacher))
+    expected = -(t * np.log(s) + (1 - t) * np.log(1 - s)).mean()
+    for labels in ({"labels": torch.rand(6, 3)}, {}):
+        kind = None if labels else "multi_label_classification"
+        assert LogitsLoss(problem_type=kind)(*outputs, labels).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_logits_loss_of_pretraining_averages_both_heads() -> None:
+    words, pairs = (torch.randn(2, 2, 4, 9), torch.randn(2, 2, 2))
+    student, teacher = (
+        BertForPreTrainingOutput(prediction_logits=words[i], seq_relationship_logits=pairs[i]) for i in range(2)
+    )
+    labels = torch.tensor([[-100, 3, -100, 5], [-100, -100, 1, -100]])
+    seen = labels != -100
+    tokens = expected_logits(array(words[0][seen]), array(words[1][seen]))
+    expected = (tokens + expected_logits(array(pairs[0]), array(pairs[1]))) / 2
+    assert LogitsLoss()(student, teacher, {"labels": labels}).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_logits_loss_of_question_answering_averages_start_and_end() -> None:
@@ -448,6 +473,20 @@ def test_model_init_and_an_objective_of_the_users_own_work(tmp_path: Path) -> No
 def test_bad_arguments_are_refused(tmp_path: Path, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lowbit.DistillationTrainer(model=tiny(), args=arguments(tmp_path), **{"teacher": tiny(), **kwargs})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}, "use_reentrant"),
+    ],
+)
+def test_training_arguments_that_would_do_nothing_are_refused(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        lowbit.DistillationTrainer(model=tiny(), teacher=tiny(), args=arguments(tmp_path, **changes))
 
 
 def test_a_teacher_prepared_in_place_with_its_student_is_refused(tmp_path: Path) -> None:

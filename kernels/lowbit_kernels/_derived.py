@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass
+class _Entry:
+    tensors: list[weakref.ref[torch.Tensor]]
+    versions: list[tuple[int, int]]
+    key: tuple[object, ...]
+    value: Any
+
+    def made_from(
+        self, tensors: Sequence[torch.Tensor], versions: list[tuple[int, int]], key: tuple[object, ...]
+    ) -> bool:
+        # By identity too: the address of a tensor that is gone may belong to another one.
+        return (
+            self.versions == versions
+            and self.key == key
+            and len(self.tensors) == len(tensors)
+            and all(reference() is tensor for reference, tensor in zip(self.tensors, tensors, strict=True))
+        )
 
 
 class Derived:
@@ -21,19 +42,17 @@ class Derived:
 
     def get(self, tensors: Sequence[torch.Tensor], key: tuple[object, ...], make: Callable[[], Any]) -> Any:
         """The value for these tensors and this key; made anew where there is none or a tensor has changed."""
-        made_from: list[object] = [key]
-        for tensor in tensors:
-            if tensor.is_inference():
-                return make()
-            made_from += tensor._version, tensor.data_ptr()
+        if any(tensor.is_inference() for tensor in tensors):
+            return make()
+        versions = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
         entry = self._kept.get(tensors[0])
-        if entry is None or entry[0] != made_from:
-            entry = self._kept[tensors[0]] = made_from, make()
-        return entry[1]
+        if entry is None or not entry.made_from(tensors, versions, key):
+            entry = self._kept[tensors[0]] = _Entry([weakref.ref(t) for t in tensors], versions, key, make())
+        return entry.value
 
     def values(self) -> list[Any]:
         """All values kept now."""
-        return [value for _, value in self._kept.values()]
+        return [entry.value for entry in self._kept.values()]
 
     def clear(self) -> None:
         """Forget everything."""

@@ -18,7 +18,6 @@ import torch
 
 from ._ops import check_tensor
 
-FORMAT_VERSION = 2  # 1 had no b3
 BLOCK_BYTES = 32
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 NAME = "lowbit"
+UNPADDED = "lowbit_unpadded"  # of a model with a `PackedEncoder`, which wants the padding mask itself
 
 
 def attention_forward(
@@ -34,7 +35,7 @@ def attention_forward(
     Args:
         module: the self-attention module; its `quantizers` child, if any, quantizes the four operands.
         query, key, value: float [B, H, S, D].
-        attention_mask: additive float [B, 1, S, S] or None.
+        attention_mask: additive float, or bool (True: seen) [B, 1, S, S], or None.
         output_scores: return the scaled scores before mask and softmax in place of the probabilities.
 
     Returns:
@@ -46,7 +47,12 @@ def attention_forward(
     if quantizers:
         query, key, value = quantizers["query"](query), quantizers["key"](key), quantizers["value"](value)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    masked = scores if attention_mask is None else scores + attention_mask
+    masked = scores
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:  # True where a key is seen
+            masked = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            masked = scores + attention_mask
     probs = nn.functional.softmax(masked, dim=-1)
     probs = nn.functional.dropout(probs, p=dropout, training=module.training)
     if quantizers:
@@ -55,13 +61,19 @@ def attention_forward(
     return output, scores if output_scores else probs
 
 
+def padding_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> torch.Tensor | None:
+    """transformers' mask interface for `UNPADDED`: the padding mask [B, S] as it came."""
+    return attention_mask
+
+
 def register() -> None:
-    """Make "lowbit" known to transformers; both interfaces, since without a mask function padding is ignored."""
+    """Make both names known to transformers: attention and mask, since without a mask function padding is ignored."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    AttentionInterface.register(NAME, attention_forward)
-    AttentionMaskInterface.register(NAME, eager_mask)
+    for name, mask in ((NAME, eager_mask), (UNPADDED, padding_mask)):
+        AttentionInterface.register(name, attention_forward)
+        AttentionMaskInterface.register(name, mask)
 
 
 register()

@@ -99,7 +99,7 @@ class PackedEmbedding(Packed):
     def from_float(
         cls, embedding: nn.Embedding | QuantEmbedding, bits: int = 2, granularity: str = "per_row"
     ) -> PackedEmbedding:
-        """Quantize and pack an embedding; a `QuantEmbedding` is packed as it was trained.
+        """Quantize and pack an embedding; a `QuantEmbedding` is packed as it was trained, whatever the arguments.
 
         Raises:
             TypeError: another kind of module.
@@ -111,6 +111,8 @@ class PackedEmbedding(Packed):
             )
         weight = embedding.weight
         split = weight.dim() == 3
+        if isinstance(embedding, QuantEmbedding):
+            bits, granularity = embedding.bits, embedding.granularity
         packed = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,

@@ -67,7 +67,9 @@ class _CodesLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = (grad @ weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        grad_weight = (rows.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(weight.dtype)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = (rows.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(weight.dtype)
         grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
 
@@ -93,13 +95,13 @@ class QuantLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float [..., K] -> float [..., N] in x's dtype; straight-through gradients to `x` and `weight`."""
         codes, scale = weight_codes(self.weight, self.quantizer, self.granularity)
-        weight = dequantize_weight(self.weight, codes, scale)
         if self.input_quantizer is None:
-            return nn.functional.linear(x, weight, self.bias)
+            return nn.functional.linear(x, dequantize_weight(self.weight, codes, scale), self.bias)
         x_codes, x_scale, x_zero_point = self.input_quantizer.codes(x)
         layout = "split" if codes.dim() == 3 else {2: "ternary", 1: "binary"}[WEIGHT_QUANTIZERS[self.quantizer][0]]
         if not torch.is_grad_enabled():
             return codes_linear(x_codes, codes, scale, self.bias, x_scale, x_zero_point, layout, x.dtype)
+        weight = dequantize_weight(self.weight, codes, scale)
         x = self.input_quantizer.dequantize(x, x_codes, x_scale, x_zero_point)
         return _CodesLinear.apply(x, weight, self.bias, x_codes, codes, scale, x_scale, x_zero_point, layout)
 
@@ -153,8 +155,8 @@ class PackedLinear(Packed):
 
         Args:
             linear: `torch.nn.Linear` or `QuantLinear`.
-            config: default `TernaryConfig()`.
-            site: activation site of the input.
+            config: of a `torch.nn.Linear`, default `TernaryConfig()`; a `QuantLinear` knows its own.
+            site: activation site of the input of a `torch.nn.Linear`.
 
         Raises:
             TypeError: another kind of module.
@@ -164,11 +166,20 @@ class PackedLinear(Packed):
             raise TypeError(
                 f"PackedLinear.from_float takes torch.nn.Linear or QuantLinear, got {type(linear).__name__}"
             )
-        config = config or LowbitConfig()
-        weight = linear.weight
+        config, weight = config or LowbitConfig(), linear.weight
+        if isinstance(linear, QuantLinear):
+            config = LowbitConfig(
+                weight_bits=WEIGHT_QUANTIZERS[linear.quantizer][0],
+                weight_quantizer=linear.quantizer,
+                embedding_bits=None,
+                granularity=linear.granularity,
+                split=weight.dim() == 3,
+            )
         packed = cls(
             linear.in_features, linear.out_features, linear.bias is not None, config, site, weight.device, weight.dtype
         )
+        if isinstance(linear, QuantLinear):
+            packed.input_quantizer = linear.input_quantizer
         codes, scale = weight_codes(weight, config.weight_quantizer, config.granularity)
         packed.check_finite(scale)
         packed.weight.copy_(
@@ -185,7 +196,7 @@ class PackedLinear(Packed):
             return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
         if x.shape[-1] != self.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
-        if self.joint is not None and self in self.joint.linears:
+        if self.joint is not None and self.joint.covers(self, x):
             return self.joint(self, x)
         return multiply([self], x)[0]
 
@@ -203,7 +214,19 @@ class PackedLinear(Packed):
 
 
 def multiply(linears: Sequence[PackedLinear], x: torch.Tensor) -> list[torch.Tensor]:
-    """Outputs of linears of one kind that read the same x, quantized once."""
+    """Outputs of linears of one kind that read the same x, quantized once; differentiable in x and the biases."""
+    biases = [linear.bias for linear in linears]
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, *biases))
+    if not (wanted and torch.is_grad_enabled()):
+        return _multiply(linears, x, linears[0].activation)
+    outputs = _StraightThroughProduct.apply(x, tuple(linears), *biases)
+    activation = linears[0].activation
+    if activation is None:
+        return [*outputs]
+    return [nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none") for y in outputs]
+
+
+def _multiply(linears: Sequence[PackedLinear], x: torch.Tensor, activation: str | None) -> list[torch.Tensor]:
     first = linears[0]
     assert first.input_quantizer is not None
     codes, scale, zero_point = first.input_quantizer.codes(x)
@@ -215,9 +238,29 @@ def multiply(linears: Sequence[PackedLinear], x: torch.Tensor) -> list[torch.Ten
         scale,
         zero_point,
         first.layout,
-        first.activation,
+        activation,
         x.dtype,
     )
+
+
+class _StraightThroughProduct(torch.autograd.Function):
+    """The products as they are; backward as if x had not been quantized (0 where it is clipped)."""
+
+    @staticmethod
+    def forward(ctx, x, linears, *biases):  # type: ignore[no-untyped-def]
+        ctx.linears = linears
+        ctx.save_for_backward(x)
+        return tuple(_multiply(linears, x, None))
+
+    @staticmethod
+    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+        (x,), grad_x = ctx.saved_tensors, None
+        if ctx.needs_input_grad[0]:
+            parts = [grad @ each.dequantize().to(grad.dtype) for grad, each in zip(grads, ctx.linears, strict=True)]
+            grad_x, clip = sum(parts), ctx.linears[0].input_quantizer.clip
+            grad_x = grad_x if clip is None else grad_x * (x.abs() < clip)
+        wanted = zip(grads, ctx.needs_input_grad[2:], strict=True)
+        return grad_x, None, *(grad.reshape(-1, grad.shape[-1]).sum(0) if needs else None for grad, needs in wanted)
 
 
 class JointProjection:
@@ -234,6 +277,13 @@ class JointProjection:
         self._last: tuple[torch.Tensor, int | None, list[torch.Tensor | None]] | None = None
         for linear in linears:
             linear.joint = self
+
+    def covers(self, linear: PackedLinear, x: torch.Tensor) -> bool:
+        """Whether to ask the joint product: not for a copy of a linear, nor where accelerate keeps others elsewhere."""
+        if linear not in self.linears:
+            return False
+        tensors = (tensor for each in self.linears for tensor in (each.weight, each.bias) if tensor is not None)
+        return all(tensor.device == x.device for tensor in tensors)
 
     def __call__(self, linear: PackedLinear, x: torch.Tensor) -> torch.Tensor:
         """Output of one of the linears."""

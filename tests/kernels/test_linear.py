@@ -349,3 +349,13 @@ else:
 """
     path = ":".join(path for path in sys.path if path)
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env={"PYTHONPATH": path})
+
+
+def test_another_scale_at_the_address_of_one_that_is_gone_is_noticed() -> None:
+    codes, scale = lowbit_kernels.ternarize(torch.randn(64, 128))
+    packed, x = lowbit_kernels.pack_ternary(codes), torch.randn(4, 128)
+    for factor in range(2, 40):
+        other = scale * factor  # freed at the end of the turn: the next one often lies where it lay
+        alone = lowbit_kernels.ternary_linear(x, packed.clone(), other)
+        assert torch.equal(lowbit_kernels.ternary_linear(x, packed, other), alone)
+        del other

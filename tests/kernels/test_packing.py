@@ -88,10 +88,6 @@ def test_bytes_that_are_no_trits_are_refused() -> None:
         packing.pack_trits(torch.full((1, 5), 2, dtype=torch.int8))
 
 
-def test_format_version_changes_only_with_the_golden_bytes() -> None:
-    assert packing.FORMAT_VERSION == 2
-
-
 @pytest.mark.parametrize("kind", BLOCK)
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (2, 127), (3, 128), (2, 129), (1, 255), (2, 257), (5, 768)])
 def test_equals_definition(shape: tuple[int, int], kind: str) -> None:

@@ -1,0 +1,248 @@
+"""`PackedEncoder`: the same hidden states as layer by layer, on the tokens of a batch without its padding."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+import lowbit
+from helpers import HEADS, batch, outputs, tiny
+from lowbit.graphs import Graphs, Shape, nearest, shapes
+from lowbit.nn import PackedEncoder
+from lowbit.nn.encoder import Sequences, with_padding, without_padding
+
+CONFIGS = {
+    "ternary": lowbit.TernaryConfig(),
+    "binary": lowbit.BinaryConfig(),
+    "4-bit activations": lowbit.BinaryConfig(activation_bits=4),
+    "per tensor weights": lowbit.TernaryConfig(granularity="per_tensor"),
+    "everything asymmetric": lowbit.TernaryConfig(
+        asymmetric=["linear", "ffn_output", "query", "key", "attention_probs", "value"]
+    ),
+    "float attention": lowbit.TernaryConfig(quantize_attention=False),
+}
+
+
+def pair(head: str = "BertForSequenceClassification", config: lowbit.LowbitConfig | None = None, **changes: Any) -> Any:
+    """A packed model, and a fused copy of it."""
+    model = lowbit.quantize(tiny(head, **changes), config or lowbit.TernaryConfig())
+    return model, lowbit.fuse(copy.deepcopy(model))
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float = 0.02) -> bool:
+    """Codes flip where an activation lies on a tie between two, hence a norm."""
+    return bool((got - expected).norm() <= tolerance * expected.norm())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_without_padding_equals_the_unfused_model(head: str) -> None:
+    model, fused = pair(head)
+    inputs = batch(head)
+    del inputs["attention_mask"]
+    assert all(map(close, outputs(fused, inputs), outputs(model, inputs)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_of_a_padded_batch_equal_the_unfused_model(name: str, dtype: torch.dtype) -> None:
+    model, fused = (m.to(dtype) for m in pair("BertForTokenClassification", CONFIGS[name]))
+    inputs = batch("BertForTokenClassification")
+    tokens = inputs["attention_mask"].bool()
+    tolerance = 0.2 if name == "4-bit activations" else 0.05
+    (got,), (expected,) = outputs(fused, inputs), outputs(model, inputs)
+    assert close(got[tokens], expected[tokens], tolerance)
+
+
+@pytest.mark.parametrize("hidden_act", ["gelu_pytorch_tanh", "relu"])
+def test_activations(hidden_act: str) -> None:
+    model, fused = pair(hidden_act=hidden_act)
+    inputs = batch()
+    assert all(map(close, outputs(fused, inputs), outputs(model, inputs)))
+
+
+def test_a_split_pair_and_a_slimmed_model() -> None:
+    slim = lowbit.slim(tiny(), 0.5)
+    model = lowbit.convert(lowbit.split(lowbit.prepare(slim, lowbit.TernaryConfig())))
+    fused = lowbit.fuse(copy.deepcopy(model))
+    inputs = batch()
+    assert all(map(close, outputs(fused, inputs), outputs(model, inputs)))
+
+
+def test_a_sentence_does_not_depend_on_its_batch_nor_on_its_padding() -> None:
+    _, fused = pair("BertModel")
+    inputs = batch("BertModel")
+    states = outputs(fused, inputs)[0]
+    for row in range(3):
+        own = inputs["attention_mask"][row].bool()
+        alone = outputs(fused, {"input_ids": inputs["input_ids"][row : row + 1, own]})[0]
+        assert close(states[row, own], alone[0], 1e-5)
+        assert not states[row, ~own].any()  # zeros at padding
+
+
+def test_padding_on_the_left_and_inside() -> None:
+    model, fused = pair("BertForTokenClassification")
+    inputs = batch("BertForTokenClassification")
+    inputs["attention_mask"] = torch.tensor([[0] * 4 + [1] * 7, [1] * 3 + [0] * 2 + [1] * 6, [1] * 11])
+    tokens = inputs["attention_mask"].bool()
+    (got,), (expected,) = outputs(fused, inputs), outputs(model, inputs)
+    assert close(got[tokens], expected[tokens])
+
+
+def test_rows_and_batches_without_any_token() -> None:
+    _, fused = pair("BertModel")
+    inputs = batch("BertModel")
+    inputs["attention_mask"][1] = 0
+    states = outputs(fused, inputs)[0]
+    assert not states[1].any() and states[2].isfinite().all() and states[2].any()
+    inputs["attention_mask"][:] = 0
+    assert not outputs(fused, inputs)[0].any()
+
+
+def test_what_needs_the_layers_runs_them() -> None:
+    model, fused = pair()
+    inputs = batch()
+    square = inputs["attention_mask"][:, None, None, :].bool() & torch.ones(11, 11, dtype=torch.bool).tril()
+    with torch.no_grad():
+        for extra in ({"output_attentions": True}, {"output_hidden_states": True}, {"attention_mask": square}):
+            got, expected = fused(**{**inputs, **extra}), model(**{**inputs, **extra})
+            assert torch.equal(got.logits, expected.logits)
+            for name in ("attentions", "hidden_states"):
+                for ours, theirs in zip(getattr(got, name) or (), getattr(expected, name) or (), strict=True):
+                    assert torch.equal(ours, theirs)
+        fused.config.output_hidden_states = True
+        assert len(fused(**inputs).hidden_states) == 3
+
+
+def test_files_are_those_of_the_unfused_model(tmp_path: Any) -> None:
+    model, fused = pair()
+    assert list(fused.state_dict()) == list(model.state_dict())
+    fused.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    inputs = batch()
+    assert all(map(torch.equal, outputs(loaded, inputs), outputs(model, inputs)))
+    assert all(map(torch.equal, outputs(lowbit.fuse(loaded), inputs), outputs(fused, inputs)))
+
+
+def test_copies_are_independent() -> None:
+    _, fused = pair("BertModel")
+    inputs = batch("BertModel")
+    expected = outputs(fused, inputs)
+    copied, pickled = copy.deepcopy(fused), pickle.loads(pickle.dumps(fused.encoder))
+    with torch.no_grad():
+        for parameter in fused.parameters():
+            parameter.zero_()
+    assert all(map(torch.equal, outputs(copied, inputs), expected))
+    states = torch.randn(1, 5, 64)
+    with torch.no_grad():
+        assert torch.equal(pickled(states)[0], copied.encoder(states)[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lowbit.TernaryConfig(activation_granularity="per_tensor"), "activation_granularity='per_token'"),
+        (lowbit.TernaryConfig(activation_clip=2.5), "activation_clip=None"),
+        (lowbit.TernaryConfig(activation_bits=None), "activation_bits of 8 or 4"),
+        (lowbit.TernaryConfig(weight_bits=None), "weight_bits of 1 or 2"),
+        (lowbit.TernaryConfig(modules_to_not_convert=["output.dense"]), "is not packed"),
+    ],
+)
+def test_what_cannot_be_fused_says_what_lacks(config: lowbit.LowbitConfig, message: str) -> None:
+    model = lowbit.quantize(tiny(), config)
+    with pytest.raises(ValueError, match=message):
+        lowbit.fuse(model)
+    assert not any(isinstance(module, PackedEncoder) for module in model.modules())
+    outputs(model, batch())
+
+
+def test_stages_are_checked() -> None:
+    with pytest.raises(ValueError, match="stage='packed'"):
+        lowbit.fuse(lowbit.prepare(tiny(), lowbit.TernaryConfig()))
+    with pytest.raises(ValueError, match="already fused"):
+        lowbit.fuse(lowbit.quantize(tiny(), lowbit.TernaryConfig(), fused=True))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    _, fused = pair()
+    compiled = lowbit.compile(copy.deepcopy(fused))
+    for rows, length in ((3, 11), (2, 24), (1, 7)):
+        inputs = batch(rows=rows, length=length)
+        assert all(map(close, outputs(compiled, inputs), outputs(fused, inputs)))
+        del inputs["attention_mask"]
+        assert all(map(close, outputs(compiled, inputs), outputs(fused, inputs)))
+
+
+def test_padding_goes_and_comes_back() -> None:
+    states = torch.randn(4, 7, 3)
+    mask = torch.rand(4, 7) < 0.5
+    mask[2] = False
+    tokens, sequences, places = without_padding(states, mask)
+    assert sequences.cu_seqlens.tolist() == [0, *mask.sum(1).cumsum(0).tolist()]
+    assert sequences.max_seqlen == int(mask.sum(1).max())
+    expected = torch.cat([states[row, mask[row]] for row in range(4)])
+    assert torch.equal(tokens, expected)
+    assert torch.equal(with_padding(tokens, places, states.shape), states * mask.unsqueeze(-1))
+
+
+def test_nearest_graph() -> None:
+    available = shapes([1, 8], [32, 128])
+    assert available == sorted(available) and Shape(1024, 128, 8) in available and Shape(8, 32, 1) in available
+    ragged = Sequences(torch.tensor([0, 100, 130, 140], dtype=torch.int32), 100)
+    assert nearest(available, 140, ragged) == Shape(256, 128, 8)
+    assert nearest(available, 5, Sequences(torch.tensor([0, 5]), 5)) == Shape(8, 32, 1)
+    assert nearest(available, 130, Sequences(torch.tensor([0, 130]), 130)) is None
+    assert nearest(available, 9, Sequences(torch.arange(10), 1)) is None
+    with pytest.raises(ValueError, match="must be positive"):
+        shapes([0], [128])
+
+
+def test_graphs_hold_smaller_batches() -> None:
+    """Captured by calling again: the padding of graphs is what is tested, on stale and poisoned inputs."""
+    _, fused = pair("BertModel")
+    encoder = fused.encoder
+
+    def capture(run: Any) -> Any:
+        output = torch.empty_like(run())
+        return lambda: output.copy_(run()), output
+
+    def run(tokens: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """As on CUDA, where spare tokens are undefined: the CPU's attention takes none."""
+        used = int(sequences.cu_seqlens[-1])
+        spare = tokens.new_full((len(tokens) - used, 64), float("nan"))
+        return torch.cat([encoder._run(tokens[:used], sequences), spare])
+
+    graphs = Graphs(run, shapes([2, 4], [8, 16]), 64, torch.float32, torch.device("cpu"), capture)
+    replayed = []
+    for shape, graph in list(graphs.graphs.items()):
+        graph.output.fill_(float("nan"))
+
+        def replay(shape: Shape = shape, inner: Any = graph.replay) -> None:
+            replayed.append(shape)
+            inner()
+
+        graphs.graphs[shape] = graph._replace(replay=replay)
+    encoder.run = graphs
+    for lengths in ([11, 3], [16, 16, 16, 16], [5], [1, 1, 2], [8, 8], [17], [2] * 5):
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)
+        states = torch.randn(len(lengths), max(lengths), 64)
+        with torch.no_grad():
+            got = encoder(states, mask).last_hidden_state
+            tokens, sequences, places = without_padding(states, mask)
+            expected = with_padding(encoder._run(tokens, sequences), places, states.shape)
+        assert torch.equal(got, expected)
+    assert len(replayed) == 5  # all but the two that no graph holds
+
+
+def test_graphs_need_a_fused_model_on_cuda() -> None:
+    model, fused = pair()
+    with pytest.raises(ValueError, match=r"lowbit\.fuse"):
+        lowbit.compile_for(model, [1], [128])
+    with pytest.raises(ValueError, match="CUDA graphs, the model is on cpu"):
+        lowbit.compile_for(fused, [1], [128])

@@ -1,0 +1,275 @@
+"""What users do that a model must survive: sharing configurations, pickling, offloading, fine-tuning what is packed."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertForMaskedLM, BertForSequenceClassification
+
+import lowbit
+from helpers import HEADS, batch, outputs, tiny, tiny_config
+from lowbit.nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
+from lowbit.quantizers import WEIGHT_QUANTIZERS, twn
+
+
+def test_a_teacher_of_the_same_configuration_stays_float(tmp_path: Path) -> None:
+    config = tiny_config()
+    teacher, student = BertForSequenceClassification(config).eval(), BertForSequenceClassification(config).eval()
+    inputs = batch()
+    expected = outputs(teacher, inputs)
+    lowbit.prepare(lowbit.slim(student, 0.5), lowbit.TernaryConfig())
+    teacher.save_pretrained(tmp_path)
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path)
+    assert all(map(torch.equal, outputs(loaded, inputs), expected))
+    assert loaded.config._attn_implementation != "lowbit" and student.bert.config is student.config
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_a_model_built_from_a_packed_ones_configuration_is_float() -> None:
+    packed = lowbit.quantize(tiny(), lowbit.TernaryConfig())
+    fresh = BertForSequenceClassification(packed.config)
+    lowbit.quantize(fresh, lowbit.BinaryConfig())
+    assert fresh.config.quantization_config.weight_bits == 1 and packed.config.quantization_config.weight_bits == 2
+
+
+@pytest.mark.parametrize("stage", ["slim", "prepared", "packed"])
+def test_every_stage_can_be_pickled_whole(stage: str, tmp_path: Path) -> None:
+    model = tiny()
+    verbs = {
+        "slim": lambda: lowbit.slim(model),
+        "prepared": lambda: lowbit.prepare(model, lowbit.TernaryConfig()),
+        "packed": lambda: lowbit.quantize(model, lowbit.TernaryConfig()),
+    }
+    verbs[stage]()
+    restored = pickle.loads(pickle.dumps(model))
+    file = io.BytesIO()
+    torch.save(model, file)
+    inputs = batch()
+    assert all(map(torch.equal, outputs(restored, inputs), outputs(model, inputs)))
+    restored.classifier.bias.data.add_(1)
+    restored.save_pretrained(tmp_path)  # its own weights, not those of the one it was copied from
+    assert torch.equal(type(model).from_pretrained(tmp_path).classifier.bias, restored.classifier.bias)
+
+
+def test_offloaded_weights_are_found() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    for fused in (False, True):
+        model = lowbit.quantize(tiny(), lowbit.TernaryConfig(), fused=fused)
+        inputs = batch()
+        expected = outputs(model, inputs)
+        accelerate.cpu_offload(model, execution_device="cpu")
+        for got, wanted in zip(outputs(model, inputs), expected, strict=True):
+            assert (got - wanted).norm() < 0.02 * wanted.norm()
+
+
+def test_gradients_go_straight_through_packed_linears() -> None:
+    model = lowbit.quantize(tiny(hidden_dropout_prob=0.0), lowbit.TernaryConfig())
+    inputs = batch()
+    embeddings = torch.randn(3, 11, 64, requires_grad=True)
+    mask = inputs["attention_mask"]
+    logits = model(inputs_embeds=embeddings, attention_mask=mask).logits
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeddings, attention_mask=mask).logits
+    assert torch.equal(logits, expected)
+    logits.square().sum().backward()
+    assert embeddings.grad is not None and embeddings.grad.norm() > 0
+    for name, parameter in model.named_parameters():
+        if "embeddings" not in name:
+            assert parameter.grad is not None, name
+
+
+@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("clip", [None, 0.7])
+def test_the_gradient_is_that_of_the_dequantized_linear(activation: str | None, clip: float | None) -> None:
+    config = lowbit.TernaryConfig(activation_clip=clip)
+    linear = PackedLinear.from_float(torch.nn.Linear(50, 20), config)
+    linear.activation = activation
+    x = torch.randn(4, 3, 50, requires_grad=True)
+    weights = torch.randn(4, 3, 20)
+    (linear(x) * weights).sum().backward()
+    wide = x.detach().double().requires_grad_()
+    assert linear.input_quantizer is not None
+    seen = linear.input_quantizer(x.detach()).double()
+    clipped = wide if clip is None else torch.where(wide.abs() < clip, wide, wide.detach())
+    bias = linear.bias.detach().double().requires_grad_()
+    y = (seen + (clipped - clipped.detach())) @ linear.dequantize().double().t() + bias
+    if activation:
+        y = torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    (y * weights.double()).sum().backward()
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(linear.bias.grad.double(), bias.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lowbit.BinaryConfig(),
+        lowbit.TernaryConfig(granularity="per_tensor", activation_bits=4, asymmetric=["linear"]),
+        lowbit.TernaryConfig(activation_bits=None),
+    ],
+)
+def test_modules_are_packed_as_they_were_trained(config: lowbit.LowbitConfig) -> None:
+    linear = QuantLinear(torch.nn.Linear(128, 16), config)
+    x = torch.randn(5, 128)
+    with torch.no_grad():
+        assert torch.equal(PackedLinear.from_float(linear)(x), linear(x))
+    pair = QuantLinear(torch.nn.Linear(128, 16), config)
+    pair.weight, pair.quantizer = torch.nn.Parameter(torch.randn(2, 16, 128)), "bwn"
+    with torch.no_grad():
+        packed = PackedLinear.from_float(pair)
+        torch.testing.assert_close(packed(x), pair(x), rtol=1e-5, atol=1e-5)
+    assert packed.layout == "split"
+    table = QuantEmbedding(torch.nn.Embedding(30, 128), 1, "per_tensor")
+    ids = torch.arange(30)
+    with torch.no_grad():
+        assert torch.equal(PackedEmbedding.from_float(table)(ids), table(ids))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (lambda: lowbit.TernaryConfig(weight_bits=1), r"weight_quantizer='twn' with weight_bits=1; accepted .*'bwn'"),
+        (lambda: lowbit.BinaryConfig(weight_bits=2), r"weight_quantizer='bwn' with weight_bits=2"),
+        (lambda: lowbit.TernaryConfig(weight_quantizer="foo"), r"'foo'"),
+        (lambda: lowbit.TernaryConfig(modules_to_not_convert=["typo"]), r"no module of .* is named typo"),
+        (lambda: lowbit.TernaryConfig(modules_to_not_convert="pooler"), r"accepted: a list of names"),
+    ],
+)
+def test_contradictions_are_found_before_training(config: Any, message: str) -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match=message):
+        lowbit.prepare(model, config())
+    assert isinstance(model.bert.pooler.dense, torch.nn.Linear)
+
+
+def test_modules_to_not_convert_takes_whole_parts() -> None:
+    model = lowbit.quantize(tiny(), lowbit.TernaryConfig(modules_to_not_convert=["pooler", "layer.0"]))
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    assert kinds["bert.pooler.dense"] is kinds["bert.encoder.layer.0.output.dense"] is torch.nn.Linear
+    assert kinds["bert.encoder.layer.1.output.dense"] is PackedLinear
+
+
+@pytest.mark.parametrize("where", ["bert.encoder.layer.1.output.dense.weight", "bert.pooler.dense.bias"])
+def test_a_model_that_is_not_finite_stays_as_it_was(where: str) -> None:
+    model = tiny()
+    model.get_parameter(where).data.view(-1)[3] = float("nan")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=f"{where} holds NaN"):
+            lowbit.quantize(model, lowbit.TernaryConfig())
+
+
+def test_split_refuses_a_quantizer_it_cannot_invert(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(WEIGHT_QUANTIZERS, "mine", (2, twn))
+    model = lowbit.prepare(tiny(), lowbit.TernaryConfig(weight_quantizer="mine"))
+    with pytest.raises(ValueError, match="'twn', got 'mine'"):
+        lowbit.split(model)
+
+
+def test_saving_deletes_nothing_but_the_checkpoint_before(tmp_path: Path) -> None:
+    model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
+    kept = ["model-teacher.safetensors", "model.safetensors.txt", "modelling.safetensors", "notes.md"]
+    for name in kept:
+        (tmp_path / name).write_text("mine")
+    model.save_pretrained(tmp_path, variant="b", max_shard_size="20KB")
+    shards = list(tmp_path.glob("model.b-*"))
+    assert len(shards) > 1
+    model.save_pretrained(tmp_path)
+    assert all(path.exists() for path in shards)
+    model.save_pretrained(tmp_path, variant="b")
+    assert (tmp_path / "model.safetensors").exists() and not any(path.exists() for path in shards)
+    assert not (tmp_path / "model.safetensors.index.b.json").exists()
+    assert all((tmp_path / name).read_text() == "mine" for name in kept)
+
+
+@pytest.mark.parametrize("stage", ["prepared", "packed"])
+def test_a_given_state_dict_is_what_is_saved(stage: str, tmp_path: Path) -> None:
+    model = lowbit.prepare(tiny(), lowbit.TernaryConfig())
+    model = lowbit.convert(model) if stage == "packed" else model
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["classifier.bias"] += 5
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert torch.equal(type(model).from_pretrained(tmp_path).classifier.bias, state["classifier.bias"])
+    model.save_pretrained(tmp_path)
+    assert torch.equal(type(model).from_pretrained(tmp_path).classifier.bias, model.classifier.bias)
+
+
+@pytest.mark.parametrize("stage", ["slim", "prepared", "packed"])
+def test_damage_and_missing_tensors_are_found_at_every_stage(stage: str, tmp_path: Path) -> None:
+    model = lowbit.slim(tiny()) if stage == "slim" else lowbit.prepare(tiny(), lowbit.TernaryConfig())
+    model = lowbit.convert(model) if stage == "packed" else model
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    damaged = bytearray(content)
+    damaged[-100] ^= 0x40
+    path.write_bytes(damaged)
+    with pytest.raises(lowbit.CheckpointError, match="does not match its checksum"):
+        type(model).from_pretrained(tmp_path)
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(lowbit.CheckpointError, match="not a readable safetensors file"):
+        type(model).from_pretrained(tmp_path)
+    path.write_bytes(content)
+    tensors = load_file(path)
+    for name in ("bert.encoder.layer.1.attention.self.query.bias", "bert.embeddings.LayerNorm.weight"):
+        save_file({key: value for key, value in tensors.items() if key != name}, path, metadata={"format": "pt"})
+        with pytest.raises(lowbit.CheckpointError, match=f"the first is {name.removeprefix('bert.')}"):
+            type(model).from_pretrained(tmp_path)
+
+
+def test_a_configuration_can_be_passed_on(tmp_path: Path) -> None:
+    model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
+    model.save_pretrained(tmp_path)
+    inputs = batch()
+    loaded = type(model).from_pretrained(tmp_path, config=model.config)
+    again = type(model).from_pretrained(tmp_path, config=loaded.config)
+    assert all(map(torch.equal, outputs(again, inputs), outputs(model, inputs)))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_other_heads_load_packed_files(split: bool, tmp_path: Path) -> None:
+    model = lowbit.prepare(tiny(), lowbit.TernaryConfig())
+    model = lowbit.convert(lowbit.split(model) if split else model)
+    model.save_pretrained(tmp_path)
+    other = BertForMaskedLM.from_pretrained(tmp_path).eval()
+    inputs = batch()
+    with torch.no_grad():
+        expected = model.bert(**inputs).last_hidden_state
+        assert torch.equal(other.bert(**inputs).last_hidden_state, expected)
+        assert other(**inputs).logits.isfinite().all()
+
+
+def test_masks_of_booleans() -> None:
+    model = tiny()
+    model.set_attn_implementation("lowbit")
+    inputs = batch()
+    square = inputs["attention_mask"].bool()[:, None, None, :].expand(3, 1, 11, 11)
+    expected = outputs(model, inputs)
+    assert all(map(torch.equal, outputs(model, {**inputs, "attention_mask": square}), expected))
+
+
+def test_asking_for_a_spec_does_not_unhook_the_plugin() -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import lowbit, importlib.util\nimportlib.util.find_spec('transformers.modeling_utils')\n"
+        "import transformers.modeling_utils\n"
+        "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m\nassert 'lowbit' in m"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_copies_of_every_head_are_whole(head: str) -> None:
+    model = lowbit.quantize(tiny(head), lowbit.TernaryConfig())
+    inputs = batch(head)
+    assert all(map(torch.equal, outputs(copy.deepcopy(model), inputs), outputs(model, inputs)))
