@@ -1,6 +1,7 @@
 """BERT-base on the CPU: ternary and binary against float32, torch dynamic int8 and onnxruntime dynamic int8.
 
-Random weights, sequence length 128, batch 1 and 8; "compiled" is `lowbit.compile` for the shape. All models sit in one
+Random weights, sequence length 128, batch 1 and 8, and a batch of 8 whose sentences fill 40 % on average; "fused" is
+`lowbit.fuse`, which takes the padding out, "compiled" is `lowbit.compile`. All models sit in one
 process on the same threads and inputs, and take turns (A B C A B C ...), so that a machine whose speed drifts slows all
 of them; ratios are medians of the ratios within a turn. Each output is checked before it is timed. Writes one JSON and
 prints a table.
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import json
 import platform
 import statistics
 import tempfile
@@ -30,23 +30,26 @@ from transformers import BertConfig, BertModel
 import lowbit
 import lowbit_kernels
 
+from .report import render
+from .results import Row, write
+
 LENGTH = 128
 torch._dynamo.config.recompile_limit = 64  # several models share the code of a layer; beyond 8 it would run eagerly
-Runner = Callable[[torch.Tensor], torch.Tensor]
+Runner = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids and attention mask [B, S] -> [B, S, 768]
 
 
 def models(names: list[str]) -> dict[str, Runner | None]:
-    """Runners ids [B, S] -> hidden states [B, S, 768]; None for a peer that is not installed."""
+    """The runners by name; None for a peer that is not installed."""
     torch.manual_seed(0)
     base = BertModel(BertConfig(), add_pooling_layer=False).eval()
 
     def torch_runner(model: torch.nn.Module) -> Runner:
-        return lambda ids: model(ids)[0]
+        return lambda ids, mask: model(ids, attention_mask=mask)[0]
 
     half_width = lowbit.prepare(lowbit.slim(copy.deepcopy(base), 0.5), lowbit.TernaryConfig())
 
-    def ternary() -> BertModel:
-        return lowbit.quantize(copy.deepcopy(base), lowbit.TernaryConfig()).eval()
+    def ternary(fused: bool = False) -> BertModel:
+        return lowbit.quantize(copy.deepcopy(base), lowbit.TernaryConfig(), fused=fused).eval()
 
     def binary() -> BertModel:
         return lowbit.quantize(copy.deepcopy(base), lowbit.BinaryConfig()).eval()
@@ -55,7 +58,7 @@ def models(names: list[str]) -> dict[str, Runner | None]:
         return lowbit.convert(lowbit.split(copy.deepcopy(half_width))).eval()
 
     def compiled(model: BertModel) -> Runner:
-        return torch_runner(lowbit.compile(model, dynamic=False))
+        return torch_runner(lowbit.compile(model))
 
     built: dict[str, Callable[[], Runner | None]] = {
         "float32 eager": lambda: torch_runner(_eager(base)),
@@ -65,6 +68,8 @@ def models(names: list[str]) -> dict[str, Runner | None]:
         "float32 SDPA, compiled": lambda: compiled(copy.deepcopy(base)),
         "lowbit ternary 2-2-8": lambda: torch_runner(ternary()),
         "lowbit ternary 2-2-8, compiled": lambda: compiled(ternary()),
+        "lowbit ternary 2-2-8, fused": lambda: torch_runner(ternary(fused=True)),
+        "lowbit ternary 2-2-8, fused, compiled": lambda: compiled(ternary(fused=True)),
         "lowbit binary 1-1-8": lambda: torch_runner(binary()),
         "lowbit binary 1-1-8, compiled": lambda: compiled(binary()),
         "lowbit split 1-1-8, half width": lambda: torch_runner(split()),
@@ -85,15 +90,15 @@ def _dynamic_int8(base: BertModel) -> torch.nn.Module:
         return torch.ao.quantization.quantize_dynamic(copy.deepcopy(base), {torch.nn.Linear}, dtype=torch.qint8)
 
 
-class _IdsOnly(torch.nn.Module):
-    """What is exported: one input, one output."""
+class _Exported(torch.nn.Module):
+    """What is exported: two inputs, one output."""
 
     def __init__(self, model: BertModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.model(ids, attention_mask=torch.ones_like(ids))[0]
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.model(ids, attention_mask=mask)[0]
 
 
 def _onnxruntime(base: BertModel) -> Runner | None:
@@ -105,14 +110,14 @@ def _onnxruntime(base: BertModel) -> Runner | None:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         path, int8_path = f"{folder}/float.onnx", f"{folder}/int8.onnx"
-        axes = {"ids": {0: "batch", 1: "length"}}
+        axes = {name: {0: "batch", 1: "length"} for name in ("ids", "mask")}
         ids = torch.ones(2, LENGTH, dtype=torch.long)
         torch.onnx.export(
-            _IdsOnly(copy.deepcopy(base)).eval(),
-            (ids,),
+            _Exported(copy.deepcopy(base)).eval(),
+            (ids, ids),
             path,
             dynamo=False,
-            input_names=["ids"],
+            input_names=["ids", "mask"],
             dynamic_axes=axes,
             opset_version=17,
         )
@@ -120,7 +125,7 @@ def _onnxruntime(base: BertModel) -> Runner | None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         session = onnxruntime.InferenceSession(int8_path, options, providers=["CPUExecutionProvider"])
-    return lambda ids: torch.from_numpy(session.run(None, {"ids": ids.numpy()})[0])
+    return lambda ids, mask: torch.from_numpy(session.run(None, {"ids": ids.numpy(), "mask": mask.numpy()})[0])
 
 
 def check(name: str, output: torch.Tensor, expected: torch.Tensor) -> None:
@@ -132,25 +137,38 @@ def check(name: str, output: torch.Tensor, expected: torch.Tensor) -> None:
         raise RuntimeError(f"{name}: cosine similarity to float32 is {similarity:.3f}")
 
 
-def measure(runners: dict[str, Runner | None], batch: int, turns: int) -> dict[str, dict[str, float | str]]:
+def mask_of(lengths: list[int]) -> torch.Tensor:
+    """Padding mask [B, LENGTH] of sentences of these lengths."""
+    return (torch.arange(LENGTH) < torch.tensor(lengths).unsqueeze(1)).long()
+
+
+CASES = {
+    "batch 1": [LENGTH],
+    "batch 8": [LENGTH] * 8,
+    "batch 8, 40 % filled": [128, 78, 61, 47, 36, 27, 20, 13],  # 410 of 1,024 tokens
+}
+
+
+def measure(runners: dict[str, Runner | None], case: str, turns: int) -> dict[str, Row]:
     """Milliseconds and ratios to float32 eager of each runner."""
-    ids = torch.randint(1000, 20000, (batch, LENGTH))
+    mask = mask_of(CASES[case])
+    ids = torch.randint(1000, 20000, mask.shape)
     present = {name: run for name, run in runners.items() if run is not None}
-    expected = next(iter(present.values()))(ids)
+    expected = next(iter(present.values()))(ids, mask)
     times: dict[str, list[float]] = {name: [] for name in present}
     for name, run in present.items():
-        check(name, run(ids), expected)
-        run(ids)
-    for _ in tqdm(range(turns), desc=f"batch {batch}"):
+        check(name, run(ids, mask)[mask.bool()], expected[mask.bool()])
+        run(ids, mask)
+    for _ in tqdm(range(turns), desc=case):
         for name, run in present.items():
-            run(ids)  # untimed: lets the threads of the model before stop spinning, and warms the caches
+            run(ids, mask)  # untimed: lets the threads of the model before stop spinning, and warms the caches
             begin = time.perf_counter()
-            run(ids)
+            run(ids, mask)
             times[name].append(1000 * (time.perf_counter() - begin))
-    rows: dict[str, dict[str, float | str]] = {}
+    rows: dict[str, Row] = {}
     for name in runners:
         if name not in times:
-            rows[name] = {"median_ms": "not measured"}
+            rows[name] = {"note": "not measured: not installed"}
             continue
         rows[name] = {
             "median_ms": round(statistics.median(times[name]), 2),
@@ -199,22 +217,15 @@ def main() -> None:
     options = parser.parse_args()
     runners = models(options.only)
     with torch.inference_mode():
-        results = {f"batch {batch}": measure(runners, batch, options.turns) for batch in (1, 8)}
+        results = {case: measure(runners, case, options.turns) for case in CASES}
     report = {
         "suite": "cpu-encoder",
         "model": f"BERT-base, random weights, sequence length {LENGTH}",
-        "machine": machine(),
-        "turns": options.turns,
-        "expanded_bytes": lowbit_kernels.expanded_bytes(),
+        "machine": {**machine(), "int8 expansions MB": round(lowbit_kernels.expanded_bytes() / 1e6)},
+        "method": f"medians of {options.turns} turns",
         "results": results,
     }
-    options.results.mkdir(parents=True, exist_ok=True)
-    path = options.results / "cpu-encoder.json"
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n")
-    unfinished.replace(path)
-    from benchmarks.report import render
-
+    path = write(report, options.results)
     print(render(report))
     print(f"written to {path}")
 

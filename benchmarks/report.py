@@ -1,24 +1,26 @@
-"""Render committed benchmark JSON as Markdown tables: `python -m benchmarks.report` writes docs/benchmarks.md."""
+"""Render the committed JSON of all suites: `python -m benchmarks.report` writes docs/benchmarks.md and its plots."""
 
 from __future__ import annotations
 
-import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .results import read
+
 RESULTS = Path("benchmarks/results")
-PAGE = Path("docs/benchmarks.md")
+DOCS = Path("docs")
+GPU_SUITES = ("gpu-ceilings", "gpu-linear", "gpu-model", "gpu-training")
+
+Report = dict[str, Any]
 
 
-def render(report: dict[str, Any]) -> str:
+def render(report: Report) -> str:
     """One report: the machine, then a table for each case."""
     machine = ", ".join(f"{key} {value}" for key, value in report["machine"].items())
-    lines = [
-        f"## {report['suite']}: {report['model']}",
-        "",
-        f"Machine: {machine}. Medians of {report['turns']} turns.",
-        "",
-    ]
+    method = report["method"][0].upper() + report["method"][1:]
+    lines = [f"## {report['suite']}: {report['model']}", "", f"Machine: {machine}. {method}.", ""]
     for case, rows in report["results"].items():
         columns = list(dict.fromkeys(key for row in rows.values() for key in row))
         lines += [f"| {case} | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
@@ -27,14 +29,97 @@ def render(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def latency_bars(report: Report, axes: Any, column: str) -> None:
+    """A group of bars a runner, one bar a case."""
+    cases = list(report["results"])
+    names = list(dict.fromkeys(name for rows in report["results"].values() for name in rows))
+    height = 0.8 / len(cases)
+    for i, case in enumerate(cases):
+        values = [report["results"][case].get(name, {}).get(column, 0) for name in names]
+        axes.barh([y + i * height for y in range(len(names))], values, height, label=case)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel(column)
+    axes.legend()
+
+
+def _shape(case: str) -> tuple[int, int, int]:
+    M, N, K = map(int, re.findall(r"\d+", case))
+    return M, N, K
+
+
+def speed_up_by_tokens(report: Report, axes: Any) -> None:
+    """Median speed-up over bfloat16 of each runner's shapes, by number of tokens."""
+    points: dict[str, dict[int, list[float]]] = {}
+    for case, rows in report["results"].items():
+        for name, row in rows.items():
+            if "times as fast as bf16" in row:
+                points.setdefault(name, {}).setdefault(_shape(case)[0], []).append(row["times as fast as bf16"])
+    for name, by_tokens in points.items():
+        tokens = sorted(by_tokens)
+        axes.plot(tokens, [sorted(by_tokens[M])[len(by_tokens[M]) // 2] for M in tokens], marker="o", label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("times as fast as bf16")
+    axes.legend(fontsize=7)
+
+
+def roofline(report: Report, axes: Any) -> None:
+    """Fraction of its own roofline that each runner reaches, by number of tokens."""
+    points: dict[str, list[tuple[int, float]]] = {}
+    for case, rows in report["results"].items():
+        for name, row in rows.items():
+            if "of roofline" in row:
+                points.setdefault(name, []).append((_shape(case)[0], row["of roofline"]))
+    for name, values in points.items():
+        axes.scatter(*zip(*values, strict=True), s=12, label=name)
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(0, 1)
+    axes.set_xlabel("tokens")
+    axes.set_ylabel("fraction of the roofline")
+    axes.legend()
+
+
+PLOTS: dict[str, dict[str, Callable[[Report, Any], None]]] = {
+    "cpu-encoder": {"cpu-latency": lambda report, axes: latency_bars(report, axes, "median_ms")},
+    "gpu-linear": {"gpu-speed-up": speed_up_by_tokens, "gpu-roofline": roofline},
+    "gpu-model": {"gpu-latency": lambda report, axes: latency_bars(report, axes, "ms")},
+}
+
+
+def plot(report: Report, folder: Path) -> list[Path]:
+    """Write the PNG plots of a suite; none where it has none."""
+    from matplotlib.figure import Figure
+
+    written = []
+    for name, draw in PLOTS.get(report["suite"], {}).items():
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        draw(report, figure.subplots())
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=110)
+    return written
+
+
+def page(reports: list[Report], plots: dict[str, list[Path]]) -> str:
+    """docs/benchmarks.md; GPU suites without results are said to be not measured."""
+    present = {report["suite"] for report in reports}
+    missing = [suite for suite in GPU_SUITES if suite not in present]
+    intro = ["# Benchmarks", "", "Rendered from `benchmarks/results/*.json` by `python -m benchmarks.report`."]
+    if missing:
+        intro += ["", f"Not measured yet: {', '.join(missing)} (`make gpu` on a machine with a GPU)."]
+    parts = ["\n".join(intro), ""]
+    for report in reports:
+        parts += [render(report), *(f"![{path.stem}]({path.name})\n" for path in plots.get(report["suite"], []))]
+    return "\n".join(parts)
+
+
 def main() -> None:
-    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    intro = (
-        "# Benchmarks\n\nRendered from `benchmarks/results/*.json` by `python -m benchmarks.report`. "
-        "GPU: not measured yet.\n"
-    )
-    PAGE.write_text("\n".join([intro, *(render(report) for report in reports)]))
-    print(f"{PAGE}: {len(reports)} suites")
+    reports = [read(path) for path in sorted(RESULTS.glob("*.json"))]
+    plots = {report["suite"]: plot(report, DOCS) for report in reports}
+    (DOCS / "benchmarks.md").write_text(page(reports, plots))
+    print(f"{DOCS / 'benchmarks.md'}: {len(reports)} suites, {sum(map(len, plots.values()))} plots")
 
 
 if __name__ == "__main__":

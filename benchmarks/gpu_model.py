@@ -1,0 +1,194 @@
+"""BERT-base and BERT-large on the GPU, end to end: latency, throughput, memory and energy beside the usual ways.
+
+Random weights, fp16, one process. Uniform batches are full; ragged ones have lognormal lengths with a mean of about
+40 % of the maximum, the same for every runner, which is what padding costs. Each output is checked against the float
+model's (lowbit's, which has other weights, against its own unfused model).
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import BertConfig, BertModel
+
+import lowbit
+
+from .results import Row
+
+SHAPES = [(1, 32), (1, 128), (8, 128), (32, 128), (32, 384), (128, 128)]  # (batch, length)
+SIZES = {
+    "BERT-base": {},
+    "BERT-large": {
+        "hidden_size": 1024,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+    },
+}
+CO2_GRAMS_PER_KWH = 445  # world average of 2024 (IEA, Electricity 2025)
+
+Batch = dict[str, torch.Tensor]
+Runner = Callable[[Batch], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A runner, and the one whose output it has to reproduce."""
+
+    run: Runner
+    reference: str
+
+
+def batch(size: int, length: int, ragged: bool, device: str = "cuda") -> Batch:
+    """Random ids [size, length]; ragged ones end early, the longest does not."""
+    ids = torch.randint(1000, 20000, (size, length), device=device)
+    lengths = torch.full((size,), length)
+    if ragged:
+        drawn = torch.empty(size).log_normal_(-0.9 - 0.5 * 0.5**2, 0.5) * length  # mean exp(-0.9) = 0.41 of length
+        lengths = drawn.round().long().clamp(4, length)
+        lengths[0] = length
+    mask = (torch.arange(length).unsqueeze(0) < lengths.unsqueeze(1)).long()
+    return {"input_ids": ids, "attention_mask": mask.to(device)}
+
+
+def models(size: str, device: str = "cuda", **changes: Any) -> dict[str, Callable[[], Built]]:
+    """Name -> what builds the runner. `changes` to the configuration make it small, for tests."""
+    torch.manual_seed(0)
+    base = BertModel(BertConfig(**{**SIZES[size], **changes}), add_pooling_layer=False).half().eval().to(device)
+
+    def runner(model: torch.nn.Module, reference: str) -> Built:
+        return Built(lambda inputs: model(**inputs).last_hidden_state, reference)
+
+    def with_attention(name: str) -> BertModel:
+        model = copy.deepcopy(base)
+        model.set_attn_implementation(name)
+        return model
+
+    def ternary(fused: bool) -> BertModel:
+        return lowbit.quantize(copy.deepcopy(base), lowbit.TernaryConfig(), fused=fused)
+
+    def graphs() -> BertModel:
+        return lowbit.compile_for(ternary(True), [b for b, _ in SHAPES], [s for _, s in SHAPES])
+
+    def llm_int8() -> BertModel:
+        import bitsandbytes
+
+        model = copy.deepcopy(base)
+        for name, linear in list(model.named_modules()):
+            if isinstance(linear, torch.nn.Linear):
+                int8 = bitsandbytes.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+                int8.weight = bitsandbytes.nn.Int8Params(
+                    linear.weight.data.cpu(), has_fp16_weights=False, requires_grad=False
+                )
+                int8.bias = linear.bias
+                model.set_submodule(name, int8.to(device))
+        return model
+
+    def torchao() -> torch.nn.Module:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+        model = copy.deepcopy(base)
+        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        return torch.compile(model, mode="max-autotune")
+
+    eager, unfused = "HF eager", "lowbit ternary"
+    return {
+        eager: lambda: runner(with_attention("eager"), eager),
+        "HF SDPA": lambda: runner(base, eager),
+        "HF SDPA, max-autotune": lambda: runner(torch.compile(copy.deepcopy(base), mode="max-autotune"), eager),
+        "bitsandbytes LLM.int8": lambda: runner(llm_int8(), eager),
+        "torchao int8 dynamic, max-autotune": lambda: runner(torchao(), eager),
+        unfused: lambda: runner(ternary(False), unfused),
+        "lowbit ternary, fused": lambda: runner(ternary(True), unfused),
+        "lowbit ternary, fused, graphs": lambda: runner(graphs(), unfused),
+    }
+
+
+def check(name: str, inputs: Batch, output: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raise RuntimeError unless the hidden states of real tokens agree (cosine similarity above 0.98)."""
+    tokens = inputs["attention_mask"].bool()
+    similarity = torch.nn.functional.cosine_similarity(output[tokens].float(), expected[tokens].float(), dim=-1)
+    if not bool((similarity.mean() > 0.98).item()):
+        raise RuntimeError(f"{name} is wrong: mean cosine similarity {float(similarity.mean()):.4f}")
+
+
+def measure(built: dict[str, Built], inputs: Batch, median: Callable[[Callable[[], Any]], float]) -> dict[str, Row]:
+    """All runners on one batch."""
+    rows: dict[str, Row] = {}
+    outputs: dict[str, torch.Tensor] = {}
+    for name, item in built.items():
+        try:
+            outputs[name] = item.run(inputs).clone()
+        except Exception as error:  # whatever keeps a peer from running here
+            rows[name] = {"note": f"not measured: {type(error).__name__}: {str(error)[:120]}"}
+            continue
+        check(name, inputs, outputs[name], outputs[item.reference])
+        milliseconds = median(lambda item=item: item.run(inputs))
+        size = inputs["input_ids"].shape[0]
+        rows[name] = {"ms": round(milliseconds, 3), "sequences/s": round(1000 * size / milliseconds)}
+        rows[name] |= memory_and_energy(lambda item=item: item.run(inputs), milliseconds, size)
+    base = rows["HF SDPA"].get("ms")
+    for row in rows.values():
+        if "ms" in row and isinstance(base, float):
+            row["times as fast as SDPA"] = round(base / float(row["ms"]), 2)
+    return rows
+
+
+def memory_and_energy(run: Callable[[], Any], milliseconds: float, size: int) -> Row:
+    """Peak memory of a call beyond what all models hold, joules a batch, and what a million sequences take."""
+    if not torch.cuda.is_available():
+        return {}
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    row: Row = {"peak MB": round((torch.cuda.max_memory_allocated() - held) / 1e6, 1)}
+    watts = mean_watts(run)
+    if watts is not None:
+        kwh = watts * milliseconds / 1000 / size * 1e6 / 3.6e6
+        row |= {"J/batch": round(watts * milliseconds / 1000, 4), "kWh per million": round(kwh, 4)}
+        row["g CO2 per million"] = round(kwh * CO2_GRAMS_PER_KWH, 2)
+    return row
+
+
+def mean_watts(run: Callable[[], Any], seconds: float = 0.6) -> float | None:
+    """Mean board power while `run` repeats, sampled by nvidia-smi; None where it tells none."""
+    query = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+    samples: list[float] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.is_set():
+            answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip().splitlines()
+            if answer and answer[0].replace(".", "", 1).isdigit():
+                samples.append(float(answer[0]))
+            done.wait(0.05)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        run()
+        torch.cuda.synchronize()
+    done.set()
+    thread.join()
+    settled = samples[len(samples) // 2 :]  # power follows the load with a delay
+    return sum(settled) / len(settled) if settled else None
+
+
+def suite(machine: dict[str, Any], results: dict[str, dict[str, Row]]) -> dict[str, Any]:
+    """The report around results."""
+    return {
+        "suite": "gpu-model",
+        "model": "BERT-base and BERT-large, random weights, fp16, inputs padded to the length of the case",
+        "machine": {**machine, "CO2 g/kWh": CO2_GRAMS_PER_KWH},
+        "method": "median of triton.testing.do_bench; power by nvidia-smi over 0.6 s",
+        "results": results,
+    }
