@@ -2,11 +2,11 @@
 
     python -m lowbit_kernels.aot [--arch 90] [--only linear]
 
-One line a kernel and architecture: registers, spilled bytes, shared memory, instructions, tensor-core products, and the
-mix of the loop that holds them. Exit code 1 where a kernel spills, asks for more shared memory than the architecture
-has, or multiplies without int8 tensor cores. Each op file lists its kernels in `aot_cases(arch)`: (label, kernel,
-signature, constants, warps, stages), with Triton's types; "i32:16" is an integer known to be a multiple of 16, which
-pointers always are.
+One line a kernel and architecture: registers, spilled bytes, shared memory, instructions, int8 products, and the mix of
+the loop that holds them. Exit code 1 where a kernel spills, asks for more shared memory than the architecture has, or
+multiplies without the instruction it should use: int8 tensor cores for `tl.dot`, IDP for dp4a. Each op file lists its
+kernels in `aot_cases(arch)`: (label, kernel, signature, constants, warps, stages), with Triton's types; "i32:16" is an
+integer known to be a multiple of 16, which pointers always are.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ class Compiled:
     registers: int
     spilled: int  # bytes of local memory a thread
     shared: int
-    multiplies: bool
-    tensor_core: int  # int8 tensor-core instructions
+    product: str  # the SASS it should multiply int8 with, "" if it does not
+    products: int  # how many of them it has
     opcodes: dict[str, int]
-    loop: dict[str, int]  # opcodes of the innermost loop with tensor-core products
+    loop: dict[str, int]  # opcodes of the innermost loop with products
 
     def faults(self) -> list[str]:
         """What is wrong with it; empty if nothing is."""
-        limit, product = ARCHITECTURES[self.arch]
+        limit, _ = ARCHITECTURES[self.arch]
         found = []
         if self.spilled:
             found.append(f"spills {self.spilled} bytes")
         if self.shared > limit:
             found.append(f"shared memory {self.shared} exceeds {limit}")
-        if self.multiplies and not self.tensor_core:
-            found.append(f"no {product} instruction")
+        if self.product and not self.products:
+            found.append(f"no {self.product} instruction")
         return found
 
 
@@ -106,7 +106,8 @@ def compile_kernel(
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, listing = _disassemble(built.asm["cubin"])
     opcodes = Counter(opcode for _, opcode, _ in listing)
-    product = ARCHITECTURES[arch][1]
+    code = built.asm["ttir"]
+    product = ARCHITECTURES[arch][1] if "tt.dot" in code else "IDP" if "dp4a" in code else ""
     return Compiled(
         label=label,
         arch=arch,
@@ -114,8 +115,8 @@ def compile_kernel(
         # STACK holds frames without spills too (none of our kernels has one); LDL and STL are the spills themselves.
         spilled=usage["STACK"] + usage["LOCAL"],
         shared=built.metadata.shared,
-        multiplies="tt.dot" in built.asm["ttir"],
-        tensor_core=opcodes.get(product, 0),
+        product=product,
+        products=opcodes[product],
         opcodes=dict(opcodes),
         loop=dict(_loop(listing, product)),
     )
@@ -163,7 +164,7 @@ def report(results: list[Compiled]) -> str:
         faults = "; ".join(result.faults())
         lines.append(
             f"{result.label:{width}}  {result.arch:4}  {result.registers:9}  {result.spilled:7}  {result.shared:6}  "
-            f"{sum(result.opcodes.values()):12}  {result.tensor_core:13}  {_mix(result)}"
+            f"{sum(result.opcodes.values()):12}  {result.products:13}  {_mix(result)}"
             f"{'  FAULT: ' + faults if faults else ''}"
         )
     return "\n".join(lines)
@@ -173,7 +174,7 @@ def _mix(result: Compiled) -> str:
     """The loop in words: its length, products, what decodes weights (SHF LOP3 IADD PRMT), loads and stores of tiles."""
     if not result.loop:
         return ""
-    shown = (ARCHITECTURES[result.arch][1], "SHF", "LOP3", "IADD", "VIADD", "PRMT", "LDSM", "LDS", "STS", "LDGSTS")
+    shown = (result.product, "SHF", "LOP3", "IADD", "VIADD", "PRMT", "LDSM", "LDS", "STS", "LDGSTS", "LDG")
     parts = [f"{result.loop[opcode]} {opcode}" for opcode in shown if opcode in result.loop]
     return f"{sum(result.loop.values())}: {', '.join(parts)}"
 

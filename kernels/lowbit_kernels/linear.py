@@ -4,12 +4,17 @@
     acc[m, n] = sum[m, n] - x_zero_point[m] * sum_k w[n, k]                      float32 from here on
     y[m, n]   = act(x_scale[m] * scale[n] * acc[m, n] + bias[n])                 one rounding per factor
     split     y = act(x_scale[m] * (scale[0, n] * acc1[m, n] + scale[1, n] * acc2[m, n]) + bias[n])
+    then      y + residual[m, n], and with out_scale clamp(rint(y * (1/out_scale)), -127, 127) as int8
 
 Weights move N*K/4 (or N*K/8) bytes instead of 2*N*K in float16. The Triton kernel computes y^T = W x^T so that the
 decoded weights are the left operand of the tensor-core product, the only one that may sit in registers on Hopper.
 Weights are decoded with their sign, four bytes in four instructions: multiplying unsigned codes and subtracting the row
 sum of x saves two of them, but summing x costs more than that. On Hopper the planes of a byte are joined to one left
 operand, elsewhere each is a product of its own; the integers are the same.
+
+Up to 8 tokens a kernel without tensor cores multiplies four weights at a time (dp4a), so that a few rows fill the
+device. Where tiles are few and K is long, several programs share a tile, each a slice of K: sums of integers do not
+depend on their order, so the result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from ._ops import FLOATS, check_choice, check_device, check_tensor, define, trac
 from ._triton import INTERPRET, tl, triton
 from .linear_cpu import codes_linear_cpu, linears_cpu
 from .packing import pack_codes, unpacked
-from .quantize import quantize_per_token
+from .quantize import _rint, _to_int8, quantize_per_token, static_codes
 
 TERNARY, BINARY, SPLIT = 0, 1, 2  # `LAYOUT` of the kernel
 LAYOUTS = {"ternary": TERNARY, "binary": BINARY, "split": SPLIT}
@@ -43,9 +48,12 @@ def _decode(packed, SHIFT: tl.constexpr, MASK: tl.constexpr, INTERPRET: tl.const
 
     MASK 3 gives the weight of a ternary code, MASK 2 that of the bit at SHIFT + 1. With a field of at most 3, adding
     0x7F cannot carry into the next byte, and flipping the top bit then takes 0x80 away. The interpreter has no inline
-    assembly.
+    assembly. Words (uint32) hold their four weights already.
     """
-    if INTERPRET:
+    if packed.dtype == tl.uint32:
+        moved = packed << 1 if SHIFT < 0 else packed >> SHIFT
+        return (((moved & (MASK * 0x01010101)) + 0x7F7F7F7F) ^ 0x80808080).to(tl.int32, bitcast=True)
+    elif INTERPRET:
         moved = packed << 1 if SHIFT < 0 else packed >> SHIFT
         return (moved & MASK).to(tl.int8) - 1
     else:
@@ -112,46 +120,30 @@ def _side_by_side(
         return tl.reshape(tl.permute(blocks, (0, 1, 3, 4, 2)), (BLOCK_N, 4 * BLOCK_B))
 
 
-@triton.jit(do_not_specialize=["M"])  # one binary for every number of tokens
-def _linear_kernel(
-    x_ptr, w_ptr, scale_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, w_sum_ptr, out_ptr,
-    M, N, x_columns, row_bytes,
-    stride_xm, stride_wn, stride_om, stride_scale, stride_xs, stride_plane,
+@triton.jit
+def _dp4a(a, b, total, INTERPRET: tl.constexpr):
+    """total + the sum of the four products of the int8 of two words."""
+    if INTERPRET:
+        for byte in tl.static_range(4):
+            total += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
+        return total
+    else:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, total], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _epilogue(
+    acc, acc2, offs_n, offs_m,
+    scale_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, w_sum_ptr, residual_ptr, out_scale_ptr, out_ptr,
+    M, N, stride_om, stride_rm, stride_scale, stride_xs, stride_plane,
     LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ZERO: tl.constexpr,
-    CONCAT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, INTERPRET: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_OUT_SCALE: tl.constexpr,
 ):  # fmt: skip
-    PLANES: tl.constexpr = 8 if LAYOUT == 1 else 4
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    byte = tl.arange(0, BLOCK_B)
+    """From integer sums [weight rows, tokens] to the stored result."""
     mask_n = offs_n < N
     mask_m = offs_m < M
-    w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + byte[None, :]
-    x_rows = x_ptr + offs_m[None, :].to(tl.int64) * stride_xm
-
-    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
-    acc2 = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)  # second matrix of a split pair
-    for start in range(0, row_bytes, BLOCK_B):
-        # What is beyond K decodes to -1 and meets x = 0.
-        packed = tl.load(w_ptrs + start, mask=mask_n[:, None] & (start + byte < row_bytes)[None, :], other=0)
-        if CONCAT:
-            k = start * PLANES + tl.arange(0, PLANES * BLOCK_B)
-            x = tl.load(x_rows + k[:, None], mask=(k < x_columns)[:, None] & mask_m[None, :], other=0)
-            acc = tl.dot(_side_by_side(packed, LAYOUT, False, BLOCK_N, BLOCK_B, INTERPRET), x, acc, out_dtype=tl.int32)
-            if LAYOUT == 2:
-                w2 = _side_by_side(packed, LAYOUT, True, BLOCK_N, BLOCK_B, INTERPRET)
-                acc2 = tl.dot(w2, x, acc2, out_dtype=tl.int32)
-        else:
-            # Byte j of a row holds, in plane p, the value of column (j // 32) * 32 * PLANES + 32 p + j % 32.
-            column = start * PLANES + (byte // 32) * (32 * PLANES) + byte % 32
-            for plane in tl.static_range(PLANES):
-                k = column + 32 * plane
-                x = tl.load(x_rows + k[:, None], mask=(k < x_columns)[:, None] & mask_m[None, :], other=0)
-                acc = tl.dot(_plane(packed, plane, LAYOUT, False, INTERPRET), x, acc, out_dtype=tl.int32)
-                if LAYOUT == 2:
-                    acc2 = tl.dot(_plane(packed, plane, LAYOUT, True, INTERPRET), x, acc2, out_dtype=tl.int32)
-
     x_scale = tl.load(x_scale_ptr + offs_m * stride_xs, mask=mask_m, other=0.0)
     scale = tl.load(scale_ptr + offs_n * stride_scale, mask=mask_n, other=0.0)
     y = acc.to(tl.float32)
@@ -172,19 +164,172 @@ def _linear_kernel(
     if HAS_BIAS:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[:, None]
     y = _gelu(y, ACTIVATION)
-    out_ptrs = out_ptr + offs_m[:, None].to(tl.int64) * stride_om + offs_n[None, :]
-    tl.store(out_ptrs, tl.trans(y).to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    y = tl.trans(y)  # tokens x weight rows, as residual and result lie in memory
+    mask = mask_m[:, None] & mask_n[None, :]
+    rows = offs_m[:, None].to(tl.int64)
+    if HAS_RESIDUAL:
+        y += tl.load(residual_ptr + rows * stride_rm + offs_n[None, :], mask=mask, other=0.0).to(tl.float32)
+    if HAS_OUT_SCALE:
+        # Twin of `static_codes`.
+        out_scale = tl.load(out_scale_ptr)
+        small = out_scale < 1.1754943508222875e-38  # TINY
+        one = tl.full((), 1.0, tl.float32)
+        y = _to_int8(_rint(y * tl.where(small, 0.0, tl.div_rn(one, tl.where(small, 1.0, out_scale)))), -127, 127)
+    tl.store(out_ptr + rows * stride_om + offs_n[None, :], y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _last_of_slices(acc, acc2, workspace_ptr, LAYOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Add a slice's sums to those of its tile: (whether this program is the last of its tile, sums, second sums).
+
+    The workspace holds int32 sums [tiles, 1 or 2, BLOCK_N, BLOCK_M], then the number of slices that arrived at each
+    tile. It is all zeros before a launch, and the last program of each tile leaves it so.
+
+    Why the last program sees every slice: one thread of a program counts its arrival. The barrier before orders the
+    additions of all its threads before that, and release passes them on. Arrivals at one counter are a chain of
+    read-modify-writes, so acquire by the last takes in what all before it released, and the barrier after hands that
+    to its other threads. Loads go past the L1 cache (.cg), which the atomics do not write.
+    """
+    SIZE: tl.constexpr = BLOCK_N * BLOCK_M
+    PLANES: tl.constexpr = 2 if LAYOUT == 2 else 1
+    tile = (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    tiles = tl.num_programs(0) * tl.num_programs(1)
+    sums = workspace_ptr + tile * (PLANES * SIZE) + tl.arange(0, BLOCK_N)[:, None] * BLOCK_M
+    sums += tl.arange(0, BLOCK_M)[None, :]
+    arrived = workspace_ptr + tiles.to(tl.int64) * (PLANES * SIZE) + tile
+    tl.atomic_add(sums, acc, sem="relaxed")
+    if LAYOUT == 2:
+        tl.atomic_add(sums + SIZE, acc2, sem="relaxed")
+    tl.debug_barrier()
+    last = tl.atomic_add(arrived, 1, sem="acq_rel") == tl.num_programs(2) - 1
+    if last:
+        tl.debug_barrier()
+        acc = tl.load(sums, cache_modifier=".cg")
+        if LAYOUT == 2:
+            acc2 = tl.load(sums + SIZE, cache_modifier=".cg")
+        tl.debug_barrier()  # loads and stores may give an element to different threads
+        tl.store(sums, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32))
+        if LAYOUT == 2:
+            tl.store(sums + SIZE, tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32))
+        tl.store(arrived, 0)
+    return last, acc, acc2
+
+
+@triton.jit(do_not_specialize=["M"])  # one binary for every number of tokens
+def _linear_kernel(
+    x_ptr, w_ptr, scale_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, w_sum_ptr, residual_ptr, out_scale_ptr, out_ptr,
+    M, N, x_columns, row_bytes,
+    stride_xm, stride_wn, stride_om, stride_rm, stride_scale, stride_xs, stride_plane,
+    workspace_ptr, slice_bytes,
+    LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ZERO: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_OUT_SCALE: tl.constexpr, INTERPRET: tl.constexpr,
+    CONCAT: tl.constexpr, SLICED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """A tile of the result; SLICED: its third program id takes `slice_bytes` of every row of weights."""
+    PLANES: tl.constexpr = 8 if LAYOUT == 1 else 4
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    byte = tl.arange(0, BLOCK_B)
+    mask_n = offs_n < N
+    mask_m = offs_m < M
+    w_ptrs = w_ptr + offs_n[:, None].to(tl.int64) * stride_wn + byte[None, :]
+    x_rows = x_ptr + offs_m[None, :].to(tl.int64) * stride_xm
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)
+    acc2 = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.int32)  # second matrix of a split pair
+    first, end = 0, row_bytes
+    if SLICED:
+        first = tl.program_id(2) * slice_bytes
+        end = tl.minimum(first + slice_bytes, row_bytes)
+    for start in range(first, end, BLOCK_B):
+        # What is beyond K decodes to -1 and meets x = 0.
+        packed = tl.load(w_ptrs + start, mask=mask_n[:, None] & (start + byte < row_bytes)[None, :], other=0)
+        if CONCAT:
+            k = start * PLANES + tl.arange(0, PLANES * BLOCK_B)
+            x = tl.load(x_rows + k[:, None], mask=(k < x_columns)[:, None] & mask_m[None, :], other=0)
+            acc = tl.dot(_side_by_side(packed, LAYOUT, False, BLOCK_N, BLOCK_B, INTERPRET), x, acc, out_dtype=tl.int32)
+            if LAYOUT == 2:
+                w2 = _side_by_side(packed, LAYOUT, True, BLOCK_N, BLOCK_B, INTERPRET)
+                acc2 = tl.dot(w2, x, acc2, out_dtype=tl.int32)
+        else:
+            # Byte j of a row holds, in plane p, the value of column (j // 32) * 32 * PLANES + 32 p + j % 32.
+            column = start * PLANES + (byte // 32) * (32 * PLANES) + byte % 32
+            for plane in tl.static_range(PLANES):
+                k = column + 32 * plane
+                x = tl.load(x_rows + k[:, None], mask=(k < x_columns)[:, None] & mask_m[None, :], other=0)
+                acc = tl.dot(_plane(packed, plane, LAYOUT, False, INTERPRET), x, acc, out_dtype=tl.int32)
+                if LAYOUT == 2:
+                    acc2 = tl.dot(_plane(packed, plane, LAYOUT, True, INTERPRET), x, acc2, out_dtype=tl.int32)
+
+    last = True
+    if SLICED:
+        last, acc, acc2 = _last_of_slices(acc, acc2, workspace_ptr, LAYOUT, BLOCK_N, BLOCK_M)
+    if last:
+        _epilogue(
+            acc, acc2, offs_n, offs_m,
+            scale_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, w_sum_ptr, residual_ptr, out_scale_ptr, out_ptr,
+            M, N, stride_om, stride_rm, stride_scale, stride_xs, stride_plane,
+            LAYOUT, ACTIVATION, HAS_BIAS, HAS_ZERO, HAS_RESIDUAL, HAS_OUT_SCALE,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def _small_kernel(
+    x_ptr, w_ptr, scale_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, w_sum_ptr, residual_ptr, out_scale_ptr, out_ptr,
+    M, N, x_columns, row_bytes,
+    stride_xm, stride_wn, stride_om, stride_rm, stride_scale, stride_xs, stride_plane,
+    LAYOUT: tl.constexpr, ACTIVATION: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ZERO: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_OUT_SCALE: tl.constexpr, INTERPRET: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """One weight row for all tokens (at most BLOCK_M), without tensor cores.
+
+    Four neighbouring bytes of the row are one word. Shifted and masked, it holds four neighbouring columns of a plane,
+    which meet four neighbouring values of x, also one word. Each thread keeps sums of its own until the end. Bound by
+    the latency of the few loads of a row: a warp a row needs no barrier, and all rows are under way at once.
+    """
+    PLANES: tl.constexpr = 8 if LAYOUT == 1 else 4
+    row = tl.program_id(0)
+    offs_n = row + tl.arange(0, 1)
+    offs_m = tl.arange(0, BLOCK_M)
+    word = tl.arange(0, BLOCK_W)
+    w_words = (w_ptr + row.to(tl.int64) * stride_wn).to(tl.pointer_type(tl.uint32), bitcast=True)
+    x_words = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + offs_m[:, None].to(tl.int64) * (stride_xm // 4)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_W), dtype=tl.int32)
+    acc2 = tl.zeros((BLOCK_M, BLOCK_W), dtype=tl.int32)
+    for start in range(0, row_bytes // 4, BLOCK_W):
+        places = start + word
+        packed = tl.load(w_words + places, mask=places < row_bytes // 4, other=0)
+        column = (places // 8) * (8 * PLANES) + places % 8  # in words of x
+        for plane in tl.static_range(PLANES):
+            k = column + 8 * plane
+            x = tl.load(x_words + k[None, :], mask=(offs_m < M)[:, None] & (k < x_columns // 4)[None, :], other=0)
+            acc = _dp4a(_plane(packed, plane, LAYOUT, False, INTERPRET)[None, :], x, acc, INTERPRET)
+            if LAYOUT == 2:
+                acc2 = _dp4a(_plane(packed, plane, LAYOUT, True, INTERPRET)[None, :], x, acc2, INTERPRET)
+
+    acc = tl.sum(acc, axis=1)[None, :]
+    acc2 = tl.sum(acc2, axis=1)[None, :]
+    _epilogue(
+        acc, acc2, offs_n, offs_m,
+        scale_ptr, bias_ptr, x_scale_ptr, x_zero_ptr, w_sum_ptr, residual_ptr, out_scale_ptr, out_ptr,
+        M, N, stride_om, stride_rm, stride_scale, stride_xs, stride_plane,
+        LAYOUT, ACTIVATION, HAS_BIAS, HAS_ZERO, HAS_RESIDUAL, HAS_OUT_SCALE,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile configuration: tokens, weight rows and packed bytes per step, and Triton's warps and stages."""
+    """A tile configuration: tokens, weight rows and packed bytes per step, Triton's warps and stages, slices of K."""
 
     block_m: int
     block_n: int
     block_b: int
     num_warps: int
     num_stages: int
+    split_k: int = 1  # programs that share a tile, each a slice of K
 
 
 # Largest M of the bucket -> tile; chosen so that no architecture spills (`python -m lowbit_kernels.aot`).
@@ -195,6 +340,56 @@ LARGE_TILE = Tile(128, 64, 32, 4, 3)
 def choose_tile(M: int) -> Tile:
     """The tile for M tokens."""
     return next((tile for most, tile in TILES.items() if most >= M), LARGE_TILE)
+
+
+SMALL_M = 8  # up to this M a tile of 16 tokens is at least half empty
+SMALL_W = 64  # words a step: two a lane, so that x and the weights are read in one layout, without an exchange
+
+
+def choose_split_k(M: int, N: int, K: int, tile: Tile, per_byte: int, processors: int) -> int:
+    """Slices of K, so that a product of few tiles and a long K fills the device; each has at least 256 values."""
+    tiles = triton.cdiv(N, tile.block_n) * triton.cdiv(M, tile.block_m)
+    if K < 1024 or 2 * tiles > processors:
+        return 1
+    steps = triton.cdiv(K, per_byte * tile.block_b)
+    most = min(processors // tiles, K // 256, steps)
+    return triton.cdiv(steps, triton.cdiv(steps, most))  # no slice stays empty
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+_workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _workspace(device: torch.device, size: int) -> torch.Tensor:
+    """At least `size` int32 zeros, which the launch leaves zeros.
+
+    One is kept for each device and stream, since launches on one stream follow each other; a larger one takes its
+    place when needed, and the caching allocator gives the memory of the old one to later work of that stream only.
+    Not kept: what is allocated while a graph is captured (its zeros do not exist before a replay, and graphs captured
+    on one stream may be replayed on two), and what comes from a private memory pool (the warm-up of torch.compile's
+    CUDA graphs: the pool takes its memory back unasked). Such launches get zeros of their own.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    workspace = _workspaces.get(key)
+    if workspace is None or workspace.numel() < size:
+        workspace = torch.zeros(max(size, 2**18), dtype=torch.int32, device=device)
+        if device.type != "cuda" or _of_default_pool(workspace):
+            _workspaces[key] = workspace
+    return workspace
+
+
+def _of_default_pool(tensor: torch.Tensor) -> bool:
+    if torch.cuda.get_allocator_backend() != "native":
+        return False
+    address = tensor.data_ptr()
+    segments = [part for part in torch.cuda.memory_snapshot() if 0 <= address - part["address"] < part["total_size"]]
+    return any(tuple(segment["segment_pool_id"]) == (0, 0) for segment in segments)
 
 
 def launch(
@@ -210,31 +405,55 @@ def launch(
     tile: Tile | None = None,
     w_sum: torch.Tensor | None = None,
     concat: bool | None = None,
+    *,
+    residual: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run the Triton kernel; arguments as the op's, already validated.
+    """Run a Triton kernel; arguments as the op's, already validated.
 
-    `w_sum`, the sums of the weight codes over K (int32 [N] or [2, N]), is found out where zero points need it. `concat`
-    chooses between one product of all planes and one a plane; default: what suits the device.
+    `w_sum`, the sums of the weight codes over K (int32 [N] or [2, N]), is found out where zero points need it. With a
+    `tile` the tensor-core kernel runs, however few the tokens. `concat` chooses between one product of all planes and
+    one a plane; default: what suits the device.
     """
     M, K = x.shape
     N, row_bytes = packed.shape
     out = torch.empty(M, N, dtype=out_dtype, device=x.device)
     if M == 0 or N == 0:
         return out
-    tile = tile or choose_tile(M)
-    x, packed = _aligned(x), packed if packed.stride(1) == 1 else packed.contiguous()
-    bias = None if bias is None else bias.contiguous()
     if x_zero_point is not None:
         x_zero_point, w_sum = x_zero_point.contiguous(), _w_sum(packed, K, layout) if w_sum is None else w_sum
-    concat = _hopper(x.device) if concat is None else concat
-    per_row = scale.shape[-1] > 1
-    grid = (triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m))
-    _linear_kernel[grid](
-        x, packed, scale.contiguous(), bias, x_scale.contiguous(), x_zero_point, w_sum, out,
+    x, packed = _aligned(x), _aligned(packed)
+    bias = None if bias is None else bias.contiguous()
+    residual = residual if residual is None or residual.stride(1) == 1 else residual.contiguous()
+    arguments = (
+        x, packed, scale.contiguous(), bias, x_scale.contiguous(), x_zero_point, w_sum, residual, out_scale, out,
         M, N, x.shape[1], row_bytes,
-        x.stride(0), packed.stride(0), out.stride(0), int(per_row), int(x_scale.numel() > 1), scale.shape[-1],
-        LAYOUT=LAYOUTS[layout], ACTIVATION=ACTIVATIONS[activation], HAS_BIAS=bias is not None,
-        HAS_ZERO=x_zero_point is not None, CONCAT=concat, INTERPRET=INTERPRET,
+        x.stride(0), packed.stride(0), out.stride(0), 0 if residual is None else residual.stride(0),
+        int(scale.shape[-1] > 1), int(x_scale.numel() > 1), scale.shape[-1],
+    )  # fmt: skip
+    constants = {
+        "LAYOUT": LAYOUTS[layout], "ACTIVATION": ACTIVATIONS[activation], "HAS_BIAS": bias is not None,
+        "HAS_ZERO": x_zero_point is not None, "HAS_RESIDUAL": residual is not None,
+        "HAS_OUT_SCALE": out_scale is not None, "INTERPRET": INTERPRET,
+    }  # fmt: skip
+    if tile is None and M <= SMALL_M:
+        block_m = triton.next_power_of_2(M)
+        _small_kernel[(N,)](*arguments, **constants, BLOCK_M=block_m, BLOCK_W=SMALL_W, num_warps=1)
+        return out
+    if tile is None:
+        tile = choose_tile(M)
+        split_k = choose_split_k(M, N, K, tile, 8 if layout == "binary" else 4, _processors(x.device))
+    else:
+        split_k = tile.split_k
+    tiles = triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m)
+    workspace, slice_bytes = None, row_bytes
+    if split_k > 1:
+        sums = tile.block_n * tile.block_m * (2 if layout == "split" else 1)
+        workspace = _workspace(x.device, tiles[0] * tiles[1] * (sums + 1))
+        slice_bytes = triton.cdiv(triton.cdiv(row_bytes, tile.block_b), split_k) * tile.block_b
+    _linear_kernel[(*tiles, split_k)](
+        *arguments, workspace, slice_bytes, **constants,
+        CONCAT=_hopper(x.device) if concat is None else concat, SLICED=split_k > 1,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=tile.block_b,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
@@ -258,9 +477,9 @@ def _w_sum(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """x with rows that begin and end at multiples of 16 bytes, zeros after K: what the kernel loads in one go."""
+    """x with rows that begin and end at multiples of 16 bytes, zeros after K: what the kernels load in one go."""
     K = x.shape[1]
-    if K % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) == 1:
+    if K % 16 == 0 and x.stride(0) % 16 == 0 and x.stride(1) == 1 and x.data_ptr() % 16 == 0:
         return x
     return torch.nn.functional.pad(x, (0, -K % 16)).contiguous()
 
@@ -268,24 +487,36 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 def aot_cases(arch: int) -> list[tuple]:
     """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
     pointers = {"x_ptr": "*i8", "w_ptr": "*u8", "scale_ptr": "*fp32", "bias_ptr": "*fp32", "x_scale_ptr": "*fp32"}
-    pointers |= {"x_zero_ptr": "*i32", "w_sum_ptr": "*i32", "out_ptr": "*fp32"}
+    pointers |= {"x_zero_ptr": "*i32", "w_sum_ptr": "*i32", "residual_ptr": "*bf16", "out_scale_ptr": "*fp32"}
     others = dict.fromkeys(("M", "stride_scale", "stride_xs"), "i32")
     others |= dict.fromkeys(("x_columns", "row_bytes", "stride_xm", "stride_wn"), "i32:16")
-    tiles = (*TILES.values(), LARGE_TILE)
+    sizes = "N", "stride_om", "stride_rm", "stride_plane"
+    smallest, largest = TILES[16], LARGE_TILE
+    # (label, tile, activation, what is known of N, sliced, residual and int8 output)
+    variants = [(f"{tile.block_m} tokens", tile, "gelu", ":16", False, False) for tile in (*TILES.values(), largest)]
+    variants += [
+        (f"{largest.block_m} tokens, odd N", largest, "gelu_tanh", "", False, False),
+        (f"{largest.block_m} tokens to int8", largest, "gelu", ":16", False, True),
+        (f"{smallest.block_m} tokens, sliced", smallest, "gelu", ":16", True, True),
+        (f"{largest.block_m} tokens, sliced", largest, "gelu", ":16", True, True),
+    ]
     cases = []
     for name, layout in LAYOUTS.items():
-        for tile, activation, size in (*((tile, "gelu", "i32:16") for tile in tiles), (LARGE_TILE, "gelu_tanh", "i32")):
-            signature = {**pointers, **others, **dict.fromkeys(("N", "stride_om", "stride_plane"), size)}
-            constants = {"LAYOUT": layout, "ACTIVATION": ACTIVATIONS[activation], "HAS_BIAS": True, "HAS_ZERO": True}
-            constants |= {
-                "CONCAT": _concat(arch // 10),
-                "BLOCK_M": tile.block_m,
-                "BLOCK_N": tile.block_n,
-                "BLOCK_B": tile.block_b,
-                "INTERPRET": False,
-            }
-            label = f"linear {name} {tile.block_m} tokens{'' if size == 'i32:16' else ', odd N'}"
-            cases.append((label, _linear_kernel, signature, constants, tile.num_warps, tile.num_stages))
+        constants = {"LAYOUT": layout, "HAS_BIAS": True, "HAS_ZERO": True, "INTERPRET": False}
+        for label, tile, activation, size, sliced, to_int8 in variants:
+            signature = {**pointers, "out_ptr": "*i8" if to_int8 else "*fp32", **others}
+            signature |= {**dict.fromkeys(sizes, "i32" + size), "workspace_ptr": "*i32", "slice_bytes": "i32:16"}
+            own = {"ACTIVATION": ACTIVATIONS[activation], "HAS_RESIDUAL": to_int8, "HAS_OUT_SCALE": to_int8}
+            own |= {"CONCAT": _concat(arch // 10), "SLICED": sliced}
+            own |= {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_B": tile.block_b}
+            warps, stages = tile.num_warps, tile.num_stages
+            cases.append((f"linear {name} {label}", _linear_kernel, signature, {**constants, **own}, warps, stages))
+        for tokens in (1, SMALL_M):
+            signature = {**pointers, "out_ptr": "*fp32", **others, **dict.fromkeys(sizes, "i32:16")}
+            own = {"ACTIVATION": ACTIVATIONS["gelu"], "HAS_RESIDUAL": True, "HAS_OUT_SCALE": False}
+            own |= {"BLOCK_M": tokens, "BLOCK_W": SMALL_W}
+            label = f"linear {name} small, {tokens} tokens"
+            cases.append((label, _small_kernel, signature, {**constants, **own}, 1, 3))
     return cases
 
 
@@ -301,9 +532,16 @@ def _cpu(
     x_zero_point: torch.Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
+    *,
+    residual: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
     layout: str,
 ) -> torch.Tensor:
-    return linears_cpu(x, [packed], [scale], [bias], x_scale, x_zero_point, activation, out_dtype, layout)[0]
+    first = out_dtype if residual is None and out_scale is None else torch.float32
+    y = linears_cpu(x, [packed], [scale], [bias], x_scale, x_zero_point, activation, first, layout)[0]
+    if residual is not None:
+        y += residual.float()
+    return y.to(out_dtype) if out_scale is None else static_codes(y, 8, out_scale, None)
 
 
 def _fake(
@@ -315,6 +553,9 @@ def _fake(
     x_zero_point: torch.Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype,
+    *,
+    residual: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty(x.shape[0], packed.shape[0], dtype=out_dtype)
 
@@ -322,7 +563,7 @@ def _fake(
 def _define(layout: str) -> Any:
     return define(
         f"{layout}_linear(Tensor x, Tensor packed, Tensor scale, Tensor? bias, Tensor x_scale, Tensor? x_zero_point, "
-        "str? activation, ScalarType out_dtype) -> Tensor",
+        "str? activation, ScalarType out_dtype, *, Tensor? residual=None, Tensor? out_scale=None) -> Tensor",
         cpu=functools.partial(_cpu, layout=layout),
         cuda=functools.partial(launch, layout=layout),
         fake=_fake,
@@ -477,14 +718,21 @@ def _linear(
     x_zero_point: torch.Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype | None,
+    residual: torch.Tensor | None,
+    out_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     check_tensor("x", x, (torch.int8, *FLOATS))
     check_tensor("packed", packed, (torch.uint8,), ndim=2)
     check_tensor("scale", scale, (torch.float32,), ndim=2 if layout == "split" else 1)
     check_choice("activation", activation, tuple(ACTIVATIONS))
-    check_device(x=x, packed=packed, scale=scale, bias=bias, x_scale=x_scale, x_zero_point=x_zero_point)
+    tensors = {"bias": bias, "x_scale": x_scale, "x_zero_point": x_zero_point}
+    check_device(x=x, packed=packed, scale=scale, **tensors, residual=residual, out_scale=out_scale)
     if x.dim() == 0:
         raise ValueError("x is a scalar, expected [..., K]")
+    if out_scale is not None:
+        if out_dtype not in (None, torch.int8):
+            raise ValueError(f"out_dtype={out_dtype} with out_scale, whose result is int8: pass one of them")
+        out_dtype = torch.int8
     N, K = packed.shape[0], x.shape[-1]
     block = 256 if layout == "binary" else 128
     if packed.shape[1] != -(-K // block) * 32:
@@ -507,8 +755,18 @@ def _linear(
             raise ValueError(f"x_scale and x_zero_point belong to int8 x, got {x.dtype} x")
         out_dtype = out_dtype or x.dtype
         x, x_scale, x_zero_point = quantize_per_token(x)
-    check_choice("out_dtype", out_dtype, FLOATS)
     tokens = x.shape[:-1]
+    if residual is not None:
+        check_tensor("residual", residual, FLOATS)
+        if residual.shape != (*tokens, N):
+            raise ValueError(f"residual has shape {tuple(residual.shape)}, expected {(*tokens, N)}")
+        residual = residual.reshape(math.prod(tokens), N)
+    if out_scale is None:
+        check_choice("out_dtype", out_dtype, FLOATS)
+    else:
+        check_tensor("out_scale", out_scale, (torch.float32,))
+        if out_scale.shape != (1,):
+            raise ValueError(f"out_scale has shape {tuple(out_scale.shape)}, expected (1,)")
     check_tensor("x_scale", x_scale, (torch.float32,))
     if x_zero_point is not None:
         check_tensor("x_zero_point", x_zero_point, (torch.int32,))
@@ -520,7 +778,9 @@ def _linear(
     if x_scale.shape not in (tokens, (1,)):
         raise ValueError(f"x_scale has shape {tuple(x_scale.shape)}, expected {tuple(tokens)} (per token) or (1,)")
     x, x_scale = x.reshape(math.prod(tokens), K), x_scale.reshape(-1)
-    y = _OPS[layout](x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype)
+    y = _OPS[layout](
+        x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype, residual=residual, out_scale=out_scale
+    )
     return y.reshape(*tokens, N)
 
 
@@ -534,6 +794,8 @@ def ternary_linear(
     x_zero_point: torch.Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Linear on ternary weights (W2A8).
 
@@ -544,16 +806,18 @@ def ternary_linear(
         bias: float [N] or None.
         x_scale: float32, one per token ([...]) or [1].
         x_zero_point: int32 like `x_scale`, or None for symmetric activations.
-        activation: None, "gelu" (erf) or "gelu_tanh", applied last.
+        activation: None, "gelu" (erf) or "gelu_tanh", applied after the bias.
         out_dtype: float dtype of the result; default x's, or float32 for int8 x.
+        residual: float [..., N], added after the activation, in float32.
+        out_scale: float32 [1]; the result is then the int8 codes of `quantize_per_tensor` with this scale.
 
     Returns:
-        [..., N].
+        [..., N]. NaN marks tokens with a NaN scale; int8 has no NaN: there they are 0.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit, naming the argument.
     """
-    return _linear("ternary", x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype)
+    return _linear("ternary", x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype, residual, out_scale)
 
 
 def binary_linear(
@@ -566,9 +830,11 @@ def binary_linear(
     x_zero_point: torch.Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Linear on binary weights (W1A8); as `ternary_linear`, with packed uint8 [N, ceil(K/256)*32] of `pack_binary`."""
-    return _linear("binary", x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype)
+    return _linear("binary", x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype, residual, out_scale)
 
 
 def split_linear(
@@ -581,10 +847,12 @@ def split_linear(
     x_zero_point: torch.Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Linear on a split pair of binary weights, exact two-accumulator form.
 
     As `ternary_linear`, with packed uint8 [N, ceil(K/128)*32] of `pack_split` and scale float32 [2, N] or [2, 1]
     (Bai et al. 2021, eq. 8).
     """
-    return _linear("split", x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype)
+    return _linear("split", x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype, residual, out_scale)

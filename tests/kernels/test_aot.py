@@ -26,7 +26,7 @@ def index_of(label: str) -> int:
 def test_the_linear_multiplies_on_int8_tensor_cores_without_spilling(arch: int, kind: str) -> None:
     result = aot.compile_case("linear", index_of(f"linear {kind} {SMALL} tokens"), arch)
     assert result.faults() == []
-    assert result.multiplies and result.tensor_core > 0 and 0 < result.shared < 99 * 1024
+    assert result.product in ("IMMA", "IGMMA") and result.products > 0 and 0 < result.shared < 99 * 1024
 
 
 def test_decoded_weights_stay_in_registers_on_hopper() -> None:
@@ -41,10 +41,27 @@ def test_decoded_weights_stay_in_registers_on_hopper() -> None:
 
 def test_the_loop_is_found_and_decodes_four_weights_in_four_instructions() -> None:
     result = aot.compile_case("linear", index_of("linear ternary 128 tokens"), 90)
-    assert result.loop["IGMMA"] == result.tensor_core
+    assert result.loop["IGMMA"] == result.products
     assert not {"PRMT", "STS", "STSM"} & set(result.loop)
     # 64 rows x 32 bytes on 128 threads: 4 words of packed bytes a thread, 4 planes each
     assert result.loop["LOP3"] + result.loop.get("SHF", 0) < 80 < sum(result.loop.values()) < 250
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_small_kernel_multiplies_four_at_a_time_without_exchanging_data(arch: int) -> None:
+    result = aot.compile_case("linear", index_of("linear ternary small, 1 tokens"), arch)
+    assert result.faults() == [] and result.product == "IDP"
+    # 64 words on 32 lanes: two words a lane, 4 planes each
+    assert result.loop["IDP"] == result.products == 8
+    assert result.loop["LDG"] == 5 and not {"BAR", "STS", "LDS", "SHFL", "PRMT"} & set(result.loop)
+    assert sum(result.loop.values()) < 12 * 8  # instructions for 8 bytes
+
+
+@pytest.mark.parametrize("kind", linear.LAYOUTS)
+def test_a_tile_shared_by_slices_does_not_spill(kind: str) -> None:
+    result = aot.compile_case("linear", index_of(f"linear {kind} {SMALL} tokens, sliced"), 90)
+    assert result.faults() == []
+    assert result.opcodes["ATOMG"] > 0  # additions and the count of arrivals
 
 
 @pytest.mark.parametrize("module", aot.MODULES)
@@ -62,19 +79,19 @@ def test_every_kernel_of_every_module_is_in_the_table() -> None:
 
 def test_faults_are_found_and_named() -> None:
     good = aot.Compiled(
-        "kernel", 90, registers=64, spilled=0, shared=1024, multiplies=True, tensor_core=4, opcodes={}, loop={}
+        "kernel", 90, registers=64, spilled=0, shared=1024, product="IGMMA", products=4, opcodes={}, loop={}
     )
     faults = {
         "": good,
         "spills 8 bytes": dataclasses.replace(good, spilled=8),
         "shared memory 102400 exceeds 101376": dataclasses.replace(good, arch=89, shared=100 * 1024),
-        "no IGMMA instruction": dataclasses.replace(good, tensor_core=0),
-        "no IMMA instruction": dataclasses.replace(good, arch=80, tensor_core=0),
+        "no IGMMA instruction": dataclasses.replace(good, products=0),
+        "no IDP instruction": dataclasses.replace(good, product="IDP", products=0),
     }
     for text, result in faults.items():
         assert "; ".join(result.faults()) == text
         assert text in aot.report([result])
-    assert dataclasses.replace(good, multiplies=False, tensor_core=0).faults() == []
+    assert dataclasses.replace(good, product="", products=0).faults() == []
 
 
 def test_a_spilling_kernel_is_caught() -> None:
