@@ -273,3 +273,20 @@ def test_copies_of_every_head_are_whole(head: str) -> None:
     model = lowbit.quantize(tiny(head), lowbit.TernaryConfig())
     inputs = batch(head)
     assert all(map(torch.equal, outputs(copy.deepcopy(model), inputs), outputs(model, inputs)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh", "relu"])
+def test_conversion_changes_no_bit_in_half_precision(hidden_act: str, dtype: torch.dtype) -> None:
+    prepared = lowbit.prepare(tiny(hidden_act=hidden_act).to(dtype), lowbit.TernaryConfig())
+    packed = lowbit.convert(copy.deepcopy(prepared))
+    inputs = batch()
+    assert all(map(torch.equal, outputs(packed, inputs), outputs(prepared, inputs)))
+
+
+def test_double_precision_runs() -> None:
+    model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
+    inputs = batch()
+    expected = outputs(model, inputs)[0]
+    got = outputs(model.double(), inputs)[0]
+    assert got.dtype == torch.float64 and (got - expected).norm() < 0.02 * expected.norm()

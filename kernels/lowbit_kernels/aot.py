@@ -2,11 +2,11 @@
 
     python -m lowbit_kernels.aot [--arch 90] [--only linear]
 
-One line a kernel and architecture: registers, spilled bytes, shared memory, instructions, tensor-core products, and the
-mix of the loop that holds them. Exit code 1 where a kernel spills, asks for more shared memory than the architecture
-has, or multiplies without tensor cores (full float32 may). Each op file lists its kernels in `aot_cases(arch)`: (label,
-kernel, signature, constants, warps, stages), with Triton's types; "i32:16" is an integer known to be a multiple of 16,
-which pointers always are.
+One line a kernel and architecture: registers, spilled bytes, shared memory, instructions, products, and the mix of the
+loop that holds them. Exit code 1 where a kernel spills, asks for more shared memory than the architecture has, or
+multiplies without the instruction it should use: tensor cores for `tl.dot` (full float32 may do without), IDP for dp4a.
+Each op file lists its kernels in `aot_cases(arch)`: (label, kernel, signature, constants, warps, stages), with Triton's
+types; "i32:16" is an integer known to be a multiple of 16, which pointers always are.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ class Compiled:
     registers: int
     spilled: int  # bytes of local memory a thread
     shared: int
-    products: tuple[str, ...]  # the tensor-core instructions that its products should become; none for full float32
+    products: tuple[str, ...]  # the instructions that its products should become; none for full float32
     opcodes: dict[str, int]
-    loop: dict[str, int]  # opcodes of the innermost loop with tensor-core products
+    loop: dict[str, int]  # opcodes of the innermost loop with products
 
     @property
-    def tensor_core(self) -> int:
-        """Tensor-core instructions."""
+    def multiplications(self) -> int:
+        """Instructions that multiply."""
         return sum(self.opcodes.get(product, 0) for product in self.products)
 
     def faults(self) -> list[str]:
@@ -125,11 +125,11 @@ def compile_kernel(
 
 
 def _products(ttir: str, arch: int) -> tuple[str, ...]:
-    """The tensor-core instructions that the dots of Triton's intermediate code should become."""
+    """The instructions that the products in Triton's intermediate code should become."""
     _, int8, floats = ARCHITECTURES[arch]
     dots = re.findall(r"tt\.dot (.*) : tensor<\d+x\d+x(\w+)> \*", ttir)
     found = {int8 if dtype == "i8" else floats for attributes, dtype in dots if dtype != "f32" or "tf32" in attributes}
-    return tuple(sorted(found))
+    return tuple(sorted(found | ({"IDP"} if "dp4a" in ttir else set())))
 
 
 Listing = list[tuple[int, str, int | None]]  # address, opcode, target where it is a branch
@@ -175,7 +175,7 @@ def report(results: list[Compiled]) -> str:
         faults = "; ".join(result.faults())
         lines.append(
             f"{result.label:{width}}  {result.arch:4}  {result.registers:9}  {result.spilled:7}  {result.shared:6}  "
-            f"{sum(result.opcodes.values()):12}  {result.tensor_core:8}  {_mix(result)}"
+            f"{sum(result.opcodes.values()):12}  {result.multiplications:8}  {_mix(result)}"
             f"{'  FAULT: ' + faults if faults else ''}"
         )
     return "\n".join(lines)
@@ -185,7 +185,7 @@ def _mix(result: Compiled) -> str:
     """The loop in words: its length, products, what decodes weights (SHF LOP3 IADD PRMT), loads and stores of tiles."""
     if not result.loop:
         return ""
-    shown = (*result.products, "SHF", "LOP3", "IADD", "VIADD", "PRMT", "LDSM", "LDS", "STS", "LDGSTS")
+    shown = (*result.products, "SHF", "LOP3", "IADD", "VIADD", "PRMT", "LDSM", "LDS", "STS", "LDGSTS", "LDG")
     parts = [f"{result.loop[opcode]} {opcode}" for opcode in shown if opcode in result.loop]
     return f"{sum(result.loop.values())}: {', '.join(parts)}"
 

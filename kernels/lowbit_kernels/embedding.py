@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ._ops import SINGLE, check_choice, check_device, check_tensor, define
+from ._ops import FLOATS, check_choice, check_device, check_tensor, define
 from ._triton import tl, triton
 from .packing import unpack_binary, unpack_split, unpack_ternary
 
@@ -164,7 +164,7 @@ def quantized_embedding(
         scale: float32 [V] or [1]; [2, V] or [2, 1] for a split pair.
         bits: 1, 2 or 8.
         embedding_dim: D; default: every packed column.
-        out_dtype: float32, float16 or bfloat16.
+        out_dtype: float32, float16, bfloat16 or float64.
 
     Returns:
         [..., D].
@@ -173,7 +173,8 @@ def quantized_embedding(
         TypeError, ValueError: dtypes, shapes or devices that do not fit.
         IndexError: an id outside the table (CPU; on CUDA such a row is NaN, since a check would stall the device).
     """
-    dim = check_table(ids, packed, scale, "bits", bits, embedding_dim, out_dtype)
+    dim = check_table(ids, packed, scale, "bits", bits, embedding_dim)
+    check_choice("out_dtype", out_dtype, FLOATS)
     check_device(ids=ids, packed=packed, scale=scale)
     return embedding_op(ids.reshape(-1), packed, scale, bits, dim, out_dtype).reshape(*ids.shape, dim)
 
@@ -185,14 +186,12 @@ def check_table(
     bits_name: str,
     bits: int,
     embedding_dim: int | None,
-    out_dtype: torch.dtype,
 ) -> int:
     """Raise TypeError or ValueError unless these fit each other; returns the number of columns of a row."""
     check_tensor("ids", ids, ID_DTYPES)
     check_choice(bits_name, bits, (1, 2, 8))
     check_tensor("packed", packed, (torch.int8 if bits == 8 else torch.uint8,), ndim=2)
     check_tensor("scale", scale, (torch.float32,))
-    check_choice("out_dtype", out_dtype, SINGLE)
     per_byte = {1: 8, 2: 4, 8: 1}[bits]
     block = 1 if bits == 8 else 32 * per_byte
     columns = packed.shape[1] * per_byte

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ._ops import FLOATS, check_device, check_tensor, define
+from ._ops import FLOATS, SINGLE, check_choice, check_device, check_tensor, define
 from ._triton import tl, triton
 from .embedding import (
     BINARY,
@@ -256,7 +256,8 @@ def embedding_layernorm(
     check_tensor("weight", weight, FLOATS, ndim=1)
     K = weight.shape[0]
     check_layernorm(K, weight, bias, eps, bits)
-    check_table(ids, packed, scale, "embedding_bits", embedding_bits, K, out_dtype)
+    check_table(ids, packed, scale, "embedding_bits", embedding_bits, K)
+    check_choice("out_dtype", out_dtype, SINGLE)
     for name, table in tables.items():
         check_tensor(name, table, FLOATS, ndim=2)
         if table.shape[1] != K:

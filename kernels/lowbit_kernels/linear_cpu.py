@@ -117,12 +117,23 @@ def linears_cpu(
     activation: str | None,
     out_dtype: torch.dtype,
     layout: str,
-) -> list[torch.Tensor]:
-    """Linears on one input: one product, an epilogue each."""
+) -> torch.Tensor:
+    """Linears on one input: one product, one epilogue, results side by side [M, sum N]."""
     scaled = _scaled_op if traced_on_cpu(x) else _scaled
     y = scaled(x, packed, scale, x_zero_point, layout)
-    parts = y.split([tensor.shape[0] * _planes(layout) for tensor in packed], 1)
-    return [_finish(part, own, x_scale, activation, out_dtype, layout) for part, own in zip(parts, bias, strict=True)]
+    sizes = [tensor.shape[0] for tensor in packed]
+    if layout == "split":
+        parts = y.split([2 * N for N in sizes], 1)
+        y = torch.cat([part[:, :N] + part[:, N:] for part, N in zip(parts, sizes, strict=True)], 1)
+    return _finish(y, joint_bias(bias, sizes, x.device), x_scale, activation, out_dtype)
+
+
+def joint_bias(bias: Sequence[torch.Tensor | None], sizes: Sequence[int], device: torch.device) -> torch.Tensor | None:
+    """Biases of several linears one after the other, zeros for one without; None where none has one."""
+    if len(bias) == 1 or all(own is None for own in bias):
+        return bias[0]
+    pairs = zip(bias, sizes, strict=True)
+    return torch.cat([torch.zeros(N, device=device) if own is None else own.float() for own, N in pairs])
 
 
 def codes_linear_cpu(
@@ -138,7 +149,8 @@ def codes_linear_cpu(
     """`linears_cpu` for one linear given by its codes int8 [N, K] or [2, N, K]."""
     expanded = expand_codes(codes.reshape(-1, x.shape[1]), _row_scale(scale, codes.shape[-2]))
     y = _product(x, expanded, x_zero_point)
-    return _finish(y, bias, x_scale, None, out_dtype, layout)
+    y = y[:, : y.shape[1] // 2] + y[:, y.shape[1] // 2 :] if layout == "split" else y
+    return _finish(y, bias, x_scale, None, out_dtype)
 
 
 def _planes(layout: str) -> int:
@@ -189,15 +201,12 @@ def _finish(
     x_scale: torch.Tensor,
     activation: str | None,
     out_dtype: torch.dtype,
-    layout: str,
 ) -> torch.Tensor:
-    """Sum of the pair, scale of the tokens, bias, activation: float32 whatever the output dtype."""
-    if layout == "split":
-        N = y.shape[1] // 2
-        y = y[:, :N] + y[:, N:]
+    """Scale of the tokens, bias, activation, in float32; the activation of what a linear on its own would return."""
     # Every pass over [M, N] counts, hence the fused multiply and add.
     x_scale = x_scale.unsqueeze(-1)
     y = y * x_scale if bias is None else torch.addcmul(bias.float(), y, x_scale)
     if activation is not None:
+        y = y.to(out_dtype).float()
         y = stored(torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none"))
     return y.to(out_dtype)

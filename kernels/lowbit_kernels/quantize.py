@@ -83,12 +83,17 @@ def _scale_and_zero(low, high, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
 
 
 @triton.jit
+def _to_int8(q, QMIN: tl.constexpr, QMAX: tl.constexpr):
+    """Rounded q as int8: saturated, NaN becomes 0."""
+    return tl.where(q == q, tl.minimum(tl.maximum(q, QMIN), QMAX), 0.0).to(tl.int8)
+
+
+@triton.jit
 def _to_codes(x, inverse, zero, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
     """int8 codes of float32 values; 0 where a value or its scale is NaN."""
     QMAX: tl.constexpr = 2 ** (BITS - 1) - 1
     QMIN: tl.constexpr = -QMAX if SYMMETRIC else -QMAX - 1
-    q = _rint(x * inverse) + zero
-    return tl.where(q == q, tl.minimum(tl.maximum(q, QMIN), QMAX), 0.0).to(tl.int8)
+    return _to_int8(_rint(x * inverse) + zero, QMIN, QMAX)
 
 
 @triton.jit
@@ -332,16 +337,20 @@ def _zero_point(scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
     return scale.new_zeros(0, dtype=torch.int32) if zero is None else zero.nan_to_num_(0.0).to(torch.int32)
 
 
+def static_codes(x: torch.Tensor, bits: int, scale: torch.Tensor, zero_point: torch.Tensor | None) -> torch.Tensor:
+    """int8 codes of float32 x under a given scale [1]; values outside its range saturate, NaN becomes 0."""
+    inverse = scale.reciprocal().masked_fill_(scale < TINY, 0.0)
+    zero = None if zero_point is None else zero_point.float()
+    return _codes(x, inverse, zero, bits, True).nan_to_num_(nan=0.0).to(torch.int8)
+
+
 def _static(
     x: torch.Tensor, bits: int, symmetric: bool, scale: torch.Tensor, zero_point: torch.Tensor | None
 ) -> Quantized:
     x = x.float().contiguous()
-    small = scale < TINY
-    inverse = scale.reciprocal().masked_fill_(small, 0.0)
-    q = _codes(x, inverse, None if zero_point is None else zero_point.float(), bits, True)
     poison = (x - x).sum()  # NaN if x holds NaN or infinity
     new_zero = scale.new_zeros(0, dtype=torch.int32) if zero_point is None else zero_point.clone()
-    return q.to(torch.int8), scale + (scale - scale) + poison, new_zero
+    return static_codes(x, bits, scale, zero_point), scale + (scale - scale) + poison, new_zero
 
 
 # -------------------------------------------------------------------------------------------------------------- ops

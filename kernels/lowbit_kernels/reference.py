@@ -158,8 +158,13 @@ def _linear(
     x_zero_point: Tensor | None,
     activation: str | None,
     out_dtype: torch.dtype | None,
+    residual: Tensor | None,
+    out_scale: Tensor | None,
 ) -> Tensor:
-    """act(sum over planes of x_scale[m] * scale[n] * sum_k (x[m,k] - zero_point[m]) * codes[n,k] + bias[n])."""
+    """act(sum over planes of x_scale[m] * scale[n] * sum_k (x[m,k] - zero_point[m]) * codes[n,k] + bias[n]) + residual.
+
+    With out_scale the int8 codes of that, NaN becoming 0.
+    """
     out_dtype = out_dtype or (torch.float32 if x.dtype == torch.int8 else x.dtype)
     if x.dtype != torch.int8:
         x, x_scale, x_zero_point = quantize_per_token(x)
@@ -171,7 +176,16 @@ def _linear(
         out += x_scale.double().unsqueeze(-1) * scale.double() * accumulator.double()
     if bias is not None:
         out += bias.double()
-    return _ACTIVATIONS[activation](out).to(out_dtype)
+    out = _ACTIVATIONS[activation](out)
+    if residual is not None:
+        out = out + residual.double()
+    if out_scale is None:
+        return out.to(out_dtype)
+    if float(out_scale) < SMALLEST_NORMAL:
+        out = out * 0  # an infinity becomes NaN
+    else:
+        out = torch.round(out / out_scale.double())
+    return torch.where(out.isnan(), 0.0, out.clamp(-127, 127)).to(torch.int8)
 
 
 def ternary_linear(
@@ -184,10 +198,12 @@ def ternary_linear(
     x_zero_point: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
-    """x [..., K] times ternary weights [N, K]^T: exact integer sums, then float64 scaling, bias, activation."""
+    """x [..., K] times ternary weights [N, K]^T: exact integer sums, then all else in float64."""
     planes = [(unpack_ternary(packed, x.shape[-1]), scale)]
-    return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype)
+    return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype, residual, out_scale)
 
 
 def binary_linear(
@@ -200,10 +216,12 @@ def binary_linear(
     x_zero_point: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """The same with binary weights."""
     planes = [(unpack_binary(packed, x.shape[-1]), scale)]
-    return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype)
+    return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype, residual, out_scale)
 
 
 def split_linear(
@@ -216,10 +234,12 @@ def split_linear(
     x_zero_point: Tensor | None = None,
     activation: str | None = None,
     out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
 ) -> Tensor:
     """The same with the sum of two binary weights; scale [2, N] or [2, 1]."""
     planes = list(zip(unpack_split(packed, x.shape[-1]), scale, strict=True))
-    return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype)
+    return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype, residual, out_scale)
 
 
 # --- attention -----------------------------------------------------------------------------------------------------

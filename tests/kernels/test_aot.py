@@ -15,10 +15,13 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from lowbit_kernels import aot, configs, linear
 
 
+def case_named(label: str, arch: int) -> int:
+    return [case[0] for case in linear.aot_cases(arch)].index(label)
+
+
 def index_of(layout: str, M: int, arch: int = 90) -> int:
     """The case of the tile that serves M tokens on any weight."""
-    label = f"linear {layout} {configs.untuned(f'{layout}_linear', linear.Tile, M, arch)}"
-    return [case[0] for case in linear.aot_cases(arch)].index(label)
+    return case_named(f"linear {layout} {configs.untuned(f'{layout}_linear', linear.Tile, M, arch)}", arch)
 
 
 @pytest.mark.parametrize("kind", linear.LAYOUTS)
@@ -39,15 +42,33 @@ def test_decoded_weights_stay_in_registers_on_hopper() -> None:
     assert result.opcodes["LDGSTS"] > 0
 
 
-def test_the_loop_is_found_and_decodes_four_weights_in_four_instructions() -> None:
+def test_the_loop_is_found_and_decodes_four_weights_in_two_instructions() -> None:
     tile = configs.untuned("ternary_linear", linear.Tile, 8192, 90)
     result = aot.compile_case("linear", index_of("ternary", 8192), 90)
-    assert result.loop["IGMMA"] == result.tensor_core
+    assert result.loop["IGMMA"] == result.multiplications
     assert not {"PRMT", "STS", "STSM", "LDG"} & set(result.loop)
-    # Each word of packed bytes a thread has holds 4 planes: mask and flip are 8 LOP3, and 3 planes are shifted.
+    # Each word of packed bytes a thread has holds 4 planes: mask and flip are one LOP3 each, and 3 planes are shifted.
     words = tile.block_n * tile.block_b // (128 * tile.num_warps)
-    assert 8 * words <= result.loop["LOP3"] + result.loop.get("SHF", 0) <= 12 * words
-    assert sum(result.loop.values()) * 32 / tile.block_b < 130  # per 128 values of K
+    assert 4 * words <= result.loop["LOP3"] + result.loop.get("SHF", 0) <= 8 * words
+    assert sum(result.loop.values()) * 32 / tile.block_b < 80  # per 128 values of K
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_small_kernel_multiplies_four_at_a_time_without_exchanging_data(arch: int) -> None:
+    result = aot.compile_case("linear", case_named("linear ternary small, 1 tokens", arch), arch)
+    assert result.faults() == [] and result.products == ("IDP",)
+    # 64 words on 32 lanes: two words a lane, 4 planes each
+    assert result.loop["IDP"] == result.multiplications == 8
+    assert result.loop["LDG"] == 5 and not {"BAR", "STS", "LDS", "SHFL", "PRMT"} & set(result.loop)
+    assert sum(result.loop.values()) < 12 * 8  # instructions for 8 bytes
+
+
+@pytest.mark.parametrize("kind", linear.LAYOUTS)
+def test_a_tile_shared_by_slices_does_not_spill(kind: str) -> None:
+    smallest = configs.untuned(f"{kind}_linear", linear.Tile, 16, 90)
+    result = aot.compile_case("linear", case_named(f"linear {kind} {smallest}, sliced", 90), 90)
+    assert result.faults() == []
+    assert result.opcodes["ATOMG"] > 0  # additions and the count of arrivals
 
 
 @pytest.mark.parametrize("module", aot.MODULES)
@@ -74,13 +95,14 @@ def test_faults_are_found_and_named() -> None:
         opcodes={"HGMMA": 4, "IGMMA": 2},
         loop={},
     )
-    assert good.tensor_core == 6
+    assert good.multiplications == 6
     faults = {
         "": good,
         "spills 8 bytes": dataclasses.replace(good, spilled=8),
         "shared memory 102400 exceeds 101376": dataclasses.replace(good, arch=89, shared=100 * 1024),
         "no IGMMA instruction": dataclasses.replace(good, opcodes={"HGMMA": 4}),
         "no HGMMA instruction; no IGMMA instruction": dataclasses.replace(good, opcodes={}),
+        "no IDP instruction": dataclasses.replace(good, products=("IDP",)),
     }
     for text, result in faults.items():
         assert "; ".join(result.faults()) == text

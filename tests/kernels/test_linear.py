@@ -148,6 +148,51 @@ def test_activation_equals_definition(kind: str, activation: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_residual_is_added_in_float32_before_rounding(kind: str, dtype: torch.dtype) -> None:
+    packed, scale, bias = pack(kind, random_codes(kind, 6, 140)), random_scale(kind, 6), torch.randn(6)
+    arguments = random_int8(2, 5, 140), packed, scale, bias
+    keywords = {"x_scale": torch.rand(2, 5) / 100, "activation": "gelu"}
+    residual = torch.randn(2, 12, 5).to(dtype).mT[..., ::2]
+    got = op(kind)(*arguments, **keywords, residual=residual)
+    assert torch.equal(got, op(kind)(*arguments, **keywords) + residual.float())
+    expected = definition(kind, *arguments, **keywords, residual=residual)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(op(kind)(*arguments, **keywords, residual=residual, out_dtype=dtype), got.to(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_out_scale_gives_the_codes_of_quantize_per_tensor(kind: str) -> None:
+    arguments = random_int8(17, 140), pack(kind, random_codes(kind, 33, 140)), random_scale(kind, 33), torch.randn(33)
+    keywords = {"x_scale": torch.rand(17) / 100, "activation": "gelu", "residual": torch.randn(17, 33)}
+    y = op(kind)(*arguments, **keywords)
+    for out_scale in (y.abs().max() / 500, y.abs().max() / 127, torch.tensor(1.0)):
+        out_scale = out_scale.reshape(1)
+        got = op(kind)(*arguments, **keywords, out_scale=out_scale)
+        assert got.dtype == torch.int8
+        assert torch.equal(got, lowbit_kernels.quantize_per_tensor(y, scale=out_scale)[0])
+        # float32 and float64 may round a tie to neighbours, nothing else
+        expected = definition(kind, *arguments, **keywords, out_scale=out_scale)
+        away = (y.double() / out_scale - expected.double()).abs() - (y.double() / out_scale - got.double()).abs()
+        assert (got == expected).float().mean() > 0.99 and (away[got != expected].abs() < 1e-3).all()
+    assert op(kind)(*arguments, **keywords, out_scale=y.abs().max().reshape(1) / 500).abs().max() == 127  # saturated
+
+
+def test_int8_results_are_0_where_there_is_no_number() -> None:
+    packed, scale = pack("ternary", random_codes("ternary", 6, 130)), random_scale("ternary", 6)
+    x, x_scale = random_int8(3, 130), torch.tensor([1.0, float("nan"), 1.0])
+    residual = torch.zeros(3, 6)
+    residual[2, 0], residual[2, 1], residual[2, 2] = float("nan"), float("inf"), -float("inf")
+    keywords = {"x_scale": x_scale, "residual": residual}
+    got = lowbit_kernels.ternary_linear(x, packed, scale, **keywords, out_scale=torch.tensor([0.5]))
+    assert torch.equal(got, reference.ternary_linear(x, packed, scale, **keywords, out_scale=torch.tensor([0.5])))
+    assert got[1].tolist() == [0] * 6 and got[2, :3].tolist() == [0, 127, -127] and got[0].any()
+    for useless in (0.0, 1e-39, float("nan"), float("inf")):
+        got = lowbit_kernels.ternary_linear(x, packed, scale, **keywords, out_scale=torch.tensor([useless]))
+        assert not got.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_float_input_is_quantized_per_token_and_keeps_its_dtype(kind: str, dtype: torch.dtype) -> None:
     x, packed = torch.randn(2, 5, 140).to(dtype), pack(kind, random_codes(kind, 6, 140))
     scale, bias = random_scale(kind, 6), torch.randn(6).to(dtype)
@@ -277,6 +322,9 @@ def test_op_passes_opcheck(kind: str) -> None:
     for bias, zero_point, activation in ((None, None, None), (torch.randn(6), zero, "gelu")):
         arguments = random_int8(4, 130), packed, scale, bias, torch.rand(4), zero_point, activation, torch.bfloat16
         torch.library.opcheck(getattr(torch.ops.lowbit_kernels, f"{kind}_linear").default, arguments)
+    arguments = (*arguments[:-1], torch.int8)
+    keywords = {"residual": torch.randn(4, 6).half(), "out_scale": torch.ones(1)}
+    torch.library.opcheck(getattr(torch.ops.lowbit_kernels, f"{kind}_linear").default, arguments, keywords)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -284,6 +332,9 @@ def test_fake_tensors_pass_through_the_public_function(kind: str) -> None:
     packed = pack(kind, random_codes(kind, 6, 130)).to("meta")
     y = op(kind)(torch.empty(2, 3, 130, device="meta", dtype=torch.bfloat16), packed, random_scale(kind, 6).to("meta"))
     assert y.is_meta and y.shape == (2, 3, 6) and y.dtype == torch.bfloat16
+    x, one = torch.empty(2, 3, 130, device="meta"), torch.ones(1, device="meta")
+    codes = op(kind)(x, packed, random_scale(kind, 6).to("meta"), residual=x[..., :6], out_scale=one)
+    assert codes.is_meta and codes.shape == (2, 3, 6) and codes.dtype == torch.int8
 
 
 X, SCALE = torch.ones(2, 130, dtype=torch.int8), torch.ones(6)
@@ -312,6 +363,13 @@ BAD_INPUT = [
     ({"x_zero_point": 3}, TypeError, "x_zero_point must be a tensor"),
     ({"activation": "relu"}, ValueError, "accepted: None, 'gelu', 'gelu_tanh'"),
     ({"out_dtype": torch.int8}, ValueError, "out_dtype"),
+    ({"residual": torch.ones(6)}, ValueError, r"residual has shape \(6,\), expected \(2, 6\)"),
+    ({"residual": torch.ones(2, 6).int()}, TypeError, "residual has dtype"),
+    ({"residual": torch.ones(2, 6, device="meta")}, ValueError, "one device"),
+    ({"out_scale": torch.ones(6)}, ValueError, r"out_scale has shape \(6,\), expected \(1,\)"),
+    ({"out_scale": torch.ones(1).half()}, TypeError, "out_scale has dtype"),
+    ({"out_scale": 0.1}, TypeError, "out_scale must be a tensor"),
+    ({"out_scale": torch.ones(1), "out_dtype": torch.float16}, ValueError, "int8: pass one of them"),
 ]
 
 
