@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ._ops import check_choice, check_device, check_tensor, define, traced_on_cpu
+from ._ops import check_choice, check_device, check_tensor, define, stored, traced_on_cpu
 from ._triton import tl, triton
 from .quantize import _rint, _scale_and_zero, fake_quantize_per_token
 
@@ -311,11 +311,12 @@ def _padded(
     if own is None:
         probs = torch.softmax(scores, -1)
     else:
-        real = own[:, None, None, :]
-        probs = torch.softmax(scores.masked_fill_(~real, -math.inf), -1)
+        # As a float, and stored, or Inductor would compare lengths again for every score.
+        hidden = stored(torch.where(own, 0.0, -math.inf))[:, None, None, :]
+        probs = torch.softmax(scores + hidden, -1)
         # Keys that are not real meet values of 0; they take a probability that is in the row's range already.
-        probs = torch.where(real, probs, probs.amax(-1, keepdim=True))
-        v = v.masked_fill(~real.transpose(2, 3), 0.0)
+        probs = stored(torch.where(hidden == 0, probs, probs.amax(-1, keepdim=True)))
+        v = torch.where(hidden.transpose(2, 3) == 0, v, 0.0)
     return torch.matmul(quantized("attention_probs", probs), v).transpose(1, 2).to(query.dtype)
 
 
@@ -336,6 +337,25 @@ def _uniform(
     """Sequences of one length, [b * length, H, D] to the same: views, nothing is padded."""
     query, key, value = (x.unflatten(0, (-1, length)) for x in (query, key, value))
     return _padded(query, key, value, None, scaling, bits, asymmetric).flatten(0, 1).contiguous()
+
+
+def _ragged(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scaling: float,
+    bits: int | None,
+    asymmetric: Sequence[str],
+) -> torch.Tensor:
+    """Sequences of any lengths as one padded batch, for tracing: no shape depends on data, and Inductor fuses it."""
+    token, place = torch.arange(query.shape[0]), torch.arange(max_seqlen)
+    own = place < cu_seqlens.diff().unsqueeze(1)
+    tokens = (cu_seqlens[:-1].unsqueeze(1) + torch.where(own, place, 0)).clamp(max=query.shape[0] - 1)
+    result = _padded(query[tokens], key[tokens], value[tokens], own, scaling, bits, asymmetric)
+    sequence = torch.searchsorted(cu_seqlens[1:], token.to(cu_seqlens.dtype), right=True)
+    return result[sequence, token - cu_seqlens[sequence]]
 
 
 def _check_cu_seqlens(cu_seqlens: torch.Tensor, T: int, max_seqlen: int) -> None:
@@ -466,6 +486,8 @@ def attention(
         )
     scaling = D**-0.5 if scaling is None else scaling
     query, key, value = query.detach(), key.detach(), value.detach()
-    if traced_on_cpu(query) and query.numel() and _is_uniform(query, cu_seqlens, max_seqlen):
-        return _uniform(query, key, value, max_seqlen, scaling, bits, asymmetric)
+    if traced_on_cpu(query) and query.numel():
+        if _is_uniform(query, cu_seqlens, max_seqlen):
+            return _uniform(query, key, value, max_seqlen, scaling, bits, asymmetric)
+        return _ragged(query, key, value, cu_seqlens, max_seqlen, scaling, bits, asymmetric)
     return _op(query, key, value, cu_seqlens, max_seqlen, scaling, bits, list(asymmetric))
