@@ -21,7 +21,7 @@ from lowbit_kernels import split_ternary
 
 from . import hf, models
 from .config import LowbitConfig, names
-from .nn import PackedEmbedding, PackedEncoder, PackedLinear, QuantEmbedding, QuantLinear
+from .nn import FusedEmbeddings, PackedEmbedding, PackedEncoder, PackedLinear, QuantEmbedding, QuantLinear
 from .nn import attention as lowbit_attention
 from .nn.linear import JointProjection, attention_quantizers
 from .quantizers import check_weight_quantizer
@@ -95,11 +95,12 @@ def quantize(model: PreTrainedModel, config: LowbitConfig, fused: bool = False) 
 
 
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
-    """Run the encoder of a packed model without padding (`lowbit.nn.PackedEncoder`).
+    """Run the encoder of a packed model without padding (`lowbit.nn.PackedEncoder`), its embeddings in one operation.
 
     Hidden states at padding become 0; elsewhere they are the module-by-module model's up to rounding, with one
     difference: attention probabilities of a padded sentence are quantized over its own tokens only, so that no sentence
-    depends on its batch. Files are the same: fuse again after `from_pretrained`.
+    depends on its batch. The base model's parameters are frozen (`requires_grad`): where one is not, and gradients are
+    enabled, modules run one by one. Files are the same: fuse again after `from_pretrained`.
 
     Args:
         model: packed, with 8- or 4-bit activations quantized per token, no clip, and no linear left in float.
@@ -113,7 +114,9 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     encoder = base.get_submodule(path)
     if isinstance(encoder, PackedEncoder):
         raise ValueError("the model is already fused")
-    _swap(base, {path: PackedEncoder(encoder, architecture, config)})
+    embeddings = FusedEmbeddings(base.get_submodule(architecture.embeddings))
+    _swap(base, {path: PackedEncoder(encoder, architecture, config), architecture.embeddings: embeddings})
+    base.requires_grad_(False)
     model.set_attn_implementation(lowbit_attention.UNPADDED)
     return model
 

@@ -25,6 +25,7 @@ class Architecture:
     ffn_output: str  # in a layer
     ffn_norm: str  # in a layer
     pooler: str
+    embeddings: str
     word_embeddings: str
     position_embeddings: str
 
@@ -46,6 +47,7 @@ ARCHITECTURES = {
         ffn_output="output.dense",
         ffn_norm="output.LayerNorm",
         pooler="pooler.dense",
+        embeddings="embeddings",
         word_embeddings="embeddings.word_embeddings",
         position_embeddings="embeddings.position_embeddings",
     ),

@@ -246,3 +246,33 @@ def test_graphs_need_a_fused_model_on_cuda() -> None:
         lowbit.compile_for(model, [1], [128])
     with pytest.raises(ValueError, match="CUDA graphs, the model is on cpu"):
         lowbit.compile_for(fused, [1], [128])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 8, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_embeddings_equal_the_modules(bits: int | None, dtype: torch.dtype) -> None:
+    model, fused = (m.to(dtype) for m in pair("BertModel", lowbit.TernaryConfig(embedding_bits=bits)))
+    ids = torch.randint(1, 101, (3, 11))
+    types, positions = torch.randint(0, 2, (3, 11)), torch.randint(0, 40, (3, 11))
+    with torch.no_grad():
+        for given in ({}, {"token_type_ids": types}, {"position_ids": positions}, {"past_key_values_length": 5}):
+            got, expected = fused.embeddings(ids, **given), model.embeddings(ids, **given)
+            assert got.dtype == dtype
+            torch.testing.assert_close(got, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+        embeds = torch.randn(3, 11, 64, dtype=dtype)
+        assert torch.equal(fused.embeddings(inputs_embeds=embeds), model.embeddings(inputs_embeds=embeds))
+
+
+def test_gradients_take_the_modules() -> None:
+    model, fused = pair()
+    inputs = batch()
+    assert torch.equal(fused(**inputs).logits, outputs(fused, inputs)[0])  # frozen: fused with gradients enabled too
+    assert fused.classifier.weight.requires_grad and not fused.bert.pooler.dense.bias.requires_grad
+    embeds = torch.randn(3, 11, 64, requires_grad=True)
+    fused(inputs_embeds=embeds, attention_mask=inputs["attention_mask"]).logits.sum().backward()
+    assert embeds.grad is not None and embeds.grad.norm() > 0
+    bias = fused.bert.encoder.layer[0].intermediate.dense.bias
+    fused.bert.requires_grad_(True)
+    fused(**inputs).logits.sum().backward()
+    assert bias.grad is not None and bias.grad.norm() > 0
+    assert fused.bert.embeddings.position_embeddings.weight.grad is not None

@@ -348,7 +348,7 @@ class Tile:
     block_b: int
     num_warps: int
     num_stages: int
-    split_k: int | None = None  # programs that share a tile, each a slice of K; None: `choose_split_k`
+    split_k: int = 0  # programs that share a tile, each a slice of K; 0: as `choose_split_k` says
 
     def __post_init__(self) -> None:
         for name, least in (("block_m", 16), ("block_n", 16), ("block_b", 32), ("num_warps", 1)):
@@ -357,6 +357,8 @@ class Tile:
                 raise ValueError(f"{name}={value}, accepted: powers of two from {least}")
         if self.num_stages < 1:
             raise ValueError(f"num_stages={self.num_stages}, accepted: 1 and more")
+        if self.split_k < 0:
+            raise ValueError(f"split_k={self.split_k}, accepted: 0 and more")
 
     def __str__(self) -> str:
         return f"{self.block_m}x{self.block_n}x{self.block_b} {self.num_warps}w {self.num_stages}s"

@@ -220,9 +220,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shapes", nargs="+", type=_shape, default=SHAPES, metavar="N,K", help="default: BERT-base and BERT-large"
     )
-    parser.add_argument(
-        "--tokens", nargs="+", type=int, choices=configs.BUCKETS, default=configs.BUCKETS, help="M; default: all"
-    )
+    # Fewer tokens take a kernel without tiles.
+    tiled = [M for M in configs.BUCKETS if linear.SMALL_M < M]
+    parser.add_argument("--tokens", nargs="+", type=int, choices=tiled, default=tiled, help="M; default: all")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--output", type=Path, help="table to write; default: the user's, which kernels consult first")
     families = sorted(path.stem for path in configs.SHIPPED.glob("*.json"))

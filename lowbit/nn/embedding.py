@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from lowbit_kernels import pack_binary, pack_split, pack_ternary, quantize_per_token, quantized_embedding
+from lowbit_kernels import (
+    embedding_layernorm,
+    pack_binary,
+    pack_split,
+    pack_ternary,
+    quantize_per_token,
+    quantized_embedding,
+)
 
 from ..quantizers import DEFAULT_FOR_BITS, StraightThrough, weight_codes
 from ._packed import Packed
@@ -132,10 +141,71 @@ class PackedEmbedding(Packed):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [...] -> float [..., K]."""
-        bits = {"ternary": 2, "split": 2, "binary": 1, "int8": 8}[self.layout]
-        return quantized_embedding(
-            ids, self.weight, self.weight_scale, bits, embedding_dim=self.embedding_dim, out_dtype=self._dtype.dtype
-        )
+        return quantized_embedding(ids, *self.table(), embedding_dim=self.embedding_dim, out_dtype=self._dtype.dtype)
+
+    def table(self) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Packed codes, scales and bits, as the kernels take them (a pair counts as 2 bits)."""
+        return self.weight, self.weight_scale, {"ternary": 2, "split": 2, "binary": 1, "int8": 8}[self.layout]
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.layout}"
+
+
+class FusedEmbeddings(nn.Module):
+    """Stands in for BERT's embeddings in a fused model: all three tables and LayerNorm in one operation.
+
+    The modules stay what and where they were; they run instead for `inputs_embeds`, dropout, gradients, packed position
+    embeddings and offloaded parameters.
+
+    Args:
+        embeddings: Hugging Face BERT embeddings.
+    """
+
+    def __init__(self, embeddings: nn.Module) -> None:
+        super().__init__()
+        for name, child in embeddings.named_children():
+            setattr(self, name, child)
+        for name, buffer in embeddings.named_buffers(recurse=False):
+            self.register_buffer(name, buffer, persistent=False)
+        self._by_module = [embeddings]  # in a list: its parameters are ours already
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values_length: int = 0,
+    ) -> torch.Tensor:
+        """ids [B, S] -> float [B, S, H]."""
+        word: Any = self.word_embeddings
+        position: Any = self.position_embeddings
+        norm: Any = self.LayerNorm
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in (norm.weight, position.weight))
+        if (
+            input_ids is None
+            or self.training
+            or trained
+            or not isinstance(word, PackedEmbedding)
+            or type(position) is not nn.Embedding
+            or norm.weight.device != input_ids.device
+        ):
+            return self._by_module[0](input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+        if position_ids is None:
+            own: Any = self.position_ids
+            position_ids = own[:, past_key_values_length : past_key_values_length + input_ids.shape[1]]
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(position_ids)
+        types: Any = self.token_type_embeddings
+        return embedding_layernorm(
+            input_ids,
+            *word.table(),
+            token_type_ids,
+            types.weight,
+            position_ids,  # type: ignore[arg-type]
+            position.weight,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            out_dtype=norm.weight.dtype,
+        )

@@ -166,14 +166,15 @@ class PackedEncoder(nn.Module):
     def _needs_layers(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> bool:
         config = self._by_layer[0].config
         recorded = ("output_attentions", "output_hidden_states", "output_scores")
+        norms = [layer.get_parameter(self._norm) for layer in self.layer]
         return (
             self.training
-            or (torch.is_grad_enabled() and hidden_states.requires_grad)
+            or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *norms)))
             or (mask is not None and mask.dim() != 2)
             or any(kwargs.get(name, getattr(config, name, False)) for name in recorded)
             or any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values"))
             # Offloaded layers and layers on several devices have hooks that bring weights and activations together.
-            or any(layer.get_parameter(self._norm).device != hidden_states.device for layer in self.layer)
+            or any(norm.device != hidden_states.device for norm in norms)
         )
 
 
