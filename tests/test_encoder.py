@@ -264,7 +264,7 @@ def test_fused_embeddings_equal_the_modules(bits: int | None, dtype: torch.dtype
 
 
 def test_gradients_take_the_modules() -> None:
-    model, fused = pair()
+    _, fused = pair()
     inputs = batch()
     assert torch.equal(fused(**inputs).logits, outputs(fused, inputs)[0])  # frozen: fused with gradients enabled too
     assert fused.classifier.weight.requires_grad and not fused.bert.pooler.dense.bias.requires_grad
