@@ -16,6 +16,7 @@ import torch
 
 from ._ops import FLOATS, check_choice, check_device, check_tensor, define
 from ._triton import tl, triton
+from .quantize import warps_holding
 
 Codes = tuple[torch.Tensor, torch.Tensor]
 
@@ -88,32 +89,95 @@ def _ternarize_row_kernel(
 
 
 @triton.jit
+def _twn_of_row(w, K):
+    """(codes, whether there is one, scale) of a float32 row that is 0 after its K values."""
+    magnitude = tl.abs(w)
+    total = tl.sum(magnitude, axis=0)
+    mean = tl.div_rn(total, total * 0.0 + K)
+    above = magnitude > 0.7 * mean
+    scale = _mean_above(tl.sum(tl.where(above, magnitude, 0.0), axis=0), tl.sum(above.to(tl.float32), axis=0))
+    return tl.where(above, tl.where(w > 0, 1, -1), 0), above, scale + (mean - mean)
+
+
+@triton.jit
+def _held_row_kernel(w_ptr, codes_ptr, scale_ptr, K, BINARY: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a row, which is read once and kept in registers."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    w = tl.load(w_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    if BINARY:
+        codes = tl.where(w >= 0, 1, -1)
+        total = tl.sum(tl.abs(w), axis=0)
+        scale = tl.div_rn(total, total * 0.0 + K)
+        scale += scale - scale
+    else:
+        codes, _, scale = _twn_of_row(w, K)
+    tl.store(scale_ptr + row, scale)
+    tl.store(codes_ptr + row * K + k, codes.to(tl.int8), mask=k < K)
+
+
+# With one scale for the whole tensor, each launch of a round leaves partial sums of chunks, and all programs of the next
+# add them up in the same order: nothing happens between the launches.
+
+
+@triton.jit
+def _sum_of(partial_ptr, chunks):
+    offs = tl.arange(0, 1024)
+    total = tl.zeros((1024,), tl.float32)
+    for start in range(0, chunks, 1024):
+        total += tl.load(partial_ptr + start + offs, mask=start + offs < chunks, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _threshold_of(before_ptr, n, chunks, HAS_V: tl.constexpr):
+    """The threshold that follows from the sums of the round before."""
+    weighted = _sum_of(before_ptr, chunks)
+    if HAS_V:
+        return _mean_above(weighted, _sum_of(before_ptr + chunks, chunks)) * 0.5
+    else:
+        return 0.7 * tl.div_rn(weighted, weighted * 0.0 + n)
+
+
+@triton.jit
 def _sums_chunk_kernel(
-    w_ptr, v_ptr, threshold_ptr, weighted_ptr, weight_ptr, n,
-    HAS_V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    w_ptr, v_ptr, before_ptr, after_ptr, n, chunks,
+    FIRST: tl.constexpr, HAS_V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of chunk p of a whole tensor, to be added up in order."""
+    """Partial sums of chunk p above the threshold: `after_ptr` float32 [2, chunks], v|w| and v."""
     p = tl.program_id(0).to(tl.int64)
     length = tl.minimum(n - p * CHUNK, CHUNK).to(tl.int32)
-    threshold = tl.load(threshold_ptr)
+    if FIRST:
+        threshold = 0.0 if HAS_V else -1.0
+    else:
+        threshold = _threshold_of(before_ptr, n, chunks, HAS_V)
     weighted, weight = _sums_above(w_ptr + p * CHUNK, v_ptr + p * CHUNK, length, threshold, HAS_V, BLOCK)
-    tl.store(weighted_ptr + p, weighted)
-    tl.store(weight_ptr + p, weight)
+    tl.store(after_ptr + p, weighted)
+    tl.store(after_ptr + chunks + p, weight)
 
 
 @triton.jit
 def _ternary_chunk_kernel(
-    w_ptr, codes_ptr, threshold_ptr, scale_ptr, n, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+    w_ptr, codes_ptr, first_ptr, before_ptr, after_ptr, scale_ptr, n, chunks,
+    SIGNS: tl.constexpr, HAS_V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Scale and codes from the sums of the first round, of the last but one and of the last. SIGNS: threshold 0."""
     p = tl.program_id(0).to(tl.int64)
     length = tl.minimum(n - p * CHUNK, CHUNK).to(tl.int32)
-    threshold, scale = tl.load(threshold_ptr), tl.load(scale_ptr)
+    total = _sum_of(first_ptr, chunks)
+    scale = _mean_above(_sum_of(after_ptr, chunks), _sum_of(after_ptr + chunks, chunks)) + (total - total)
+    if SIGNS:
+        threshold = total * 0.0
+    else:
+        threshold = _threshold_of(before_ptr, n, chunks, HAS_V)
+    if p == 0:
+        tl.store(scale_ptr, scale)
     _store_ternary(w_ptr + p * CHUNK, codes_ptr + p * CHUNK, length, threshold, scale, BLOCK)
 
 
 @triton.jit
-def _binarize_kernel(w_ptr, codes_ptr, sum_ptr, n, CHUNK, BLOCK: tl.constexpr):
-    """Codes and sum|w| of chunk p; a chunk is a row, or a part of a whole tensor."""
+def _binary_chunk_kernel(w_ptr, codes_ptr, sum_ptr, n, CHUNK, BLOCK: tl.constexpr):
+    """Codes and sum|w| of chunk p; a chunk is a long row, or a part of a whole tensor."""
     p = tl.program_id(0).to(tl.int64)
     length = tl.minimum(n - p * CHUNK, CHUNK).to(tl.int32)
     offs = tl.arange(0, BLOCK)
@@ -124,6 +188,15 @@ def _binarize_kernel(w_ptr, codes_ptr, sum_ptr, n, CHUNK, BLOCK: tl.constexpr):
         total += tl.abs(w)
         tl.store(codes_ptr + p * CHUNK + start + offs, tl.where(w >= 0, 1, -1).to(tl.int8), mask=mask)
     tl.store(sum_ptr + p, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _binary_scale_kernel(sum_ptr, scale_ptr, length, chunks):
+    """The mean of `length` magnitudes from the sums of their chunks."""
+    group = tl.program_id(0).to(tl.int64)
+    total = _sum_of(sum_ptr + group * chunks, chunks)
+    scale = tl.div_rn(total, total * 0.0 + length)
+    tl.store(scale_ptr + group, scale + (scale - scale))
 
 
 @triton.jit
@@ -148,6 +221,7 @@ def _split_kernel(
 
 
 MAX_BLOCK = 2048  # 4096 would spill the loss-aware form
+MAX_HELD = 16384  # the longest row that one program keeps in registers, by 16 warps
 CHUNK = 16384  # values a program when one scale serves the whole tensor
 
 
@@ -156,55 +230,57 @@ def _block(K: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
 
 
+def _held(K: int) -> dict[str, int]:
+    block = triton.next_power_of_2(K)
+    return {"BLOCK": block, "num_warps": warps_holding(block)}
+
+
 def launch_ternarize(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | None, iterations: int) -> Codes:
-    """Run the Triton kernels; arguments as the op's, already validated."""
-    codes, scale = _outputs(w, per_row)
-    w, v = w.contiguous(), None if curvature is None else curvature.contiguous()
+    """Run the Triton kernels; arguments as the op's, already validated. One launch per row, else three or more."""
     n = w.numel()
     if n == 0:
-        return codes, scale
+        return _outputs_of_empty(w, per_row)
+    codes, scale = _outputs(w, per_row)
+    w, v = w.contiguous(), None if curvature is None else curvature.contiguous()
     has_v = v is not None
     v = w if v is None else v  # a pointer that is not read
     if per_row:
-        K = w.shape[1]
-        _ternarize_row_kernel[(w.shape[0],)](w, v, codes, scale, K, iterations, HAS_V=has_v, **_block(K))
+        rows, K = w.shape
+        if has_v or K > MAX_HELD:
+            _ternarize_row_kernel[(rows,)](w, v, codes, scale, K, iterations, HAS_V=has_v, **_block(K))
+        else:
+            _held_row_kernel[(rows,)](w, codes, scale, K, BINARY=False, **_held(K))
         return codes, scale
     chunks = triton.cdiv(n, CHUNK)
-    partial = scale.new_empty(2, chunks)
-
-    def sums(threshold: torch.Tensor) -> torch.Tensor:
-        _sums_chunk_kernel[(chunks,)](
-            w, v, threshold, partial[0], partial[1], n, HAS_V=has_v, CHUNK=CHUNK, BLOCK=MAX_BLOCK, num_warps=8
-        )  # fmt: skip
-        return partial.sum(1)
-
-    def mean(weighted_weight: torch.Tensor) -> torch.Tensor:
-        weighted, weight = weighted_weight
-        return (weighted / torch.where(weight == 0, 1.0, weight)).reshape(1)
-
-    total = sums(torch.full_like(scale, 0.0 if has_v else -1.0))
-    poison = total[0] - total[0]
-    threshold = torch.zeros_like(scale) if has_v else THRESHOLD * (total[:1] / n)
-    scale = mean(total if has_v else sums(threshold))
-    for _ in range(iterations if has_v else 0):
-        threshold = scale / 2
-        scale = mean(sums(threshold))
-    scale = scale + poison
-    _ternary_chunk_kernel[(chunks,)](w, codes, threshold, scale, n, CHUNK=CHUNK, BLOCK=MAX_BLOCK, num_warps=8)
+    first, before, after = scale.new_empty(3, 2, chunks)
+    options = {"HAS_V": has_v, "CHUNK": CHUNK, "BLOCK": MAX_BLOCK, "num_warps": 8}
+    _sums_chunk_kernel[(chunks,)](w, v, first, first, n, chunks, FIRST=True, **options)
+    rounds = iterations if has_v else 1
+    last = [first, first]
+    for turn in range(rounds):
+        last = [last[1], (before, after)[turn % 2]]
+        _sums_chunk_kernel[(chunks,)](w, v, *last, n, chunks, FIRST=False, **options)
+    _ternary_chunk_kernel[(chunks,)](w, codes, first, *last, scale, n, chunks, SIGNS=rounds == 0, **options)
     return codes, scale
 
 
 def launch_binarize(w: torch.Tensor, per_row: bool) -> Codes:
-    """Run the Triton kernel; arguments as the op's."""
-    codes, scale = _outputs(w, per_row)
-    w = w.contiguous()
+    """Run the Triton kernels; arguments as the op's. One launch per row, else two."""
     n = w.numel()
     if n == 0:
+        return _outputs_of_empty(w, per_row)
+    codes, scale = _outputs(w, per_row)
+    w = w.contiguous()
+    rows, K = w.shape
+    if per_row and K <= MAX_HELD:
+        _held_row_kernel[(rows,)](w, codes, scale, K, BINARY=True, **_held(K))
         return codes, scale
-    chunk = w.shape[1] if per_row else CHUNK
-    sums = scale.new_empty(triton.cdiv(n, chunk))
-    _binarize_kernel[(len(sums),)](w, codes, sums, n, chunk, **_block(chunk))
-    return codes, _finite_or_nan(sums / chunk if per_row else sums.sum(0, keepdim=True) / n)
+    groups, length, chunk = (rows, K, K) if per_row else (1, n, CHUNK)
+    chunks = triton.cdiv(length, chunk)
+    sums = scale.new_empty(groups * chunks)
+    _binary_chunk_kernel[(groups * chunks,)](w, codes, sums, n, chunk, **_block(chunk))
+    _binary_scale_kernel[(groups,)](sums, scale, length, chunks, num_warps=4)
+    return codes, scale
 
 
 def launch_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,22 +303,31 @@ def launch_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Te
 
 def aot_cases(arch: int) -> list[tuple]:
     """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
-    w, v, codes = {"w_ptr": "*fp32"}, {"v_ptr": "*fp32"}, {"codes_ptr": "*i8"}
-    scale, threshold = {"scale_ptr": "*fp32"}, {"threshold_ptr": "*fp32"}
-    chunk = {"CHUNK": CHUNK, "BLOCK": MAX_BLOCK}
+    w, codes, scale = {"w_ptr": "*fp32"}, {"codes_ptr": "*i8"}, {"scale_ptr": "*fp32"}
+    v, first, sums = ({name: "*fp32"} for name in ("v_ptr", "first_ptr", "sum_ptr"))
+    rounds = {"before_ptr": "*fp32", "after_ptr": "*fp32"}
+    size = {"n": "i32:16", "chunks": "i32"}
     cases: list[tuple] = []
+    for binary in (False, True):
+        for K in (1024, 4096, MAX_HELD):
+            signature = {**w, **codes, **scale, "K": "i32:16"}
+            constants, warps = {"BINARY": binary, "BLOCK": K}, warps_holding(K)
+            cases.append((f"held rows binary={binary} {K}", _held_row_kernel, signature, constants, warps, 3))
     for has_v in (False, True):
+        flags = {"HAS_V": has_v, "CHUNK": CHUNK, "BLOCK": MAX_BLOCK}
         for block, warps in ((1024, 4), (MAX_BLOCK, 8)):
             signature = {**w, **v, **codes, **scale, "K": "i32:16", "iterations": "i32"}
             constants = {"HAS_V": has_v, "BLOCK": block}
             cases.append((f"ternarize rows v={has_v} {block}", _ternarize_row_kernel, signature, constants, warps, 3))
-        signature = {**w, **v, **threshold, "weighted_ptr": "*fp32", "weight_ptr": "*fp32", "n": "i32:16"}
-        cases.append((f"ternary sums v={has_v}", _sums_chunk_kernel, signature, {"HAS_V": has_v, **chunk}, 8, 3))
-    signature = {**w, **codes, **threshold, **scale, "n": "i32:16"}
-    cases.append(("ternary codes", _ternary_chunk_kernel, signature, chunk, 8, 3))
-    signature = {**w, **codes, "sum_ptr": "*fp32", "n": "i32:16", "CHUNK": "i32:16"}
-    for block, warps in ((1024, 4), (MAX_BLOCK, 8)):
-        cases.append((f"binarize {block}", _binarize_kernel, signature, {"BLOCK": block}, warps, 3))
+        for is_first in (False, True):
+            signature, constants = {**w, **v, **rounds, **size}, {"FIRST": is_first, **flags}
+            cases.append((f"ternary sums v={has_v}, {is_first}", _sums_chunk_kernel, signature, constants, 8, 3))
+        signature, constants = {**w, **codes, **first, **rounds, **scale, **size}, {"SIGNS": False, **flags}
+        cases.append((f"ternary codes v={has_v}", _ternary_chunk_kernel, signature, constants, 8, 3))
+    signature = {**w, **codes, **sums, "n": "i32:16", "CHUNK": "i32:16"}
+    cases.append(("binary codes", _binary_chunk_kernel, signature, {"BLOCK": MAX_BLOCK}, 8, 3))
+    signature = {**sums, **scale, "length": "i32:16", "chunks": "i32"}
+    cases.append(("binary scale", _binary_scale_kernel, signature, {}, 4, 3))
     signature = {**w, "kept_ptr": "*i8", "side_ptr": "*i8", "a_ptr": "*fp64", "b_ptr": "*fp64"}
     signature |= {"w1_ptr": "*fp32", "w2_ptr": "*fp32", "length": "i32:16"}
     for has_side in (False, True):
@@ -257,8 +342,14 @@ CPU_CHUNK = 2**18  # values treated at a time, so that intermediates stay in cac
 
 
 def _outputs(w: torch.Tensor, per_row: bool) -> Codes:
-    """(codes, scale) to fill; scale 0 is right already where w is empty."""
-    return w.new_empty(w.shape, dtype=torch.int8), w.new_zeros(w.shape[0] if per_row else 1, dtype=torch.float32)
+    """(codes, scale) to fill."""
+    return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(w.shape[0] if per_row else 1, dtype=torch.float32)
+
+
+def _outputs_of_empty(w: torch.Tensor, per_row: bool) -> Codes:
+    """What a w without values gives: scale 0."""
+    codes, scale = _outputs(w, per_row)
+    return codes, scale.zero_()
 
 
 def _finite_or_nan(scale: torch.Tensor) -> torch.Tensor:
@@ -291,9 +382,9 @@ def _loss_aware(w: torch.Tensor, v: torch.Tensor | None, iterations: int) -> Cod
 
 
 def _ternarize_cpu(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | None, iterations: int) -> Codes:
-    codes, scale = _outputs(w, per_row)
     if w.numel() == 0:
-        return codes, scale
+        return _outputs_of_empty(w, per_row)
+    codes, scale = _outputs(w, per_row)
     w = w.contiguous()
     method = _twn if curvature is None else _loss_aware
     rows, row_codes = (w, codes) if per_row else (w.reshape(1, -1), codes.view(1, -1))
@@ -308,7 +399,7 @@ def _ternarize_cpu(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | Non
 
 def _binarize_cpu(w: torch.Tensor, per_row: bool) -> Codes:
     if w.numel() == 0:
-        return _outputs(w, per_row)
+        return _outputs_of_empty(w, per_row)
     w = w.contiguous()
     codes = (w >= 0).view(torch.int8).mul_(2).sub_(1)
     rows = w.float() if per_row else w.float().reshape(1, -1)
