@@ -89,35 +89,26 @@ def _ternarize_row_kernel(
 
 
 @triton.jit
-def _twn_of_row(w, K):
-    """(codes, whether there is one, scale) of a float32 row that is 0 after its K values."""
-    magnitude = tl.abs(w)
-    total = tl.sum(magnitude, axis=0)
-    mean = tl.div_rn(total, total * 0.0 + K)
-    above = magnitude > 0.7 * mean
-    scale = _mean_above(tl.sum(tl.where(above, magnitude, 0.0), axis=0), tl.sum(above.to(tl.float32), axis=0))
-    return tl.where(above, tl.where(w > 0, 1, -1), 0), above, scale + (mean - mean)
-
-
-@triton.jit
 def _held_row_kernel(w_ptr, codes_ptr, scale_ptr, K, BINARY: tl.constexpr, BLOCK: tl.constexpr):
     """One program a row, which is read once and kept in registers."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
     w = tl.load(w_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    magnitude = tl.abs(w)
+    total = tl.sum(magnitude, axis=0)
+    mean = tl.div_rn(total, total * 0.0 + K)
     if BINARY:
-        codes = tl.where(w >= 0, 1, -1)
-        total = tl.sum(tl.abs(w), axis=0)
-        scale = tl.div_rn(total, total * 0.0 + K)
-        scale += scale - scale
+        codes, scale = tl.where(w >= 0, 1, -1), mean
     else:
-        codes, _, scale = _twn_of_row(w, K)
-    tl.store(scale_ptr + row, scale)
+        above = magnitude > 0.7 * mean
+        codes = tl.where(above, tl.where(w > 0, 1, -1), 0)
+        scale = _mean_above(tl.sum(tl.where(above, magnitude, 0.0), axis=0), tl.sum(above.to(tl.float32), axis=0))
+    tl.store(scale_ptr + row, scale + (mean - mean))
     tl.store(codes_ptr + row * K + k, codes.to(tl.int8), mask=k < K)
 
 
-# With one scale for the whole tensor, each launch of a round leaves partial sums of chunks, and all programs of the next
-# add them up in the same order: nothing happens between the launches.
+# With one scale for the whole tensor, each launch leaves partial sums of chunks, and all programs of the next add them
+# up in the same order: nothing happens between the launches.
 
 
 @triton.jit
@@ -200,24 +191,50 @@ def _binary_scale_kernel(sum_ptr, scale_ptr, length, chunks):
 
 
 @triton.jit
-def _split_kernel(
-    w_ptr, kept_ptr, side_ptr, a_ptr, b_ptr, w1_ptr, w2_ptr, length, HAS_SIDE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Both halves of block p of group g (a row, or the whole tensor); float64 on the way."""
+def _store_halves(w, kept, side, a, b, w1_ptr, w2_ptr, mask):
+    """Both halves of float64 w."""
+    small = tl.where(side > 0, tl.where(w > 0, w, 0.0), tl.where(w < 0, w, 0.0)) + side * b
+    w1 = tl.where(kept, a * w, small).to(tl.float32)
+    tl.store(w1_ptr, w1, mask=mask)
+    tl.store(w2_ptr, (w - w1.to(tl.float64)).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _split_row_kernel(w_ptr, codes_ptr, w1_ptr, w2_ptr, K, BLOCK: tl.constexpr):
+    """One program a row, which it keeps in registers. Twin of `_split_terms`, in float64."""
+    k = tl.arange(0, BLOCK)
+    mask = k < K
+    at = tl.program_id(0).to(tl.int64) * K + k
+    w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
+    kept = tl.load(codes_ptr + at, mask=mask, other=0) != 0
+    small = tl.where(kept, 0.0, w)
+    sum_kept = tl.sum(tl.where(kept, tl.abs(w), 0.0), axis=0)
+    sum_all = sum_kept + tl.sum(tl.abs(small), axis=0)
+    n_kept = tl.sum(kept.to(tl.int32), axis=0)
+    balance = tl.sum(small, axis=0)
+    side = small * 0.0 + 1.0
+    if tl.abs(balance) >= sum_kept:
+        heavier = tl.maximum(tl.where(balance > 0, small, -small), 0.0)
+        moved = (heavier > 0) & (tl.cumsum(heavier, axis=0) <= tl.abs(balance) * 0.5)
+        side = tl.where(moved, -1.0, side)
+        balance = tl.sum(side * small, axis=0)
+    some = tl.where(n_kept == 0, 1.0, sum_kept)  # without any code there is nothing to balance: halve the row
+    a = tl.where(n_kept == 0, 0.5, (sum_kept - balance) / (2.0 * some))
+    b = (K / tl.maximum(n_kept, 1).to(tl.float64) * sum_kept - sum_all) / (2 * tl.maximum(K - n_kept, 1)).to(tl.float64)
+    b = tl.where(n_kept == 0, 0.0, b)
+    _store_halves(w, kept | (n_kept == 0), side, a, b, w1_ptr + at, w2_ptr + at, mask)
+
+
+@triton.jit
+def _split_kernel(w_ptr, kept_ptr, side_ptr, a_ptr, b_ptr, w1_ptr, w2_ptr, length, BLOCK: tl.constexpr):
+    """Both halves of block p of group g (a long row, or the whole tensor)."""
     g = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at, mask = g * length + offs, offs < length
     w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
     kept = tl.load(kept_ptr + at, mask=mask, other=0) != 0
-    a, b = tl.load(a_ptr + g), tl.load(b_ptr + g)
-    if HAS_SIDE:
-        side = tl.load(side_ptr + at, mask=mask, other=0).to(tl.float64)
-        small = tl.where(side > 0, tl.where(w > 0, w, 0.0), tl.where(w < 0, w, 0.0)) + side * b
-    else:
-        small = tl.where(w > 0, w, 0.0) + b
-    w1 = tl.where(kept, a * w, small).to(tl.float32)
-    tl.store(w1_ptr + at, w1, mask=mask)
-    tl.store(w2_ptr + at, (w - w1.to(tl.float64)).to(tl.float32), mask=mask)
+    side = tl.load(side_ptr + at, mask=mask, other=0).to(tl.float64)
+    _store_halves(w, kept, side, tl.load(a_ptr + g), tl.load(b_ptr + g), w1_ptr + at, w2_ptr + at, mask)
 
 
 MAX_BLOCK = 2048  # 4096 would spill the loss-aware form
@@ -284,19 +301,25 @@ def launch_binarize(w: torch.Tensor, per_row: bool) -> Codes:
 
 
 def launch_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the Triton kernel; arguments as the op's. A and B are torch reductions before it."""
+    """Run the Triton kernels; arguments as the op's. Per row one beside ternarize's, else torch reductions come first.
+
+    Nothing is read back: the host does not wait for the device.
+    """
     w1, w2 = _split_fake(w, per_row)
     w = w.contiguous()
     if w.numel() == 0:
         return w1, w2
-    kept, a, b, side = _split_terms(w, per_row)
+    if per_row and w.shape[1] <= MAX_HELD:
+        block = triton.next_power_of_2(w.shape[1])
+        warps = min(2 * warps_holding(block), 16)  # float64 takes two registers
+        codes, _ = _ternarize(w, True, None, 0)
+        _split_row_kernel[(w.shape[0],)](w, codes, w1, w2, w.shape[1], BLOCK=block, num_warps=warps)
+        return w1, w2
+    kept, a, b, side = _split_terms(w, per_row, look=False)
     groups, length = kept.shape
-    has_side = side is not None
-    side = kept if side is None else side  # a pointer that is not read
-    grid = (groups, triton.cdiv(length, MAX_BLOCK))
-    _split_kernel[grid](
+    _split_kernel[(groups, triton.cdiv(length, MAX_BLOCK))](
         w, kept.to(torch.int8), side.to(torch.int8), a.contiguous(), b.contiguous(), w1, w2, length,
-        HAS_SIDE=has_side, BLOCK=MAX_BLOCK, num_warps=8,
+        BLOCK=MAX_BLOCK, num_warps=8,
     )  # fmt: skip
     return w1, w2
 
@@ -330,9 +353,10 @@ def aot_cases(arch: int) -> list[tuple]:
     cases.append(("binary scale", _binary_scale_kernel, signature, {}, 4, 3))
     signature = {**w, "kept_ptr": "*i8", "side_ptr": "*i8", "a_ptr": "*fp64", "b_ptr": "*fp64"}
     signature |= {"w1_ptr": "*fp32", "w2_ptr": "*fp32", "length": "i32:16"}
-    for has_side in (False, True):
-        constants = {"HAS_SIDE": has_side, "BLOCK": MAX_BLOCK}
-        cases.append((f"split side={has_side}", _split_kernel, signature, constants, 8, 3))
+    cases.append(("split", _split_kernel, signature, {"BLOCK": MAX_BLOCK}, 8, 3))
+    for K in (1024, 4096):
+        signature, warps = {**w, **codes, "w1_ptr": "*fp32", "w2_ptr": "*fp32", "K": "i32:16"}, 2 * warps_holding(K)
+        cases.append((f"split rows {K}", _split_row_kernel, signature, {"BLOCK": K}, warps, 3))
     return cases
 
 
@@ -411,12 +435,13 @@ def _binarize_cpu(w: torch.Tensor, per_row: bool) -> Codes:
 
 
 def _split_terms(
-    w: torch.Tensor, per_row: bool
+    w: torch.Tensor, per_row: bool, look: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(kept, A, B, side) of every row, or of the whole tensor as one row; A and B float64 [rows, 1].
 
     A = (S_I + S_K - S_J) / (2 S_I), B = (n/|I| S_I - S_all) / (2 (|J| + |K|)) over I = {t != 0}, J = {t = 0, w > 0},
-    K = {t = 0, w <= 0}. `side` says which half gets a small weight: the first, +1 (None: all), or the second, -1.
+    K = {t = 0, w <= 0}. `side` says which half gets a small weight: the first, +1 (None: all), or the second, -1. None
+    takes a look at the values, for which a device would have to be waited for.
     """
     codes, _ = _ternarize(w, per_row, None, 0)
     rows = (w if per_row else w.reshape(1, -1)).float().double()
@@ -428,10 +453,10 @@ def _split_terms(
     # that sign change sides: what stays is less than twice the TWN threshold, hence less than S_I.
     side, balance = None, excess  # S_J - S_K
     one_sided = excess.abs() >= sum_kept
-    if bool(one_sided.any()):
+    if not look or bool(one_sided.any()):
         heavier = (small * excess.sign()).clamp_(min=0)
-        side = torch.ones_like(rows)
-        side[one_sided & (heavier > 0) & (heavier.cumsum(1) <= excess.abs() / 2)] = -1.0
+        moved = one_sided & (heavier > 0) & (heavier.cumsum(1) <= excess.abs() / 2)
+        side = torch.ones_like(rows).masked_fill_(moved, -1.0)
         balance = (side * small).sum(1, keepdim=True)
     n, n_kept = rows.shape[1], kept.sum(1, keepdim=True)
     a = (sum_kept - balance) / (2 * sum_kept)
@@ -445,7 +470,7 @@ def _split_cpu(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tens
     if w.numel() == 0:
         return _split_fake(w, per_row)
     w = w.contiguous()
-    kept, a, b, side = _split_terms(w, per_row)
+    kept, a, b, side = _split_terms(w, per_row, look=True)
     rows = w.view(kept.shape).float().double()
     # The offset puts the halves on opposite sides of 0, and the one on w's side takes w.
     if side is None:

@@ -413,3 +413,15 @@ def test_joint_products_are_one_launch_with_the_same_bits(kind: str) -> None:
         alone = [linear.launch(x.to(DEVICE), *weight, *given) for weight in zip(packed, scale, bias, strict=True)]
         assert torch.equal(joint, torch.cat(alone, 1))
         bias[0] += 1.0  # edits are noticed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_zero", [False, True])
+def test_unpacked_codes_give_the_bits_of_packed_ones(kind: str, with_zero: bool) -> None:
+    x, packed, scale, bias, x_scale = random_case(kind, 9, 33, 300)
+    zero = torch.randint(-300, 300, x_scale.shape, dtype=torch.int32) if with_zero else None
+    codes = getattr(reference, f"unpack_{kind}")(packed, 300)
+    codes = torch.stack(codes) if kind == "split" else codes
+    tensors = (None if t is None else t.to(DEVICE) for t in (x, codes.to(torch.int8), scale, bias, x_scale, zero))
+    got = linear._codes_cuda(*tensors, kind, torch.float32).cpu()
+    assert torch.equal(got, launch(kind, x, packed, scale, bias, x_scale, zero))
