@@ -57,34 +57,54 @@ def weight_codes(weight: torch.Tensor, quantizer: str, granularity: str) -> Code
     weight = weight.detach()
     if weight.dim() == 2:
         return codes(weight, granularity)
+    if granularity == "per_row":  # rows know nothing of each other, so both planes are one matrix
+        both, scale = codes(weight.flatten(0, 1), granularity)
+        return both.view(weight.shape), scale.view(weight.shape[:2])
     planes = [codes(plane, granularity) for plane in weight]
     return torch.stack([code for code, _ in planes]), torch.stack([scale for _, scale in planes])
 
 
 class StraightThrough(torch.autograd.Function):
-    """Forward: the given quantized value. Backward: the gradient goes to the latent tensor unchanged."""
+    """Forward: the given quantized value. Backward: the gradient goes to the latent tensor unchanged.
+
+    The latent tensor may have one dimension more, first, over which the quantized value is a sum: each part gets the
+    gradient.
+    """
 
     @staticmethod
     def forward(
         ctx: torch.autograd.function.FunctionCtx, latent: torch.Tensor, quantized: torch.Tensor
     ) -> torch.Tensor:
+        ctx.shape = latent.shape  # type: ignore[attr-defined]
         return quantized
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return grads[0], None
+        return grads[0].expand(ctx.shape), None  # type: ignore[attr-defined]
+
+
+def weight_values(codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the codes of `weight_codes` stand for: [N, K]; the sum of the planes of a pair (BinaryBERT eq. 8)."""
+    values = codes * scale.unsqueeze(-1).to(dtype)
+    return values if values.dim() == 2 else values[0] + values[1]
+
+
+def activation_values(
+    codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """What the codes of `ActivationQuantizer.codes` stand for."""
+    differences = codes if zero_point is None else codes - zero_point.unsqueeze(-1)
+    return (differences * scale.unsqueeze(-1)).to(dtype)
 
 
 def dequantize_weight(weight: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """The quantized weight [N, K] as a float with a straight-through gradient to the latent `weight`.
 
     Args:
-        weight: latent float [N, K]; or [2, N, K], whose quantized planes are summed (BinaryBERT eq. 8).
+        weight: latent float [N, K]; or [2, N, K], whose quantized planes are summed.
         codes, scale: from `weight_codes`.
     """
-    quantized = codes.to(weight.dtype).mul_(scale.unsqueeze(-1).to(weight.dtype))
-    quantized = StraightThrough.apply(weight, quantized)
-    return quantized if weight.dim() == 2 else quantized[0] + quantized[1]
+    return StraightThrough.apply(weight, weight_values(codes, scale, weight.dtype))
 
 
 class ActivationQuantizer(nn.Module):
@@ -108,26 +128,17 @@ class ActivationQuantizer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Quantized and dequantized `x`, same shape and dtype; straight-through gradient."""
         if self.granularity == "per_tensor":
-            return self.dequantize(x, *self.codes(x))
-        clipped = x if self.clip is None else x.clamp(-self.clip, self.clip)
-        return self._straight_through(x, fake_quantize_per_token(clipped, self.bits, self.symmetric))
+            quantized = activation_values(*self.codes(x), x.dtype)
+        else:
+            clipped = x if self.clip is None else x.clamp(-self.clip, self.clip)
+            quantized = fake_quantize_per_token(clipped, self.bits, self.symmetric)
+        return StraightThrough.apply(self.latent(x), quantized) if x.requires_grad else quantized
 
-    def dequantize(
-        self, x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None
-    ) -> torch.Tensor:
-        """What the codes of `x` stand for, in x's dtype, with the gradient going to `x`."""
-        quantized = codes.float()
-        if zero_point is not None:
-            quantized.sub_(zero_point.unsqueeze(-1))
-        return self._straight_through(x, quantized.mul_(scale.unsqueeze(-1)).to(x.dtype))
-
-    def _straight_through(self, x: torch.Tensor, quantized: torch.Tensor) -> torch.Tensor:
-        if not x.requires_grad:
-            return quantized
-        if self.clip is not None:
-            # Zero the gradient where |x| reaches the clip: clamp alone would pass it at equality.
-            x = torch.where(x.abs() < self.clip, x, x.detach())
-        return StraightThrough.apply(x, quantized)
+    def latent(self, x: torch.Tensor) -> torch.Tensor:
+        """x, for what passes a gradient straight through: where |x| reaches the clip, it ends here."""
+        if self.clip is None or not x.requires_grad:
+            return x
+        return torch.where(x.abs() < self.clip, x, x.detach())  # clamp would pass it at equality
 
     def codes(self, x: torch.Tensor) -> QuantizedActivation:
         """(codes int8 like x, scale float32, zero_point int32 or None): what a packed linear multiplies."""

@@ -17,7 +17,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification
 import lowbit
 from helpers import HEADS, batch, outputs, tiny, tiny_config
 from lowbit.nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
-from lowbit.quantizers import WEIGHT_QUANTIZERS, twn
+from lowbit.quantizers import WEIGHT_QUANTIZERS, twn, weight_codes
 
 
 def test_a_teacher_of_the_same_configuration_stays_float(tmp_path: Path) -> None:
@@ -106,6 +106,41 @@ def test_the_gradient_is_that_of_the_dequantized_linear(activation: str | None, 
     (y * weights.double()).sum().backward()
     torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(linear.bias.grad.double(), bias.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("clip", [None, 0.7])
+@pytest.mark.parametrize("changes", [{}, {"asymmetric": ["linear"]}, {"activation_granularity": "per_tensor"}])
+def test_the_gradients_of_training_are_those_of_the_float_product(
+    changes: dict, clip: float | None, pair: bool
+) -> None:
+    linear = torch.nn.Linear(50, 20)
+    if pair:
+        linear.weight = torch.nn.Parameter(torch.randn(2, 20, 50))
+    make = lowbit.BinaryConfig if pair else lowbit.TernaryConfig
+    linear = QuantLinear(linear, make(activation_clip=clip, **changes))
+    x = torch.randn(4, 3, 50, requires_grad=True)
+    weights = torch.randn(4, 3, 20)
+    (linear(x) * weights).sum().backward()
+    with torch.no_grad():
+        codes, scale = weight_codes(linear.weight, linear.quantizer, linear.granularity)
+        values = codes.double() * scale.double().unsqueeze(-1)
+        values = values.sum(0) if pair else values
+        seen = linear.input_quantizer(x).double().reshape(-1, 50)
+    rows = weights.double().reshape(-1, 20)
+    passes = torch.ones(4, 3, 50) if clip is None else x.detach().abs() < clip
+    expected_weight = (rows.t() @ seen).expand(linear.weight.shape)
+    torch.testing.assert_close(x.grad.double(), (rows @ values).view(x.shape) * passes, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(linear.weight.grad.double(), expected_weight, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(linear.bias.grad.double(), rows.sum(0), rtol=1e-4, atol=1e-5)
+
+
+def test_training_keeps_codes_and_not_values_for_the_backward_pass() -> None:
+    linear, kept = QuantLinear(torch.nn.Linear(256, 128), lowbit.TernaryConfig()), []
+    x = torch.randn(64, 256, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        linear(x)
+    assert sum(tensor.nbytes for tensor in kept) == (64 + 128) * 256 + (64 + 128) * 4  # codes and scales
 
 
 @pytest.mark.parametrize(

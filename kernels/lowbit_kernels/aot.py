@@ -25,7 +25,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-MODULES = ("linear", "quantize", "weights", "embedding", "layernorm", "fused_embedding", "varlen_attention")
+MODULES = (
+    "linear",
+    "packing",
+    "quantize",
+    "weights",
+    "embedding",
+    "layernorm",
+    "fused_embedding",
+    "varlen_attention",
+)
 
 KIB = 1024
 # Compute capability -> (shared memory of a block, SASS of its tensor-core products of int8 and of floats). Triton has

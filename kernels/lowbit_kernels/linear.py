@@ -32,7 +32,7 @@ from ._derived import Derived
 from ._ops import FLOATS, check_choice, check_device, check_tensor, define, traced_on_cpu
 from ._triton import INTERPRET, tl, triton
 from .linear_cpu import codes_linear_cpu, joint_bias, linears_cpu
-from .packing import pack_codes, unpacked
+from .packing import launch_pack, unpacked
 from .quantize import _rint, _to_int8, quantize_per_token, static_codes
 
 TERNARY, BINARY, SPLIT = 0, 1, 2  # `LAYOUT` of the kernel
@@ -704,8 +704,7 @@ def _codes_cuda(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     # Codes come from a quantizer, so their range needs no check, which would stall the device.
-    packed = pack_codes(codes, layout)
-    w_sum = codes.sum(-1, dtype=torch.int32)
+    packed, w_sum = launch_pack(codes, layout)
     return launch(x, packed, scale, bias, x_scale, x_zero_point, None, out_dtype, layout, w_sum=w_sum)
 
 

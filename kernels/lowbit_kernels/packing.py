@@ -17,8 +17,81 @@ from __future__ import annotations
 import torch
 
 from ._ops import check_tensor
+from ._triton import tl, triton
 
 BLOCK_BYTES = 32
+
+# ---------------------------------------------------------------------------------------------------------- Triton
+# Training packs every weight in every step, for the same product as `PackedLinear`'s.
+
+
+@triton.jit
+def _pack_kernel(
+    codes_ptr, packed_ptr, sum_ptr, N, K, row_bytes, VALUES: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program a row: its bytes, VALUES codes each, and the sum of its codes (SPLIT: of both planes')."""
+    row = tl.program_id(0).to(tl.int64)
+    codes2_ptr = codes_ptr + (N + row) * K
+    codes_ptr += row * K
+    packed_ptr += row * row_bytes
+    offs = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.int32)
+    total2 = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, row_bytes, BLOCK):
+        byte = start + offs
+        first_k = byte // 32 * (32 * VALUES) + byte % 32
+        bits = tl.zeros((BLOCK,), tl.int32)
+        for plane in tl.static_range(VALUES):
+            k = first_k + 32 * plane
+            # Past K a code is 0: of a ternary weight that is the value 1, of a binary one no bit.
+            code = tl.load(codes_ptr + k, mask=k < K, other=0).to(tl.int32)
+            total += code
+            if VALUES == 8:
+                bits |= (code > 0).to(tl.int32) << plane
+            elif SPLIT:
+                code2 = tl.load(codes2_ptr + k, mask=k < K, other=0).to(tl.int32)
+                total2 += code2
+                bits |= ((code > 0).to(tl.int32) * 2 + (code2 > 0).to(tl.int32)) << (6 - 2 * plane)
+            else:
+                bits |= (code + 1) << (6 - 2 * plane)
+        tl.store(packed_ptr + byte, bits.to(tl.uint8), mask=byte < row_bytes)
+    tl.store(sum_ptr + row, tl.sum(total, axis=0))
+    if SPLIT:
+        tl.store(sum_ptr + N + row, tl.sum(total2, axis=0))
+
+
+def launch_pack(codes: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(`pack_codes`, sums over K as int32 [N] or [2, N]) in one launch; codes as `pack_codes` takes them."""
+    N, K = codes.shape[-2:]
+    values = 8 if layout == "binary" else 4
+    row_bytes = triton.cdiv(K, values * BLOCK_BYTES) * BLOCK_BYTES
+    packed = codes.new_empty(N, row_bytes, dtype=torch.uint8)
+    sums = codes.new_empty(codes.shape[:-1], dtype=torch.int32)
+    if N:
+        _pack_kernel[(N,)](
+            codes.contiguous(), packed, sums, N, K, row_bytes,
+            VALUES=values, SPLIT=layout == "split", BLOCK=_block(row_bytes), num_warps=4,
+        )  # fmt: skip
+    return packed, sums
+
+
+def _block(row_bytes: int) -> int:
+    return min(max(triton.next_power_of_2(row_bytes), 128), 1024)
+
+
+def aot_cases(arch: int) -> list[tuple]:
+    """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
+    signature = {"codes_ptr": "*i8", "packed_ptr": "*u8", "sum_ptr": "*i32"}
+    signature |= dict.fromkeys(("N", "K", "row_bytes"), "i32:16")
+    cases = []
+    for layout, values in (("ternary", 4), ("split", 4), ("binary", 8)):
+        for block in (128, 1024):
+            constants = {"VALUES": values, "SPLIT": layout == "split", "BLOCK": block}
+            cases.append((f"pack {layout} {block}", _pack_kernel, signature, constants, 4, 3))
+    return cases
+
+
+# ---------------------------------------------------------------------------------------------------------- layouts
 
 
 def _pack(codes: torch.Tensor, shifts: list[int]) -> torch.Tensor:

@@ -54,10 +54,10 @@ def _extrema(x_ptr, length, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _reduced(low, high, poison):
+def _reduced(low, high, poison, AXIS: tl.constexpr = 0):
     """One (least, largest) of a vector of them; NaN where one of `poison` is."""
-    nan = tl.sum(poison, axis=0)
-    return tl.min(low, axis=0) + nan, tl.max(high, axis=0) + nan
+    nan = tl.sum(poison, axis=AXIS)
+    return tl.min(low, axis=AXIS) + nan, tl.max(high, axis=AXIS) + nan
 
 
 @triton.jit
@@ -136,6 +136,28 @@ def _row_kernel(
 
 
 @triton.jit
+def _fake_kernel(
+    x_ptr, out_ptr, rows, size1, size2, K,
+    stride_x0, stride_x1, stride_x2, stride_xk, stride_o0, stride_o1, stride_o2, stride_ok,
+    BITS: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of x [size0, size1, size2, K], in any strides: read once, kept in registers, written once."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK).to(tl.int64)
+    within = (k < K)[None, :]
+    mask = (row < rows)[:, None] & within
+    i0, i1, i2 = row // size2 // size1, row // size2 % size1, row % size2
+    x_ptr += (i0 * stride_x0 + i1 * stride_x1 + i2 * stride_x2)[:, None] + (k * stride_xk)[None, :]
+    x = tl.load(x_ptr, mask=mask, other=0.0).to(tl.float32)
+    low, high = tl.where(within, x, float("inf")), tl.where(within, x, float("-inf"))
+    low, high = _reduced(low, high, x - x, 1)
+    scale, inverse, zero = _scale_and_zero(low, high, BITS, SYMMETRIC)
+    codes = _to_codes(x, inverse[:, None], zero[:, None], BITS, SYMMETRIC).to(tl.float32)
+    out_ptr += (i0 * stride_o0 + i1 * stride_o1 + i2 * stride_o2)[:, None] + (k * stride_ok)[None, :]
+    tl.store(out_ptr, ((codes - zero[:, None]) * scale[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _extrema_kernel(x_ptr, low_ptr, high_ptr, n, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     """Extrema of chunk p of a whole tensor."""
     p = tl.program_id(0).to(tl.int64)
@@ -171,6 +193,7 @@ def _chunk_kernel(
 
 MAX_BLOCK = 4096  # values held in registers by one program of 8 warps
 CHUNK = 16384  # values a program when one scale serves the whole tensor
+MAX_HELD = 16384  # the longest row that fake quantization keeps in registers, by 16 warps
 
 
 def launch_per_token(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
@@ -185,6 +208,42 @@ def launch_per_token(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
         BITS=bits, SYMMETRIC=symmetric, BLOCK=block, num_warps=4 if block <= 1024 else 8,
     )  # fmt: skip
     return q, scale, zero_point
+
+
+def launch_fake_per_token(x: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
+    """Run the Triton kernel on float [..., K], not empty; the result has x's strides where those are dense.
+
+    Views as attention passes them, [B, S, H, D] transposed to [B, H, S, D], are not copied.
+    """
+    K = x.shape[-1]
+    out = torch.empty_like(x)
+    if x.dim() > 4 or K > MAX_HELD:
+        return out.copy_(_fake_of_rows(x.reshape(-1, K), bits, symmetric).view(x.shape))
+    x4, out4 = (tensor[(None,) * (4 - x.dim())] for tensor in (x, out))
+    rows, block = x.numel() // K, triton.next_power_of_2(K)
+    _fake_kernel[(triton.cdiv(rows, _rows_held(block)),)](
+        x4, out4, rows, x4.shape[1], x4.shape[2], K, *x4.stride(), *out4.stride(),
+        BITS=bits, SYMMETRIC=symmetric, ROWS=_rows_held(block), BLOCK=block, num_warps=warps_holding(block),
+    )  # fmt: skip
+    return out
+
+
+def _fake_of_rows(x: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
+    if x.shape[1] <= MAX_HELD:
+        return launch_fake_per_token(x, bits, symmetric)
+    q, scale, zero_point = launch_per_token(x, bits, symmetric)
+    codes = q.float() if symmetric else q.float() - zero_point.unsqueeze(1)
+    return (codes * scale.unsqueeze(1)).to(x.dtype)
+
+
+def _rows_held(block: int) -> int:
+    """Rows a program: the heads of attention have 64 values, too few for one."""
+    return max(1, 1024 // block)
+
+
+def warps_holding(block: int) -> int:
+    """Warps for a program that keeps rows of `block` values (at least 1024 in all) in registers."""
+    return min(max(block // 512, 4), 16)
 
 
 def launch_per_tensor(
@@ -225,6 +284,14 @@ def aot_cases(arch: int) -> list[tuple]:
         signature |= {"n": "i32:16", "chunks": "i32"}
         constants = {**flags, "CHUNK": CHUNK, "BLOCK": MAX_BLOCK}
         cases.append((f"quantize tensor {name}", _chunk_kernel, signature, constants, 8, 3))
+        for block, dtype in ((64, "*bf16"), (1024, "*fp32"), (4096, "*fp32"), (MAX_HELD, "*fp32")):
+            signature = {"x_ptr": dtype, "out_ptr": dtype, "rows": "i32"}
+            signature |= dict.fromkeys(("size1", "size2"), "i32")
+            signature |= dict.fromkeys(("K", *(f"stride_{t}{i}" for t in "xo" for i in "012")), "i32:16")
+            # An argument of 1 is compiled as a constant.
+            constants = {**flags, "stride_xk": 1, "stride_ok": 1, "ROWS": _rows_held(block), "BLOCK": block}
+            label = f"fake quantize {name} {dtype} {block}"
+            cases.append((label, _fake_kernel, signature, constants, warps_holding(block), 3))
     signature = {"x_ptr": "*fp32", "low_ptr": "*fp32", "high_ptr": "*fp32", "n": "i32:16"}
     cases.append(("extrema", _extrema_kernel, signature, {"CHUNK": CHUNK, "BLOCK": MAX_BLOCK}, 8, 3))
     return cases
@@ -356,12 +423,6 @@ def _static(
 # -------------------------------------------------------------------------------------------------------------- ops
 
 
-def _fake_per_token_cuda(x: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
-    q, scale, zero_point = launch_per_token(x.reshape(-1, x.shape[-1]), bits, symmetric)
-    codes = q.float() if symmetric else q.float() - zero_point.unsqueeze(1)
-    return (codes * scale.unsqueeze(1)).to(x.dtype).reshape(x.shape)
-
-
 def _per_token_fake(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
     return outputs(x, symmetric, x.shape[0])
 
@@ -381,7 +442,7 @@ _per_token = define(
 _fake_per_token = define(
     "fake_quantize_per_token(Tensor x, int bits, bool symmetric) -> Tensor",
     cpu=_fake_per_token_cpu,
-    cuda=_fake_per_token_cuda,
+    cuda=launch_fake_per_token,
     fake=lambda x, bits, symmetric: torch.empty_like(x),
 )
 _per_tensor = define(

@@ -16,6 +16,7 @@ import torch
 
 from ._ops import FLOATS, check_choice, check_device, check_tensor, define
 from ._triton import tl, triton
+from .quantize import warps_holding
 
 Codes = tuple[torch.Tensor, torch.Tensor]
 
@@ -88,32 +89,86 @@ def _ternarize_row_kernel(
 
 
 @triton.jit
+def _held_row_kernel(w_ptr, codes_ptr, scale_ptr, K, BINARY: tl.constexpr, BLOCK: tl.constexpr):
+    """One program a row, which is read once and kept in registers."""
+    row = tl.program_id(0).to(tl.int64)
+    k = tl.arange(0, BLOCK)
+    w = tl.load(w_ptr + row * K + k, mask=k < K, other=0.0).to(tl.float32)
+    magnitude = tl.abs(w)
+    total = tl.sum(magnitude, axis=0)
+    mean = tl.div_rn(total, total * 0.0 + K)
+    if BINARY:
+        codes, scale = tl.where(w >= 0, 1, -1), mean
+    else:
+        above = magnitude > 0.7 * mean
+        codes = tl.where(above, tl.where(w > 0, 1, -1), 0)
+        scale = _mean_above(tl.sum(tl.where(above, magnitude, 0.0), axis=0), tl.sum(above.to(tl.float32), axis=0))
+    tl.store(scale_ptr + row, scale + (mean - mean))
+    tl.store(codes_ptr + row * K + k, codes.to(tl.int8), mask=k < K)
+
+
+# With one scale for the whole tensor, each launch leaves partial sums of chunks, and all programs of the next add them
+# up in the same order: nothing happens between the launches.
+
+
+@triton.jit
+def _sum_of(partial_ptr, chunks):
+    offs = tl.arange(0, 1024)
+    total = tl.zeros((1024,), tl.float32)
+    for start in range(0, chunks, 1024):
+        total += tl.load(partial_ptr + start + offs, mask=start + offs < chunks, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _threshold_of(before_ptr, n, chunks, HAS_V: tl.constexpr):
+    """The threshold that follows from the sums of the round before."""
+    weighted = _sum_of(before_ptr, chunks)
+    if HAS_V:
+        return _mean_above(weighted, _sum_of(before_ptr + chunks, chunks)) * 0.5
+    else:
+        return 0.7 * tl.div_rn(weighted, weighted * 0.0 + n)
+
+
+@triton.jit
 def _sums_chunk_kernel(
-    w_ptr, v_ptr, threshold_ptr, weighted_ptr, weight_ptr, n,
-    HAS_V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    w_ptr, v_ptr, before_ptr, after_ptr, n, chunks,
+    FIRST: tl.constexpr, HAS_V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Partial sums of chunk p of a whole tensor, to be added up in order."""
+    """Partial sums of chunk p above the threshold: `after_ptr` float32 [2, chunks], v|w| and v."""
     p = tl.program_id(0).to(tl.int64)
     length = tl.minimum(n - p * CHUNK, CHUNK).to(tl.int32)
-    threshold = tl.load(threshold_ptr)
+    if FIRST:
+        threshold = 0.0 if HAS_V else -1.0
+    else:
+        threshold = _threshold_of(before_ptr, n, chunks, HAS_V)
     weighted, weight = _sums_above(w_ptr + p * CHUNK, v_ptr + p * CHUNK, length, threshold, HAS_V, BLOCK)
-    tl.store(weighted_ptr + p, weighted)
-    tl.store(weight_ptr + p, weight)
+    tl.store(after_ptr + p, weighted)
+    tl.store(after_ptr + chunks + p, weight)
 
 
 @triton.jit
 def _ternary_chunk_kernel(
-    w_ptr, codes_ptr, threshold_ptr, scale_ptr, n, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+    w_ptr, codes_ptr, first_ptr, before_ptr, after_ptr, scale_ptr, n, chunks,
+    SIGNS: tl.constexpr, HAS_V: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Scale and codes from the sums of the first round, of the last but one and of the last. SIGNS: threshold 0."""
     p = tl.program_id(0).to(tl.int64)
     length = tl.minimum(n - p * CHUNK, CHUNK).to(tl.int32)
-    threshold, scale = tl.load(threshold_ptr), tl.load(scale_ptr)
+    total = _sum_of(first_ptr, chunks)
+    scale = _mean_above(_sum_of(after_ptr, chunks), _sum_of(after_ptr + chunks, chunks)) + (total - total)
+    if SIGNS:
+        threshold = total * 0.0
+    else:
+        threshold = _threshold_of(before_ptr, n, chunks, HAS_V)
+    if p == 0:
+        tl.store(scale_ptr, scale)
     _store_ternary(w_ptr + p * CHUNK, codes_ptr + p * CHUNK, length, threshold, scale, BLOCK)
 
 
 @triton.jit
-def _binarize_kernel(w_ptr, codes_ptr, sum_ptr, n, CHUNK, BLOCK: tl.constexpr):
-    """Codes and sum|w| of chunk p; a chunk is a row, or a part of a whole tensor."""
+def _binary_chunk_kernel(w_ptr, codes_ptr, sum_ptr, n, CHUNK, BLOCK: tl.constexpr):
+    """Codes and sum|w| of chunk p; a chunk is a long row, or a part of a whole tensor."""
     p = tl.program_id(0).to(tl.int64)
     length = tl.minimum(n - p * CHUNK, CHUNK).to(tl.int32)
     offs = tl.arange(0, BLOCK)
@@ -127,27 +182,63 @@ def _binarize_kernel(w_ptr, codes_ptr, sum_ptr, n, CHUNK, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _split_kernel(
-    w_ptr, kept_ptr, side_ptr, a_ptr, b_ptr, w1_ptr, w2_ptr, length, HAS_SIDE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Both halves of block p of group g (a row, or the whole tensor); float64 on the way."""
+def _binary_scale_kernel(sum_ptr, scale_ptr, length, chunks):
+    """The mean of `length` magnitudes from the sums of their chunks."""
+    group = tl.program_id(0).to(tl.int64)
+    total = _sum_of(sum_ptr + group * chunks, chunks)
+    scale = tl.div_rn(total, total * 0.0 + length)
+    tl.store(scale_ptr + group, scale + (scale - scale))
+
+
+@triton.jit
+def _store_halves(w, kept, side, a, b, w1_ptr, w2_ptr, mask):
+    """Both halves of float64 w."""
+    small = tl.where(side > 0, tl.where(w > 0, w, 0.0), tl.where(w < 0, w, 0.0)) + side * b
+    w1 = tl.where(kept, a * w, small).to(tl.float32)
+    tl.store(w1_ptr, w1, mask=mask)
+    tl.store(w2_ptr, (w - w1.to(tl.float64)).to(tl.float32), mask=mask)
+
+
+@triton.jit
+def _split_row_kernel(w_ptr, codes_ptr, w1_ptr, w2_ptr, K, BLOCK: tl.constexpr):
+    """One program a row, which it keeps in registers. Twin of `_split_terms`, in float64."""
+    k = tl.arange(0, BLOCK)
+    mask = k < K
+    at = tl.program_id(0).to(tl.int64) * K + k
+    w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
+    kept = tl.load(codes_ptr + at, mask=mask, other=0) != 0
+    small = tl.where(kept, 0.0, w)
+    sum_kept = tl.sum(tl.where(kept, tl.abs(w), 0.0), axis=0)
+    sum_all = sum_kept + tl.sum(tl.abs(small), axis=0)
+    n_kept = tl.sum(kept.to(tl.int32), axis=0)
+    balance = tl.sum(small, axis=0)
+    side = small * 0.0 + 1.0
+    if tl.abs(balance) >= sum_kept:
+        heavier = tl.maximum(tl.where(balance > 0, small, -small), 0.0)
+        moved = (heavier > 0) & (tl.cumsum(heavier, axis=0) <= tl.abs(balance) * 0.5)
+        side = tl.where(moved, -1.0, side)
+        balance = tl.sum(side * small, axis=0)
+    some = tl.where(n_kept == 0, 1.0, sum_kept)  # without any code there is nothing to balance: halve the row
+    a = tl.where(n_kept == 0, 0.5, (sum_kept - balance) / (2.0 * some))
+    b = (K / tl.maximum(n_kept, 1).to(tl.float64) * sum_kept - sum_all) / (2 * tl.maximum(K - n_kept, 1)).to(tl.float64)
+    b = tl.where(n_kept == 0, 0.0, b)
+    _store_halves(w, kept | (n_kept == 0), side, a, b, w1_ptr + at, w2_ptr + at, mask)
+
+
+@triton.jit
+def _split_kernel(w_ptr, kept_ptr, side_ptr, a_ptr, b_ptr, w1_ptr, w2_ptr, length, BLOCK: tl.constexpr):
+    """Both halves of block p of group g (a long row, or the whole tensor)."""
     g = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at, mask = g * length + offs, offs < length
     w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
     kept = tl.load(kept_ptr + at, mask=mask, other=0) != 0
-    a, b = tl.load(a_ptr + g), tl.load(b_ptr + g)
-    if HAS_SIDE:
-        side = tl.load(side_ptr + at, mask=mask, other=0).to(tl.float64)
-        small = tl.where(side > 0, tl.where(w > 0, w, 0.0), tl.where(w < 0, w, 0.0)) + side * b
-    else:
-        small = tl.where(w > 0, w, 0.0) + b
-    w1 = tl.where(kept, a * w, small).to(tl.float32)
-    tl.store(w1_ptr + at, w1, mask=mask)
-    tl.store(w2_ptr + at, (w - w1.to(tl.float64)).to(tl.float32), mask=mask)
+    side = tl.load(side_ptr + at, mask=mask, other=0).to(tl.float64)
+    _store_halves(w, kept, side, tl.load(a_ptr + g), tl.load(b_ptr + g), w1_ptr + at, w2_ptr + at, mask)
 
 
 MAX_BLOCK = 2048  # 4096 would spill the loss-aware form
+MAX_HELD = 16384  # the longest row that one program keeps in registers, by 16 warps
 CHUNK = 16384  # values a program when one scale serves the whole tensor
 
 
@@ -156,98 +247,117 @@ def _block(K: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
 
 
+def _held(K: int) -> dict[str, int]:
+    block = triton.next_power_of_2(K)
+    return {"BLOCK": block, "num_warps": warps_holding(block)}
+
+
 def launch_ternarize(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | None, iterations: int) -> Codes:
-    """Run the Triton kernels; arguments as the op's, already validated."""
-    codes, scale = _outputs(w, per_row)
-    w, v = w.contiguous(), None if curvature is None else curvature.contiguous()
+    """Run the Triton kernels; arguments as the op's, already validated. One launch per row, else three or more."""
     n = w.numel()
     if n == 0:
-        return codes, scale
+        return _outputs_of_empty(w, per_row)
+    codes, scale = _outputs(w, per_row)
+    w, v = w.contiguous(), None if curvature is None else curvature.contiguous()
     has_v = v is not None
     v = w if v is None else v  # a pointer that is not read
     if per_row:
-        K = w.shape[1]
-        _ternarize_row_kernel[(w.shape[0],)](w, v, codes, scale, K, iterations, HAS_V=has_v, **_block(K))
+        rows, K = w.shape
+        if has_v or K > MAX_HELD:
+            _ternarize_row_kernel[(rows,)](w, v, codes, scale, K, iterations, HAS_V=has_v, **_block(K))
+        else:
+            _held_row_kernel[(rows,)](w, codes, scale, K, BINARY=False, **_held(K))
         return codes, scale
     chunks = triton.cdiv(n, CHUNK)
-    partial = scale.new_empty(2, chunks)
-
-    def sums(threshold: torch.Tensor) -> torch.Tensor:
-        _sums_chunk_kernel[(chunks,)](
-            w, v, threshold, partial[0], partial[1], n, HAS_V=has_v, CHUNK=CHUNK, BLOCK=MAX_BLOCK, num_warps=8
-        )  # fmt: skip
-        return partial.sum(1)
-
-    def mean(weighted_weight: torch.Tensor) -> torch.Tensor:
-        weighted, weight = weighted_weight
-        return (weighted / torch.where(weight == 0, 1.0, weight)).reshape(1)
-
-    total = sums(torch.full_like(scale, 0.0 if has_v else -1.0))
-    poison = total[0] - total[0]
-    threshold = torch.zeros_like(scale) if has_v else THRESHOLD * (total[:1] / n)
-    scale = mean(total if has_v else sums(threshold))
-    for _ in range(iterations if has_v else 0):
-        threshold = scale / 2
-        scale = mean(sums(threshold))
-    scale = scale + poison
-    _ternary_chunk_kernel[(chunks,)](w, codes, threshold, scale, n, CHUNK=CHUNK, BLOCK=MAX_BLOCK, num_warps=8)
+    first, before, after = scale.new_empty(3, 2, chunks)
+    options = {"HAS_V": has_v, "CHUNK": CHUNK, "BLOCK": MAX_BLOCK, "num_warps": 8}
+    _sums_chunk_kernel[(chunks,)](w, v, first, first, n, chunks, FIRST=True, **options)
+    rounds = iterations if has_v else 1
+    last = [first, first]
+    for turn in range(rounds):
+        last = [last[1], (before, after)[turn % 2]]
+        _sums_chunk_kernel[(chunks,)](w, v, *last, n, chunks, FIRST=False, **options)
+    _ternary_chunk_kernel[(chunks,)](w, codes, first, *last, scale, n, chunks, SIGNS=rounds == 0, **options)
     return codes, scale
 
 
 def launch_binarize(w: torch.Tensor, per_row: bool) -> Codes:
-    """Run the Triton kernel; arguments as the op's."""
-    codes, scale = _outputs(w, per_row)
-    w = w.contiguous()
+    """Run the Triton kernels; arguments as the op's. One launch per row, else two."""
     n = w.numel()
     if n == 0:
+        return _outputs_of_empty(w, per_row)
+    codes, scale = _outputs(w, per_row)
+    w = w.contiguous()
+    rows, K = w.shape
+    if per_row and K <= MAX_HELD:
+        _held_row_kernel[(rows,)](w, codes, scale, K, BINARY=True, **_held(K))
         return codes, scale
-    chunk = w.shape[1] if per_row else CHUNK
-    sums = scale.new_empty(triton.cdiv(n, chunk))
-    _binarize_kernel[(len(sums),)](w, codes, sums, n, chunk, **_block(chunk))
-    return codes, _finite_or_nan(sums / chunk if per_row else sums.sum(0, keepdim=True) / n)
+    groups, length, chunk = (rows, K, K) if per_row else (1, n, CHUNK)
+    chunks = triton.cdiv(length, chunk)
+    sums = scale.new_empty(groups * chunks)
+    _binary_chunk_kernel[(groups * chunks,)](w, codes, sums, n, chunk, **_block(chunk))
+    _binary_scale_kernel[(groups,)](sums, scale, length, chunks, num_warps=4)
+    return codes, scale
 
 
 def launch_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the Triton kernel; arguments as the op's. A and B are torch reductions before it."""
+    """Run the Triton kernels; arguments as the op's. Per row one beside ternarize's, else torch reductions come first.
+
+    Nothing is read back: the host does not wait for the device.
+    """
     w1, w2 = _split_fake(w, per_row)
     w = w.contiguous()
     if w.numel() == 0:
         return w1, w2
-    kept, a, b, side = _split_terms(w, per_row)
+    if per_row and w.shape[1] <= MAX_HELD:
+        block = triton.next_power_of_2(w.shape[1])
+        warps = min(2 * warps_holding(block), 16)  # float64 takes two registers
+        codes, _ = _ternarize(w, True, None, 0)
+        _split_row_kernel[(w.shape[0],)](w, codes, w1, w2, w.shape[1], BLOCK=block, num_warps=warps)
+        return w1, w2
+    kept, a, b, side = _split_terms(w, per_row, look=False)
+    assert side is not None
     groups, length = kept.shape
-    has_side = side is not None
-    side = kept if side is None else side  # a pointer that is not read
-    grid = (groups, triton.cdiv(length, MAX_BLOCK))
-    _split_kernel[grid](
+    _split_kernel[(groups, triton.cdiv(length, MAX_BLOCK))](
         w, kept.to(torch.int8), side.to(torch.int8), a.contiguous(), b.contiguous(), w1, w2, length,
-        HAS_SIDE=has_side, BLOCK=MAX_BLOCK, num_warps=8,
+        BLOCK=MAX_BLOCK, num_warps=8,
     )  # fmt: skip
     return w1, w2
 
 
 def aot_cases(arch: int) -> list[tuple]:
     """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
-    w, v, codes = {"w_ptr": "*fp32"}, {"v_ptr": "*fp32"}, {"codes_ptr": "*i8"}
-    scale, threshold = {"scale_ptr": "*fp32"}, {"threshold_ptr": "*fp32"}
-    chunk = {"CHUNK": CHUNK, "BLOCK": MAX_BLOCK}
+    w, codes, scale = {"w_ptr": "*fp32"}, {"codes_ptr": "*i8"}, {"scale_ptr": "*fp32"}
+    v, first, sums = ({name: "*fp32"} for name in ("v_ptr", "first_ptr", "sum_ptr"))
+    rounds = {"before_ptr": "*fp32", "after_ptr": "*fp32"}
+    size = {"n": "i32:16", "chunks": "i32"}
     cases: list[tuple] = []
+    for binary in (False, True):
+        for K in (1024, 4096, MAX_HELD):
+            signature = {**w, **codes, **scale, "K": "i32:16"}
+            constants, warps = {"BINARY": binary, "BLOCK": K}, warps_holding(K)
+            cases.append((f"held rows binary={binary} {K}", _held_row_kernel, signature, constants, warps, 3))
     for has_v in (False, True):
+        flags = {"HAS_V": has_v, "CHUNK": CHUNK, "BLOCK": MAX_BLOCK}
         for block, warps in ((1024, 4), (MAX_BLOCK, 8)):
             signature = {**w, **v, **codes, **scale, "K": "i32:16", "iterations": "i32"}
             constants = {"HAS_V": has_v, "BLOCK": block}
             cases.append((f"ternarize rows v={has_v} {block}", _ternarize_row_kernel, signature, constants, warps, 3))
-        signature = {**w, **v, **threshold, "weighted_ptr": "*fp32", "weight_ptr": "*fp32", "n": "i32:16"}
-        cases.append((f"ternary sums v={has_v}", _sums_chunk_kernel, signature, {"HAS_V": has_v, **chunk}, 8, 3))
-    signature = {**w, **codes, **threshold, **scale, "n": "i32:16"}
-    cases.append(("ternary codes", _ternary_chunk_kernel, signature, chunk, 8, 3))
-    signature = {**w, **codes, "sum_ptr": "*fp32", "n": "i32:16", "CHUNK": "i32:16"}
-    for block, warps in ((1024, 4), (MAX_BLOCK, 8)):
-        cases.append((f"binarize {block}", _binarize_kernel, signature, {"BLOCK": block}, warps, 3))
+        for is_first in (False, True):
+            signature, constants = {**w, **v, **rounds, **size}, {"FIRST": is_first, **flags}
+            cases.append((f"ternary sums v={has_v}, {is_first}", _sums_chunk_kernel, signature, constants, 8, 3))
+        signature, constants = {**w, **codes, **first, **rounds, **scale, **size}, {"SIGNS": False, **flags}
+        cases.append((f"ternary codes v={has_v}", _ternary_chunk_kernel, signature, constants, 8, 3))
+    signature = {**w, **codes, **sums, "n": "i32:16", "CHUNK": "i32:16"}
+    cases.append(("binary codes", _binary_chunk_kernel, signature, {"BLOCK": MAX_BLOCK}, 8, 3))
+    signature = {**sums, **scale, "length": "i32:16", "chunks": "i32"}
+    cases.append(("binary scale", _binary_scale_kernel, signature, {}, 4, 3))
     signature = {**w, "kept_ptr": "*i8", "side_ptr": "*i8", "a_ptr": "*fp64", "b_ptr": "*fp64"}
     signature |= {"w1_ptr": "*fp32", "w2_ptr": "*fp32", "length": "i32:16"}
-    for has_side in (False, True):
-        constants = {"HAS_SIDE": has_side, "BLOCK": MAX_BLOCK}
-        cases.append((f"split side={has_side}", _split_kernel, signature, constants, 8, 3))
+    cases.append(("split", _split_kernel, signature, {"BLOCK": MAX_BLOCK}, 8, 3))
+    for K in (1024, 4096):
+        signature, warps = {**w, **codes, "w1_ptr": "*fp32", "w2_ptr": "*fp32", "K": "i32:16"}, 2 * warps_holding(K)
+        cases.append((f"split rows {K}", _split_row_kernel, signature, {"BLOCK": K}, warps, 3))
     return cases
 
 
@@ -257,8 +367,14 @@ CPU_CHUNK = 2**18  # values treated at a time, so that intermediates stay in cac
 
 
 def _outputs(w: torch.Tensor, per_row: bool) -> Codes:
-    """(codes, scale) to fill; scale 0 is right already where w is empty."""
-    return w.new_empty(w.shape, dtype=torch.int8), w.new_zeros(w.shape[0] if per_row else 1, dtype=torch.float32)
+    """(codes, scale) to fill."""
+    return w.new_empty(w.shape, dtype=torch.int8), w.new_empty(w.shape[0] if per_row else 1, dtype=torch.float32)
+
+
+def _outputs_of_empty(w: torch.Tensor, per_row: bool) -> Codes:
+    """What a w without values gives: scale 0."""
+    codes, scale = _outputs(w, per_row)
+    return codes, scale.zero_()
 
 
 def _finite_or_nan(scale: torch.Tensor) -> torch.Tensor:
@@ -291,9 +407,9 @@ def _loss_aware(w: torch.Tensor, v: torch.Tensor | None, iterations: int) -> Cod
 
 
 def _ternarize_cpu(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | None, iterations: int) -> Codes:
-    codes, scale = _outputs(w, per_row)
     if w.numel() == 0:
-        return codes, scale
+        return _outputs_of_empty(w, per_row)
+    codes, scale = _outputs(w, per_row)
     w = w.contiguous()
     method = _twn if curvature is None else _loss_aware
     rows, row_codes = (w, codes) if per_row else (w.reshape(1, -1), codes.view(1, -1))
@@ -308,7 +424,7 @@ def _ternarize_cpu(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | Non
 
 def _binarize_cpu(w: torch.Tensor, per_row: bool) -> Codes:
     if w.numel() == 0:
-        return _outputs(w, per_row)
+        return _outputs_of_empty(w, per_row)
     w = w.contiguous()
     codes = (w >= 0).view(torch.int8).mul_(2).sub_(1)
     rows = w.float() if per_row else w.float().reshape(1, -1)
@@ -320,12 +436,13 @@ def _binarize_cpu(w: torch.Tensor, per_row: bool) -> Codes:
 
 
 def _split_terms(
-    w: torch.Tensor, per_row: bool
+    w: torch.Tensor, per_row: bool, look: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """(kept, A, B, side) of every row, or of the whole tensor as one row; A and B float64 [rows, 1].
 
     A = (S_I + S_K - S_J) / (2 S_I), B = (n/|I| S_I - S_all) / (2 (|J| + |K|)) over I = {t != 0}, J = {t = 0, w > 0},
-    K = {t = 0, w <= 0}. `side` says which half gets a small weight: the first, +1 (None: all), or the second, -1.
+    K = {t = 0, w <= 0}. `side` says which half gets a small weight: the first, +1 (None: all), or the second, -1. None
+    takes a look at the values, for which a device would have to be waited for.
     """
     codes, _ = _ternarize(w, per_row, None, 0)
     rows = (w if per_row else w.reshape(1, -1)).float().double()
@@ -337,10 +454,10 @@ def _split_terms(
     # that sign change sides: what stays is less than twice the TWN threshold, hence less than S_I.
     side, balance = None, excess  # S_J - S_K
     one_sided = excess.abs() >= sum_kept
-    if bool(one_sided.any()):
+    if not look or bool(one_sided.any()):
         heavier = (small * excess.sign()).clamp_(min=0)
-        side = torch.ones_like(rows)
-        side[one_sided & (heavier > 0) & (heavier.cumsum(1) <= excess.abs() / 2)] = -1.0
+        moved = one_sided & (heavier > 0) & (heavier.cumsum(1) <= excess.abs() / 2)
+        side = torch.ones_like(rows).masked_fill_(moved, -1.0)
         balance = (side * small).sum(1, keepdim=True)
     n, n_kept = rows.shape[1], kept.sum(1, keepdim=True)
     a = (sum_kept - balance) / (2 * sum_kept)
@@ -354,7 +471,7 @@ def _split_cpu(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Tens
     if w.numel() == 0:
         return _split_fake(w, per_row)
     w = w.contiguous()
-    kept, a, b, side = _split_terms(w, per_row)
+    kept, a, b, side = _split_terms(w, per_row, look=True)
     rows = w.view(kept.shape).float().double()
     # The offset puts the halves on opposite sides of 0, and the one on w's side takes w.
     if side is None:

@@ -61,7 +61,7 @@ class QuantEmbedding(nn.Module):
         else:
             codes, scale = table_codes(table, self.bits, self.granularity)
             codes = codes[ids]
-        return StraightThrough.apply(rows, (codes.float() * scale.unsqueeze(-1)).to(rows.dtype))
+        return StraightThrough.apply(rows, (codes * scale.unsqueeze(-1)).to(rows.dtype))
 
     def extra_repr(self) -> str:
         planes = ", split" if self.weight.dim() == 3 else ""

@@ -27,7 +27,14 @@ from lowbit_kernels import (
 )
 
 from ..config import LowbitConfig
-from ..quantizers import WEIGHT_QUANTIZERS, ActivationQuantizer, dequantize_weight, weight_codes
+from ..quantizers import (
+    WEIGHT_QUANTIZERS,
+    ActivationQuantizer,
+    activation_values,
+    dequantize_weight,
+    weight_codes,
+    weight_values,
+)
 from ._packed import Packed
 
 
@@ -55,21 +62,27 @@ def layout(config: LowbitConfig) -> str:
 
 
 class _CodesLinear(torch.autograd.Function):
-    """`torch.nn.functional.linear(x, weight, bias)` with the forward product done on the integer codes of both."""
+    """The product of the integer codes of x and weight; backward as of `torch.nn.functional.linear` of their values.
+
+    Until then codes are kept, a quarter of the memory of float32 values. A pair [2, N, K] is the sum of its planes.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, x_codes, codes, scale, x_scale, x_zero_point, layout):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, weight)
+    def forward(ctx, x, weight, bias, codes, scale, x_codes, x_scale, x_zero_point, layout):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(codes, scale, x_codes, x_scale, x_zero_point)
+        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
         return codes_linear(x_codes, codes, scale, bias, x_scale, x_zero_point, layout, x.dtype)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        x, weight = ctx.saved_tensors
+        codes, scale, x_codes, x_scale, x_zero_point = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
-        grad_x = (grad @ weight.to(grad.dtype)) if ctx.needs_input_grad[0] else None
-        grad_weight = None
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ weight_values(codes, scale, ctx.weight_dtype).to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            grad_weight = (rows.T @ x.reshape(-1, x.shape[-1]).to(grad.dtype)).to(weight.dtype)
+            x = activation_values(x_codes, x_scale, x_zero_point, ctx.x_dtype).to(grad.dtype)
+            grad_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(ctx.weight_dtype).expand(codes.shape)
         grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None, None, None, None, None, None
 
@@ -101,9 +114,8 @@ class QuantLinear(nn.Module):
         layout = "split" if codes.dim() == 3 else {2: "ternary", 1: "binary"}[WEIGHT_QUANTIZERS[self.quantizer][0]]
         if not torch.is_grad_enabled():
             return codes_linear(x_codes, codes, scale, self.bias, x_scale, x_zero_point, layout, x.dtype)
-        weight = dequantize_weight(self.weight, codes, scale)
-        x = self.input_quantizer.dequantize(x, x_codes, x_scale, x_zero_point)
-        return _CodesLinear.apply(x, weight, self.bias, x_codes, codes, scale, x_scale, x_zero_point, layout)
+        x = self.input_quantizer.latent(x)
+        return _CodesLinear.apply(x, self.weight, self.bias, codes, scale, x_codes, x_scale, x_zero_point, layout)
 
     def extra_repr(self) -> str:
         planes = ", split" if self.weight.dim() == 3 else ""

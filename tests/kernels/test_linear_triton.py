@@ -9,13 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from launches import work_of
 from lowbit_kernels import reference
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lowbit_kernels import linear
+from lowbit_kernels import linear, packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["ternary", "binary", "split"]
@@ -413,3 +414,25 @@ def test_joint_products_are_one_launch_with_the_same_bits(kind: str) -> None:
         alone = [linear.launch(x.to(DEVICE), *weight, *given) for weight in zip(packed, scale, bias, strict=True)]
         assert torch.equal(joint, torch.cat(alone, 1))
         bias[0] += 1.0  # edits are noticed
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_zero", [False, True])
+def test_unpacked_codes_give_the_bits_of_packed_ones(kind: str, with_zero: bool) -> None:
+    x, packed, scale, bias, x_scale = random_case(kind, 9, 33, 300)
+    zero = torch.randint(-300, 300, x_scale.shape, dtype=torch.int32) if with_zero else None
+    codes = getattr(reference, f"unpack_{kind}")(packed, 300)
+    codes = torch.stack(codes) if kind == "split" else codes
+    tensors = (None if t is None else t.to(DEVICE) for t in (x, codes.to(torch.int8), scale, bias, x_scale, zero))
+    got = linear._codes_cuda(*tensors, kind, torch.float32).cpu()
+    assert torch.equal(got, launch(kind, x, packed, scale, bias, x_scale, zero))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unpacked_codes_take_one_launch_more(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _, scale, bias, x_scale = random_case(kind, 4, 33, 768)
+    codes = torch.ones(*scale.shape, 768, dtype=torch.int8)
+    zero = torch.zeros(4, dtype=torch.int32)
+    arguments = x, codes, scale, bias, x_scale, zero, kind, torch.float32
+    work = work_of(lambda: linear._codes_cuda(*arguments), [linear, packing], monkeypatch)
+    assert work == (["_pack_kernel", "_small_kernel"], [])

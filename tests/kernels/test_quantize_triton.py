@@ -6,8 +6,9 @@ import os
 
 import pytest
 import torch
+from launches import work_of
 
-from lowbit_kernels import quantize_per_tensor, quantize_per_token
+from lowbit_kernels import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
@@ -78,3 +79,48 @@ def test_per_tensor_equals_cpu(kind: str, n: int, bits: int, symmetric: bool) ->
 def test_empty(shape: tuple[int, int]) -> None:
     q, scale, _ = quantize.launch_per_token(torch.zeros(shape, device=DEVICE), 8, True)
     assert q.shape == shape and not scale.any() and len(scale) == shape[0]
+
+
+def bits_of(x: torch.Tensor) -> torch.Tensor:
+    """The bits, with one kind of NaN and one of zero: the CPU path leaves -0 where a negative value rounds to 0."""
+    x = (x.cpu() + 0.0).nan_to_num(nan=12345.0)
+    return x.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), MODES)
+@pytest.mark.parametrize("K", [1, 2, 64, 129, 768, 5000, quantize.MAX_HELD + 1])
+def test_fake_quantization_gives_the_bits_of_the_cpu_and_of_the_codes(K: int, bits: int, symmetric: bool) -> None:
+    x = rows_of_all_kinds(K) if K <= 5000 else torch.randn(3, K)
+    got = quantize.launch_fake_per_token(x.to(DEVICE), bits, symmetric)
+    q, scale, zero = quantize_per_token(x, bits, symmetric)
+    from_codes = (q.float() - (0 if zero is None else zero.float().unsqueeze(1))) * scale.unsqueeze(1)
+    assert torch.equal(bits_of(got), bits_of(from_codes))
+    assert torch.equal(bits_of(got), bits_of(fake_quantize_per_token(x, bits, symmetric)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fake_quantization_of_views(dtype: torch.dtype, symmetric: bool) -> None:
+    x = torch.randn(3, 5, 4, 33).to(dtype)
+    views = [
+        x.transpose(1, 2),  # what attention passes
+        x.transpose(2, 3),  # rows that are not contiguous
+        x[:, 1:4, ::2, :20],
+        x[0, 0, 0],
+        x[:1].expand(4, 5, 4, 33),
+        x.view(3, 5, 2, 2, 33).transpose(1, 3),
+    ]
+    for view in views:
+        got = quantize.launch_fake_per_token(view.to(DEVICE), 8, symmetric)
+        expected = fake_quantize_per_token(view, 8, symmetric)
+        if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter truncates, hence a whole ulp
+            torch.testing.assert_close(got, expected, rtol=2.0**-7, atol=0)
+        else:
+            assert torch.equal(bits_of(got), bits_of(expected))
+        assert got.stride() == torch.empty_like(view).stride() and got.dtype == dtype
+
+
+def test_fake_quantization_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 8, 4, 64).transpose(1, 2)
+    work = work_of(lambda: quantize.launch_fake_per_token(x, 8, False), [quantize], monkeypatch)
+    assert work == (["_fake_kernel"], [])

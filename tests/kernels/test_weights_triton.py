@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from launches import work_of
 
 from lowbit_kernels import reference
 
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 from lowbit_kernels import weights
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SHAPES = [(1, 1), (3, 129), (2, 5000), (150, 129), (0, 4), (4, 0)]
+SHAPES = [(1, 1), (3, 129), (2, 5000), (150, 129), (0, 4), (4, 0), (2, weights.MAX_HELD + 3)]
 GRANULARITIES = ["per_row", "per_tensor"]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -40,10 +41,12 @@ def test_ternarize(shape: tuple[int, int], granularity: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_loss_aware(shape: tuple[int, int], granularity: str) -> None:
+@pytest.mark.parametrize("iterations", [0, 1, 5])
+def test_loss_aware(shape: tuple[int, int], granularity: str, iterations: int) -> None:
     w, v = torch.randn(shape), torch.rand(shape) ** 4 + 1e-3
-    got = weights.launch_ternarize(w.to(DEVICE), granularity == "per_row", v.to(DEVICE), 5)
-    assert_close(got, reference.ternarize(w, granularity=granularity, curvature=v, iterations=5), flips=2)
+    got = weights.launch_ternarize(w.to(DEVICE), granularity == "per_row", v.to(DEVICE), iterations)
+    expected = reference.ternarize(w, granularity=granularity, curvature=v, iterations=iterations)
+    assert_close(got, expected, flips=2 if iterations else 0)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -89,3 +92,33 @@ def test_per_tensor_sums_are_deterministic() -> None:
     w = torch.randn(200, 300, device=DEVICE)
     first, second = (weights.launch_ternarize(w, False, None, 10) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+LAUNCHES = {
+    "ternary rows": (lambda w: weights.launch_ternarize(w, True, None, 10), ["_held_row_kernel"]),
+    "binary rows": (lambda w: weights.launch_binarize(w, True), ["_held_row_kernel"]),
+    "ternary tensor": (
+        lambda w: weights.launch_ternarize(w, False, None, 10),
+        ["_sums_chunk_kernel", "_sums_chunk_kernel", "_ternary_chunk_kernel"],
+    ),
+    "binary tensor": (lambda w: weights.launch_binarize(w, False), ["_binary_chunk_kernel", "_binary_scale_kernel"]),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_of_a_training_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, expected = LAUNCHES[name]
+    w = torch.randn(300, 768)
+    assert work_of(lambda: launch(w), [weights], monkeypatch) == (expected, [])
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_splitting_does_not_wait_for_the_device(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.randn(30, 768)
+    ternary = weights.ternarize(w, granularity=granularity)
+    monkeypatch.setattr(weights, "_ternarize", lambda *_: ternary)
+    launched, computed = work_of(lambda: weights.launch_split(w, granularity == "per_row"), [weights], monkeypatch)
+    if granularity == "per_row":
+        assert (launched, computed) == (["_split_row_kernel"], [])
+    else:
+        assert launched == ["_split_kernel"] and not {"_local_scalar_dense", "nonzero"} & set(computed)

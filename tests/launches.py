@@ -1,0 +1,48 @@
+"""What a launcher does on the device, seen without one: which kernels it launches, and what torch computes besides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Allocations and views; everything else is work on the device or waits for it.
+FREE = ("empty", "new_empty", "empty_like", "view", "_unsafe_view", "unsqueeze", "detach", "unbind", "select", "alias")
+
+
+class _Recorder:
+    """In place of a kernel."""
+
+    def __init__(self, name: str, launched: list[str]) -> None:
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *_, **__: self.launched.append(self.name)
+
+
+class _Computing(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = op._schema.name.removeprefix("aten::")
+        if op.namespace == "aten" and name not in FREE:
+            self.seen.append(name)
+        return op(*args, **(kwargs or {}))
+
+
+def work_of(
+    run: Callable[[], object], modules: list[ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[str], list[str]]:
+    """(kernels launched, torch ops that compute) while `run()` runs; the kernels of the modules do nothing."""
+    launched: list[str] = []
+    for module in modules:
+        for kernel in [attribute for attribute in vars(module) if attribute.endswith("_kernel")]:
+            monkeypatch.setattr(module, kernel, _Recorder(kernel, launched))
+    with _Computing() as computing:
+        run()
+    return launched, computing.seen
