@@ -23,6 +23,7 @@ from . import hf, models
 from .config import LowbitConfig, names
 from .nn import FusedEmbeddings, PackedEmbedding, PackedEncoder, PackedLinear, QuantEmbedding, QuantLinear
 from .nn import attention as lowbit_attention
+from .nn import encoder as lowbit_encoder
 from .nn.linear import JointProjection, attention_quantizers
 from .quantizers import check_weight_quantizer
 
@@ -75,6 +76,8 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
         ValueError: the model is not prepared, is already packed, or holds NaN.
     """
     config = _expect_prepared(model, "convert")
+    if fused:
+        _check_fusable(model, config.replace(stage="packed"))
     packed: dict[str, nn.Module] = {}
     sites = dict(models.linears(model))
     for name, module in model.named_modules():
@@ -114,6 +117,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     encoder = base.get_submodule(path)
     if isinstance(encoder, PackedEncoder):
         raise ValueError("the model is already fused")
+    _check_fusable(model, config)
     embeddings = FusedEmbeddings(base.get_submodule(architecture.embeddings))
     _swap(base, {path: PackedEncoder(encoder, architecture, config), architecture.embeddings: embeddings})
     base.requires_grad_(False)
@@ -157,6 +161,14 @@ def split(model: PreTrainedModel) -> PreTrainedModel:
         module.weight = weight
         _as_pair(module)
     return hf.attach(model, config)
+
+
+def _check_fusable(model: PreTrainedModel, config: LowbitConfig) -> None:
+    lowbit_encoder.check(config)
+    for name, _ in models.linears(model):
+        pooler = name.endswith(models.describe(model).pooler)
+        if not pooler and not isinstance(model.get_submodule(name), PackedLinear | QuantLinear):
+            raise ValueError(f"{name} is left in float (modules_to_not_convert?); a fused encoder needs it packed")
 
 
 def build(model: PreTrainedModel, config: LowbitConfig) -> None:

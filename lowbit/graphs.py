@@ -52,8 +52,11 @@ def compile_for(
 
     A batch takes the graph with the fewest tokens that holds it; one that no graph holds runs without.
 
+    Graphs hold the weights as they are and share their buffers: do not move, retype or edit the model afterwards, and
+    run it from one thread and stream at a time.
+
     Args:
-        model: fused (`convert(..., fused=True)` or `fuse`), on a CUDA device; do not move or retype it afterwards.
+        model: fused (`convert(..., fused=True)` or `fuse`), on a CUDA device.
         batch_sizes, seq_lens: each with each; four graphs a pair, of a quarter, half, three quarters and all tokens.
         progress: show a bar.
 
@@ -94,16 +97,23 @@ def nearest(available: Iterable[Shape], tokens: int, sequences: Sequences) -> Sh
     )
 
 
-def _capture(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles kernels and fills caches, which a capture must not do
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
-    return graph.replay, output
+def _capturing(device: torch.device) -> Capture:
+    """Captures into one memory pool: replays follow each other, and outputs are copied out at once."""
+    with torch.cuda.device(device):
+        stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+    def capture(run: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
+        with torch.cuda.device(device):
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # compiles kernels and fills caches, which a capture must not do
+                run()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                output = run()
+        return graph.replay, output
+
+    return capture
 
 
 class Graphs:
@@ -113,7 +123,7 @@ class Graphs:
         run: what is captured, and what runs batches that no graph holds.
         available: shapes, fewest tokens first.
         hidden_size, dtype, device: of the tokens.
-        capture: makes a replay and its output of a call; `torch.cuda.graph` but for tests.
+        capture: makes a replay and its output of a call; default: CUDA graphs.
         progress: show a bar.
     """
 
@@ -124,12 +134,13 @@ class Graphs:
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        capture: Capture = _capture,
+        capture: Capture | None = None,
         progress: bool = False,
     ) -> None:
         self.uncaptured = run
         self.graphs: dict[Shape, Graph] = {}
-        with torch.no_grad():
+        capture = capture or _capturing(device)
+        with torch.inference_mode(False), torch.no_grad():
             for shape in tqdm(available, desc="CUDA graphs", disable=not progress):
                 tokens = torch.zeros(shape.tokens, hidden_size, dtype=dtype, device=device)
                 # Lengths as even as they come, none above the graph's.

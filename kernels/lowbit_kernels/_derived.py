@@ -30,6 +30,20 @@ class _Entry:
         )
 
 
+def outlives_capture(value: Any) -> bool:
+    """Whether CUDA memory allocated just now may be kept beyond a graph capture.
+
+    Not while one is under way (its content does not exist before a replay), nor out of a private memory pool, as in the
+    warm-up of torch.compile's CUDA graphs: the pool takes its memory back unasked.
+    """
+    if torch.cuda.is_current_stream_capturing() or torch.cuda.get_allocator_backend() != "native":
+        return False
+    parts = value if isinstance(value, tuple) else (value,)
+    address = next(part for part in parts if isinstance(part, torch.Tensor)).data_ptr()
+    segments = [part for part in torch.cuda.memory_snapshot() if 0 <= address - part["address"] < part["total_size"]]
+    return any(tuple(segment["segment_pool_id"]) == (0, 0) for segment in segments)
+
+
 class Derived:
     """A cache keyed by tensors: entries die with the first of them, and in-place edits of any are noticed.
 
@@ -46,9 +60,13 @@ class Derived:
             return make()
         versions = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
         entry = self._kept.get(tensors[0])
-        if entry is None or not entry.made_from(tensors, versions, key):
-            entry = self._kept[tensors[0]] = _Entry([weakref.ref(t) for t in tensors], versions, key, make())
-        return entry.value
+        if entry is not None and entry.made_from(tensors, versions, key):
+            return entry.value
+        with torch.inference_mode(False):  # or what is derived from it in turn could not be kept
+            value = make()
+        if not tensors[0].is_cuda or outlives_capture(value):
+            self._kept[tensors[0]] = _Entry([weakref.ref(t) for t in tensors], versions, key, value)
+        return value
 
     def values(self) -> list[Any]:
         """All values kept now."""

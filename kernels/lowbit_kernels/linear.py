@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from . import configs
-from ._derived import Derived
+from ._derived import Derived, outlives_capture
 from ._ops import FLOATS, check_choice, check_device, check_tensor, define, traced_on_cpu
 from ._triton import INTERPRET, tl, triton
 from .linear_cpu import codes_linear_cpu, joint_bias, linears_cpu
@@ -411,17 +411,9 @@ def _workspace(device: torch.device, size: int) -> torch.Tensor:
     workspace = _workspaces.get(key)
     if workspace is None or workspace.numel() < size:
         workspace = torch.zeros(max(size, 2**18), dtype=torch.int32, device=device)
-        if device.type != "cuda" or _of_default_pool(workspace):
+        if device.type != "cuda" or outlives_capture(workspace):
             _workspaces[key] = workspace
     return workspace
-
-
-def _of_default_pool(tensor: torch.Tensor) -> bool:
-    if torch.cuda.get_allocator_backend() != "native":
-        return False
-    address = tensor.data_ptr()
-    segments = [part for part in torch.cuda.memory_snapshot() if 0 <= address - part["address"] < part["total_size"]]
-    return any(tuple(segment["segment_pool_id"]) == (0, 0) for segment in segments)
 
 
 def launch(
@@ -622,20 +614,25 @@ def _joint_cuda(
     return launch(x, *_joined(packed, scale, bias), x_scale, x_zero_point, activation, out_dtype, layout)
 
 
-_joints = Derived()
+_joint_weights, _joint_biases = Derived(), Derived()
 
 
 def _joined(
     packed: Sequence[torch.Tensor], scale: Sequence[torch.Tensor], bias: Sequence[torch.Tensor | None]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Several weights as one, for one launch: packed [sum N, bytes], a scale a row, bias."""
+    if len(packed) == 1:
+        return packed[0], scale[0], bias[0]
     sizes = [tensor.shape[0] for tensor in packed]
 
-    def make() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def make() -> tuple[torch.Tensor, torch.Tensor]:
         rows = [own.expand(*own.shape[:-1], N) for own, N in zip(scale, sizes, strict=True)]
-        return torch.cat([*packed]), torch.cat(rows, -1), joint_bias(bias, sizes, packed[0].device)
+        return torch.cat([*packed]), torch.cat(rows, -1)
 
-    return _joints.get([*packed, *scale, *(own for own in bias if own is not None)], (), make)
+    weights = _joint_weights.get([*packed, *scale], (), make)
+    given = [own for own in bias if own is not None]
+    make_bias = functools.partial(joint_bias, bias, sizes, packed[0].device)
+    return *weights, _joint_biases.get(given, (tuple(sizes),), make_bias) if given else None
 
 
 def _joint_fake(
@@ -671,7 +668,7 @@ def joint_linear(
     layout: str,
     activation: str | None,
     out_dtype: torch.dtype,
-) -> list[torch.Tensor]:
+) -> torch.Tensor:
     """Linears that share their input (query, key and value): one product, the same bits as one by one.
 
     What the modules call, whose weights are known to fit: arguments are not checked.
@@ -683,14 +680,14 @@ def joint_linear(
         layout: "ternary", "binary" or "split".
 
     Returns:
-        [..., N] of each: views of one tensor.
+        [..., sum of N], one result beside the other.
     """
     tokens = x.shape[:-1]
     zero = None if x_zero_point is None else x_zero_point.reshape(-1)
     run = linears_cpu if traced_on_cpu(x) else _joint_op
     rows = x.reshape(math.prod(tokens), x.shape[-1])
     y = run(rows, packed, scale, bias, x_scale.reshape(-1), zero, activation, out_dtype, layout)
-    return list(y.reshape(*tokens, y.shape[-1]).split([tensor.shape[0] for tensor in packed], -1))
+    return y.reshape(*tokens, y.shape[-1])
 
 
 def _codes_cuda(

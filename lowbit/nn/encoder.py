@@ -1,11 +1,12 @@
 """`PackedEncoder`: all layers of a packed BERT on the tokens of a batch without padding, one after the other.
 
 Padding is taken out once at the entrance and put back, as zeros, at the exit; between the operations activations are
-int8. A layer is eight operations: Q, K and V in one product; attention; quantize; product; residual + LayerNorm +
+int8. A layer is nine operations: Q, K and V in one product; attention; quantize; product; residual + LayerNorm +
 quantize; product with GELU; quantize; product; residual + LayerNorm + quantize.
 
 The layers themselves stay what and where they were, with their names: they run instead where an attention map, hidden
-states, gradients or a mask that is no padding mask are asked for, and where they are offloaded.
+states, gradients or a mask that is no padding mask are asked for, where they are offloaded, and for dtypes and head
+sizes that the kernels do not take.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ import torch
 from torch import nn
 
 from lowbit_kernels import add_layernorm, attention, joint_linear, quantize_per_token
+from lowbit_kernels.varlen_attention import HEAD_DIMS
 
 from ..config import LowbitConfig
 from ..models import Architecture
-from .linear import PackedLinear
 
 
 class Sequences(NamedTuple):
@@ -66,26 +67,20 @@ class PackedEncoder(nn.Module):
         config: of the packed model.
 
     Raises:
-        ValueError: the configuration, or a layer, is not one that runs without padding.
+        ValueError: a configuration that does not run without padding (`check`).
     """
 
     def __init__(self, encoder: nn.Module, architecture: Architecture, config: LowbitConfig) -> None:
         super().__init__()
-        _check(config)
-        assert config.activation_bits is not None  # _check said so
+        check(config)
+        assert config.activation_bits is not None  # check said so
         layers: Any = encoder.get_submodule("layer")
         self.layer: Any = layers
-        for layer in layers:
-            for path in architecture.layer_linears():
-                if not isinstance(layer.get_submodule(path), PackedLinear):
-                    raise ValueError(
-                        f"{path} is not packed (modules_to_not_convert?); a fused encoder needs all linears"
-                    )
         self._by_layer = [encoder]  # in a list: its parameters are ours already
         self.architecture, self.bits = architecture, config.activation_bits
         first = layers[0]
         module = first.get_submodule(architecture.attention)
-        self.heads, self.scaling = module.num_attention_heads, module.attention_head_size**-0.5
+        self.heads, self.head_dim = module.num_attention_heads, module.attention_head_size
         self.layout = first.get_submodule(architecture.ffn_input).layout
         self.gelu = first.get_submodule(architecture.ffn_input).activation
         self.activation = first.get_submodule(architecture.ffn_activation)
@@ -129,7 +124,9 @@ class PackedEncoder(nn.Module):
         symmetric, dtype = self.symmetric, tokens.dtype
         projections = self._multiply(weights.projections, codes, dtype)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in projections)
-        context = attention(query, key, value, *sequences, scaling=self.scaling, **self.attention_options).flatten(1)
+        context = attention(
+            query, key, value, *sequences, scaling=self.head_dim**-0.5, **self.attention_options
+        ).flatten(1)
         codes = quantize_per_token(context, self.bits, symmetric["linear"])
         (output,) = self._multiply(weights.attention_output, codes, dtype)
         tokens, *inner = add_layernorm(
@@ -147,7 +144,8 @@ class PackedEncoder(nn.Module):
         self, product: Product, codes: Codes, dtype: torch.dtype, activation: str | None = None
     ) -> list[torch.Tensor]:
         x, scale, zero_point = codes
-        return joint_linear(x, *product, scale, zero_point, self.layout, activation, dtype)
+        y = joint_linear(x, *product, scale, zero_point, self.layout, activation, dtype)
+        return list(y.split([tensor.shape[0] for tensor in product.packed], -1))
 
     def _weights(self, layer: nn.Module) -> Weights:
         """Looked up anew in every forward: `.to(device)` replaces buffers."""
@@ -169,7 +167,9 @@ class PackedEncoder(nn.Module):
         norms = [layer.get_parameter(self._norm) for layer in self.layer]
         return (
             self.training
-            or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (hidden_states, *norms)))
+            or (torch.is_grad_enabled() and any(p.requires_grad for p in (hidden_states, *self.layer.parameters())))
+            or hidden_states.dtype == torch.float64
+            or (hidden_states.is_cuda and self.head_dim not in HEAD_DIMS)
             or (mask is not None and mask.dim() != 2)
             or any(kwargs.get(name, getattr(config, name, False)) for name in recorded)
             or any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values"))
@@ -178,7 +178,7 @@ class PackedEncoder(nn.Module):
         )
 
 
-def _check(config: LowbitConfig) -> None:
+def check(config: LowbitConfig) -> None:
     problems = {
         "stage='packed' (call lowbit.convert first)": config.stage != "packed",
         "weight_bits of 1 or 2": config.weight_bits is None,

@@ -107,6 +107,7 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float [..., K] -> float [..., N] in x's dtype; straight-through gradients to `x` and `weight`."""
+        x = autocast(x)
         codes, scale = weight_codes(self.weight, self.quantizer, self.granularity)
         if self.input_quantizer is None:
             return nn.functional.linear(x, dequantize_weight(self.weight, codes, scale), self.bias)
@@ -227,18 +228,19 @@ class PackedLinear(Packed):
 
 def multiply(linears: Sequence[PackedLinear], x: torch.Tensor) -> list[torch.Tensor]:
     """Outputs of linears of one kind that read the same x, quantized once; differentiable in x and the biases."""
-    biases = [linear.bias for linear in linears]
+    x = autocast(x)
+    biases, activation = [linear.bias for linear in linears], linears[0].activation
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, *biases))
-    if not (wanted and torch.is_grad_enabled()):
-        return _multiply(linears, x, linears[0].activation)
-    outputs = _StraightThroughProduct.apply(x, tuple(linears), *biases)
-    activation = linears[0].activation
-    if activation is None:
-        return [*outputs]
-    return [nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none") for y in outputs]
+    if wanted and torch.is_grad_enabled():
+        y = _StraightThroughProduct.apply(x, tuple(linears), *biases)
+        if activation is not None:
+            y = nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+    else:
+        y = _multiply(linears, x, activation)
+    return [y] if len(linears) == 1 else list(y.split([linear.out_features for linear in linears], -1))
 
 
-def _multiply(linears: Sequence[PackedLinear], x: torch.Tensor, activation: str | None) -> list[torch.Tensor]:
+def _multiply(linears: Sequence[PackedLinear], x: torch.Tensor, activation: str | None) -> torch.Tensor:
     first = linears[0]
     assert first.input_quantizer is not None
     codes, scale, zero_point = first.input_quantizer.codes(x)
@@ -262,17 +264,24 @@ class _StraightThroughProduct(torch.autograd.Function):
     def forward(ctx, x, linears, *biases):  # type: ignore[no-untyped-def]
         ctx.linears = linears
         ctx.save_for_backward(x)
-        return tuple(_multiply(linears, x, None))
+        return _multiply(linears, x, None)
 
     @staticmethod
-    def backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
         (x,), grad_x = ctx.saved_tensors, None
+        grads = grad.split([linear.out_features for linear in ctx.linears], -1)
         if ctx.needs_input_grad[0]:
-            parts = [grad @ each.dequantize().to(grad.dtype) for grad, each in zip(grads, ctx.linears, strict=True)]
+            parts = [part @ each.dequantize().to(grad.dtype) for part, each in zip(grads, ctx.linears, strict=True)]
             grad_x, clip = sum(parts), ctx.linears[0].input_quantizer.clip
             grad_x = grad_x if clip is None else grad_x * (x.abs() < clip)
         wanted = zip(grads, ctx.needs_input_grad[2:], strict=True)
-        return grad_x, None, *(grad.reshape(-1, grad.shape[-1]).sum(0) if needs else None for grad, needs in wanted)
+        return grad_x, None, *(part.reshape(-1, part.shape[-1]).sum(0) if needs else None for part, needs in wanted)
+
+
+def autocast(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that torch.autocast gives the inputs of linears, where it is on."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class JointProjection:

@@ -6,8 +6,8 @@ import os
 
 import pytest
 import torch
-from launches import work_of
 
+from launches import work_of
 from lowbit_kernels import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":

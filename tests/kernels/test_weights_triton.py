@@ -7,8 +7,8 @@ import os
 
 import pytest
 import torch
-from launches import work_of
 
+from launches import work_of
 from lowbit_kernels import reference
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
