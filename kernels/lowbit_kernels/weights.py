@@ -239,6 +239,7 @@ def _split_kernel(w_ptr, kept_ptr, side_ptr, a_ptr, b_ptr, w1_ptr, w2_ptr, lengt
 
 MAX_BLOCK = 2048  # 4096 would spill the loss-aware form
 MAX_HELD = 16384  # the longest row that one program keeps in registers, by 16 warps
+MAX_HELD_SPLIT = 4096  # the same in float64: more would spill
 CHUNK = 16384  # values a program when one scale serves the whole tensor
 
 
@@ -309,7 +310,7 @@ def launch_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Te
     w = w.contiguous()
     if w.numel() == 0:
         return w1, w2
-    if per_row and w.shape[1] <= MAX_HELD:
+    if per_row and w.shape[1] <= MAX_HELD_SPLIT:
         block = triton.next_power_of_2(w.shape[1])
         warps = min(2 * warps_holding(block), 16)  # float64 takes two registers
         codes, _ = _ternarize(w, True, None, 0)
@@ -355,7 +356,7 @@ def aot_cases(arch: int) -> list[tuple]:
     signature = {**w, "kept_ptr": "*i8", "side_ptr": "*i8", "a_ptr": "*fp64", "b_ptr": "*fp64"}
     signature |= {"w1_ptr": "*fp32", "w2_ptr": "*fp32", "length": "i32:16"}
     cases.append(("split", _split_kernel, signature, {"BLOCK": MAX_BLOCK}, 8, 3))
-    for K in (1024, 4096):
+    for K in (1024, MAX_HELD_SPLIT):
         signature, warps = {**w, **codes, "w1_ptr": "*fp32", "w2_ptr": "*fp32", "K": "i32:16"}, 2 * warps_holding(K)
         cases.append((f"split rows {K}", _split_row_kernel, signature, {"BLOCK": K}, warps, 3))
     return cases
