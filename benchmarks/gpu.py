@@ -2,14 +2,17 @@
 
     make gpu RESULTS=DIR            all parts            make gpu ONLY=linear    one part
 
-No network, the current Python, under nine minutes. Each part writes its JSON before the next begins, the long ones
-after every case, so a run that is cut off keeps what it has; a part that fails does not stop the others, but the exit
-code is 1. A peer that does not run here is in the tables as not measured, with the reason.
+No network, the current Python. Parts share the minutes of `--minutes` (default 9) and begin nothing once their share
+is over; slow peers (those that compile or tune themselves) come last. Each part writes its JSON before the next begins,
+the long ones after every case, so a run that is cut off keeps what it has; a part that fails does not stop the others,
+but the exit code is 1. A peer that does not run here is in the tables as not measured, with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
 import platform
 import subprocess
 import sys
@@ -29,10 +32,28 @@ torch._dynamo.config.recompile_limit = 64  # several models share the code of a 
 
 
 def median_ms(run: Callable[[], Any]) -> float:
-    """Median milliseconds on the device."""
+    """Median milliseconds of a call as Python makes it, caches flushed between calls."""
     from triton.testing import do_bench
 
     return do_bench(run, warmup=5, rep=30, return_mode="median")
+
+
+def replay_ms(run: Callable[[], Any]) -> float:
+    """Median milliseconds of a call in a CUDA graph: what the device needs, without Python."""
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(run, rep=20, return_mode="median")
+
+
+class Clock:
+    """When a part has to stop beginning things."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end = time.perf_counter() + 60 * minutes
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.perf_counter()
 
 
 def machine() -> dict[str, Any]:
@@ -55,7 +76,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def ceilings(folder: Path) -> None:
+def ceilings(folder: Path, clock: Clock) -> None:
     """Copy bandwidth and matrix rates on random data; the rooflines of the linears are drawn from them."""
     source = torch.randn(2**29, device="cuda")
     target = torch.empty_like(source)
@@ -80,52 +101,77 @@ def ceilings(folder: Path) -> None:
     )
 
 
-def tests(folder: Path) -> None:
-    """The kernel tests, which take the CUDA device where there is one.
+def tests(folder: Path, clock: Clock) -> None:
+    """The kernel tests, which take the CUDA device where there is one; in parallel, since most of it is compiling.
 
     Raises:
-        RuntimeError: a test failed.
+        RuntimeError: a test failed, or time was up.
     """
     command = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "-k", "triton"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    (folder / "gpu-tests.log").write_text(result.stdout + result.stderr)
-    print(*result.stdout.strip().splitlines()[-15:], sep="\n", flush=True)
-    if result.returncode:
-        raise RuntimeError("kernel tests failed on the device, see gpu-tests.log")
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
+    log = folder / "gpu-tests.log"
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(command, stdout=file, stderr=file, timeout=clock.left(), check=False).returncode
+        except subprocess.TimeoutExpired:
+            code = "time was up"
+    print(*log.read_text().strip().splitlines()[-15:], sep="\n", flush=True)
+    if code:
+        raise RuntimeError(f"kernel tests on the device: {code}, see {log}")
 
 
-def tune(folder: Path) -> None:
-    """Time tiles for what the committed tables lack; at most two minutes."""
-    from lowbit_kernels import tune as tuner
+def tune(folder: Path, clock: Clock) -> None:
+    """Time tiles of BERT-base's ternary linears, which the parts after this one take.
 
-    tuner.main(["--output", str(folder / "tuned.json"), "--minutes", "2"])
+    Raises:
+        RuntimeError: nothing could be timed.
+    """
+    from lowbit_kernels import configs
+    from lowbit_kernels.tune import main as tuner_main
+
+    shapes = [f"{N},{K}" for N, K in gpu_linear.BERT_BASE]
+    if code := tuner_main(["--layout", "ternary", "--shapes", *shapes, "--minutes", str(clock.left() / 60)]):
+        raise RuntimeError(f"python -m lowbit_kernels.tune ended with {code}")
+    configs.reload()
 
 
-def linear(folder: Path) -> None:
-    """Every linear beside its peers."""
+def linear(folder: Path, clock: Clock) -> None:
+    """Every linear beside its peers: first everyone who is ready at once, then those who compile or tune themselves."""
     path = folder / "gpu-ceilings.json"
     if not path.exists():
-        ceilings(folder)
+        ceilings(folder, clock)
     limits = read(path)["results"]["ceilings"]["torch"]
     results: dict[str, dict[str, Row]] = {}
-    for N, K in tqdm(gpu_linear.BERT_BASE + gpu_linear.BERT_LARGE, desc="linear"):
-        weight, built = gpu_linear.build(N, K)
-        for M in gpu_linear.TOKENS:
-            results[f"M={M} N={N} K={K}"] = gpu_linear.measure(weight, built, M, median_ms, limits)
+    for slow in (False, True):
+        for N, K in tqdm(gpu_linear.BERT_BASE + gpu_linear.BERT_LARGE, desc="linear, slow peers" if slow else "linear"):
+            if clock.left() < 0:
+                return
+            weight, built = gpu_linear.build(N, K, slow)
+            for M in gpu_linear.TOKENS:
+                case = f"M={M} N={N} K={K}"
+                measured = gpu_linear.measure(weight, built, M, replay_ms, median_ms, limits)
+                results[case] = gpu_linear.compared(results.get(case, {}) | measured)
             write(gpu_linear.suite(machine(), results), folder)
 
 
-def model(folder: Path) -> None:
-    """Whole models at every shape, uniform and ragged."""
+def model(folder: Path, clock: Clock) -> None:
+    """Whole models at every shape, uniform and ragged, then BERT-large on long ragged batches."""
     results: dict[str, dict[str, Row]] = {}
-    with torch.inference_mode():
+    for slow in (False, True):
         for size in gpu_model.SIZES:
-            built = built_models(gpu_model.models(size))
+            built = built_models(gpu_model.models(size, slow))
             for count, length in tqdm(gpu_model.SHAPES, desc=size):
                 for ragged in (False, True) if count > 1 else (False,):
+                    if clock.left() < 0:
+                        return
                     case = f"{size}, batch {count}, length {length}{', ragged' if ragged else ''}"
-                    results[case] = gpu_model.measure(built, gpu_model.batch(count, length, ragged), median_ms)
+                    with torch.inference_mode():
+                        inputs = gpu_model.batch(count, length, ragged)
+                        measured = gpu_model.measure(built, inputs, median_ms)
+                    results[case] = gpu_model.compared(results.get(case, {}) | measured)
                     write(gpu_model.suite(machine(), results), folder)
+            del built
             torch.cuda.empty_cache()
 
 
@@ -136,7 +182,7 @@ def built_models(builders: dict[str, Callable[[], gpu_model.Built]]) -> dict[str
         def run(inputs: gpu_model.Batch) -> torch.Tensor:
             raise error
 
-        return gpu_model.Built(run, "")
+        return gpu_model.Built(run)
 
     built = {}
     for name, build in builders.items():
@@ -147,18 +193,19 @@ def built_models(builders: dict[str, Callable[[], gpu_model.Built]]) -> dict[str
     return built
 
 
-def training(folder: Path) -> None:
+def training(folder: Path, clock: Clock) -> None:
     """A training step, and ternary weight splitting."""
     write(gpu_training.suite(machine(), gpu_training.measure("cuda", median_ms)), folder)
 
 
-PARTS: dict[str, Callable[[Path], None]] = {
-    "ceilings": ceilings,
-    "tests": tests,
-    "tune": tune,
-    "linear": linear,
-    "model": model,
-    "training": training,
+# Each part's share of the time; what one leaves goes to those after it.
+PARTS: dict[str, tuple[float, Callable[[Path, Clock], None]]] = {
+    "ceilings": (0.02, ceilings),
+    "training": (0.06, training),
+    "tests": (0.32, tests),
+    "tune": (0.15, tune),
+    "model": (0.25, model),
+    "linear": (0.20, linear),
 }
 
 
@@ -166,18 +213,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="folder for gpu-*.json")
     parser.add_argument("--only", choices=PARTS, help="run one part")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts (default 9)")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("make gpu needs a CUDA device, and torch sees none; nothing was measured", file=sys.stderr)
         return 1
     options.results.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("LOWBIT_CACHE_DIR", str(options.results / "tiles"))
     print(machine(), flush=True)
-    failed = []
-    for name in [options.only] if options.only else PARTS:
+    failed, whole = [], Clock(options.minutes)
+    names = [options.only] if options.only else list(PARTS)
+    for i, name in enumerate(names):
+        share = PARTS[name][0] / sum(PARTS[rest][0] for rest in names[i:])
         begin = time.perf_counter()
         try:
-            PARTS[name](options.results)
-        except Exception:  # the parts after this one can still be measured
+            PARTS[name][1](options.results, Clock(max(0.0, whole.left()) * share / 60))
+        except (Exception, SystemExit):  # the parts after this one can still be measured
             traceback.print_exc()
             failed.append(name)
         print(f"== {name}: {time.perf_counter() - begin:.0f} s{', FAILED' if name in failed else ''}", flush=True)

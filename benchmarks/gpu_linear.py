@@ -99,10 +99,18 @@ def _split_given(weight: Weight) -> Bind:
     return _given(split_linear, packed, torch.stack([weight.sign_scale, weight.sign_scale / 2]))
 
 
+def expected_weight(name: str, weight: Weight) -> torch.Tensor:
+    """The float64 weight [N, K] that a runner multiplies with."""
+    signs = weight.signs * weight.sign_scale.double()
+    if "binary" in name:
+        return signs
+    return signs + signs.flip(0) / 2 if "split" in name else weight.dense.double()
+
+
 def _llm_int8(weight: Weight) -> Bind:
     import bitsandbytes
 
-    linear = bitsandbytes.nn.Linear8bitLt(weight.K, weight.N, bias=False, has_fp16_weights=False)
+    linear = bitsandbytes.nn.Linear8bitLt(weight.K, weight.N, bias=False, has_fp16_weights=False, threshold=6.0)
     linear.weight = bitsandbytes.nn.Int8Params(weight.dense.half().cpu(), has_fp16_weights=False, requires_grad=False)
     linear = linear.to(weight.device)
 
@@ -122,13 +130,15 @@ def _nf4(weight: Weight) -> Bind:
     return lambda x: lambda: linear(x)
 
 
-def _torchao(config_name: str) -> Callable[[Weight], Bind]:
+def _torchao(config_name: str, **options: Any) -> Callable[[Weight], Bind]:
     def build(weight: Weight) -> Bind:
         from torchao import quantization
 
         linear = torch.nn.Linear(weight.K, weight.N, bias=False, device=weight.device, dtype=torch.bfloat16)
         linear.weight.data.copy_(weight.dense)
-        quantization.quantize_(linear, getattr(quantization, config_name)())
+        # Its Inductor settings hold for the whole process: they would tune everyone else for minutes.
+        config = getattr(quantization, config_name)(set_inductor_config=False, **options)
+        quantization.quantize_(linear, config)
         compiled = torch.compile(linear)  # as torchao's documentation says to run it
         return lambda x: lambda: compiled(x)
 
@@ -153,7 +163,7 @@ RUNNERS: dict[str, Callable[[Weight], Bind]] = {
     "bitsandbytes LLM.int8": _llm_int8,
     "bitsandbytes NF4": _nf4,
     "torchao int8 dynamic": _torchao("Int8DynamicActivationInt8WeightConfig"),
-    "torchao int4 weights": _torchao("Int4WeightOnlyConfig"),
+    "torchao int4 weights": _torchao("Int4WeightOnlyConfig", int4_packing_format="tile_packed_to_4d"),
     "gemlite A16W2 ternary": _gemlite("A16W158_INT"),
     "gemlite A8W2 ternary": _gemlite("A8W158_INT_dynamic"),
     "lowbit ternary, quantizing x": _ternary,
@@ -161,7 +171,7 @@ RUNNERS: dict[str, Callable[[Weight], Bind]] = {
     "lowbit binary, x int8": _binary_given,
     "lowbit split pair, x int8": _split_given,
 }
-OTHER_WEIGHTS = ("lowbit binary, x int8", "lowbit split pair, x int8")  # nothing to compare their output with here
+SLOW = ("torchao", "gemlite")  # compile or tune themselves, which takes most of the time of all
 WEIGHT_BITS = {
     "torch bf16": 16,
     "lowbit ternary, x int8": 2,
@@ -174,10 +184,8 @@ def check(name: str, weight: Weight, x: torch.Tensor, output: torch.Tensor) -> N
     """Raise RuntimeError unless `output` is x W^T: 5 % for x in 8 bits, 20 % for peers that quantize W to 4 bits."""
     if output.shape != (x.shape[0], weight.N) or not bool(torch.isfinite(output).all()):
         raise RuntimeError(f"{name} is wrong for {tuple(x.shape)}: shape {tuple(output.shape)} or not finite")
-    if name in OTHER_WEIGHTS:
-        return
     rows = slice(0, 256)  # float64 products of all would take longer than the benchmark
-    expected = x[rows].double() @ weight.dense.double().t()
+    expected = x[rows].double() @ expected_weight(name, weight).t()
     error = float((output[rows].double() - expected).norm() / expected.norm())
     if not error < (0.2 if "int4" in name or "NF4" in name else 0.05):
         raise RuntimeError(f"{name} is wrong for {tuple(x.shape)}: relative error {error:.3f}")
@@ -194,11 +202,13 @@ def roofline_us(name: str, M: int, N: int, K: int, ceilings: dict[str, float]) -
     return max(moved / ceilings["copy_tb_per_s"] / 1e6, operations / ceilings[rate] / 1e6)
 
 
-def build(N: int, K: int, device: str = "cuda") -> tuple[Weight, dict[str, Bind | str]]:
-    """A weight, and every runner or what kept it from being built."""
+def build(N: int, K: int, slow: bool = False, device: str = "cuda") -> tuple[Weight, dict[str, Bind | str]]:
+    """A weight, and every runner that is (or is not) `SLOW`, or what kept it from being built."""
     weight = Weight(N, K, device)
     built: dict[str, Bind | str] = {}
     for name, make in RUNNERS.items():
+        if name.startswith(SLOW) != slow:
+            continue
         try:
             built[name] = make(weight)
         except Exception as error:  # a peer that is not installed, say
@@ -207,9 +217,12 @@ def build(N: int, K: int, device: str = "cuda") -> tuple[Weight, dict[str, Bind 
 
 
 def measure(
-    weight: Weight, built: dict[str, Bind | str], M: int, median: Median, ceilings: dict[str, float]
+    weight: Weight, built: dict[str, Bind | str], M: int, replay: Median, eager: Median, ceilings: dict[str, float]
 ) -> dict[str, Row]:
-    """All runners at M tokens. One that cannot run says why; one that computes something else stops the benchmark."""
+    """All runners at M tokens: microseconds on the device, and as Python calls them.
+
+    One that cannot run says why; one that computes something else stops the benchmark.
+    """
     x = torch.randn(M, weight.K, device=weight.device, dtype=torch.bfloat16)
     rows: dict[str, Row] = {}
     for name, bind in built.items():
@@ -223,11 +236,21 @@ def measure(
             rows[name] = {"note": _reason(error)}
             continue
         check(name, weight, x, output)
-        microseconds = 1000 * median(run)
-        rows[name] = {"us": round(microseconds, 2)}
+        rows[name] = {"us, called": round(1000 * eager(run), 2)}
+        try:
+            microseconds = 1000 * replay(run)
+        except Exception as error:  # a peer that waits for the device, say
+            rows[name]["note"] = f"no graph: {_reason(error)}"
+            continue
+        rows[name]["us"] = round(microseconds, 2)
         floor = roofline_us(name, M, weight.N, weight.K, ceilings)
         if floor is not None:
             rows[name]["of roofline"] = round(floor / microseconds, 3)
+    return rows
+
+
+def compared(rows: dict[str, Row]) -> dict[str, Row]:
+    """The rows with their speed-up over bfloat16."""
     base = rows["torch bf16"].get("us")
     for row in rows.values():
         if "us" in row and isinstance(base, float):
@@ -246,6 +269,6 @@ def suite(machine: dict[str, Any], results: dict[str, dict[str, Row]]) -> dict[s
         "suite": "gpu-linear",
         "model": "linears of BERT-base and BERT-large, bfloat16 input and output",
         "machine": machine,
-        "method": "median of triton.testing.do_bench, caches flushed between runs",
+        "method": "us: median in a CUDA graph; us, called: median of calls from Python, caches flushed between",
         "results": results,
     }

@@ -8,6 +8,7 @@ model's (lowbit's, which has other weights, against its own unfused model).
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import threading
 import time
@@ -22,7 +23,7 @@ import lowbit
 
 from .results import Row
 
-SHAPES = [(1, 32), (1, 128), (8, 128), (32, 128), (32, 384), (128, 128)]  # (batch, length)
+SHAPES = [(1, 128), (8, 128), (32, 128), (32, 384), (1, 32), (128, 128), (256, 384)]  # (batch, length)
 SIZES = {
     "BERT-base": {},
     "BERT-large": {
@@ -40,10 +41,10 @@ Runner = Callable[[Batch], torch.Tensor]
 
 @dataclass(frozen=True)
 class Built:
-    """A runner, and the one whose output it has to reproduce."""
+    """A runner, and the one whose output it has to reproduce, if any."""
 
     run: Runner
-    reference: str
+    reference: Runner | None = None
 
 
 def batch(size: int, length: int, ragged: bool, device: str = "cuda") -> Batch:
@@ -58,13 +59,16 @@ def batch(size: int, length: int, ragged: bool, device: str = "cuda") -> Batch:
     return {"input_ids": ids, "attention_mask": mask.to(device)}
 
 
-def models(size: str, device: str = "cuda", **changes: Any) -> dict[str, Callable[[], Built]]:
-    """Name -> what builds the runner. `changes` to the configuration make it small, for tests."""
+def models(size: str, slow: bool = False, device: str = "cuda", **changes: Any) -> dict[str, Callable[[], Built]]:
+    """Name -> what builds the runner: those that compile for minutes, or all others.
+
+    `changes` to the configuration make it small, for tests.
+    """
     torch.manual_seed(0)
     base = BertModel(BertConfig(**{**SIZES[size], **changes}), add_pooling_layer=False).half().eval().to(device)
 
-    def runner(model: torch.nn.Module, reference: str) -> Built:
-        return Built(lambda inputs: model(**inputs).last_hidden_state, reference)
+    def run(model: torch.nn.Module) -> Runner:
+        return lambda inputs: model(**inputs).last_hidden_state
 
     def with_attention(name: str) -> BertModel:
         model = copy.deepcopy(base)
@@ -83,7 +87,9 @@ def models(size: str, device: str = "cuda", **changes: Any) -> dict[str, Callabl
         model = copy.deepcopy(base)
         for name, linear in list(model.named_modules()):
             if isinstance(linear, torch.nn.Linear):
-                int8 = bitsandbytes.nn.Linear8bitLt(linear.in_features, linear.out_features, has_fp16_weights=False)
+                int8 = bitsandbytes.nn.Linear8bitLt(
+                    linear.in_features, linear.out_features, has_fp16_weights=False, threshold=6.0
+                )
                 int8.weight = bitsandbytes.nn.Int8Params(
                     linear.weight.data.cpu(), has_fp16_weights=False, requires_grad=False
                 )
@@ -95,19 +101,24 @@ def models(size: str, device: str = "cuda", **changes: Any) -> dict[str, Callabl
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
         model = copy.deepcopy(base)
-        quantize_(model, Int8DynamicActivationInt8WeightConfig())
+        quantize_(model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
         return torch.compile(model, mode="max-autotune")
 
-    eager, unfused = "HF eager", "lowbit ternary"
+    exact = run(base)
+    if slow:
+        compiled = torch.compile(copy.deepcopy(base), mode="max-autotune")
+        return {
+            "HF SDPA, max-autotune": lambda: Built(run(compiled), exact),
+            "torchao int8 dynamic, max-autotune": lambda: Built(run(torchao()), exact),
+        }
+    packed = run(ternary(False))
     return {
-        eager: lambda: runner(with_attention("eager"), eager),
-        "HF SDPA": lambda: runner(base, eager),
-        "HF SDPA, max-autotune": lambda: runner(torch.compile(copy.deepcopy(base), mode="max-autotune"), eager),
-        "bitsandbytes LLM.int8": lambda: runner(llm_int8(), eager),
-        "torchao int8 dynamic, max-autotune": lambda: runner(torchao(), eager),
-        unfused: lambda: runner(ternary(False), unfused),
-        "lowbit ternary, fused": lambda: runner(ternary(True), unfused),
-        "lowbit ternary, fused, graphs": lambda: runner(graphs(), unfused),
+        "HF eager": lambda: Built(run(with_attention("eager")), exact),
+        "HF SDPA": lambda: Built(exact),
+        "bitsandbytes LLM.int8": lambda: Built(run(llm_int8()), exact),
+        "lowbit ternary": lambda: Built(packed),
+        "lowbit ternary, fused": lambda: Built(run(ternary(True)), packed),
+        "lowbit ternary, fused, graphs": lambda: Built(run(graphs()), packed),
     }
 
 
@@ -122,19 +133,25 @@ def check(name: str, inputs: Batch, output: torch.Tensor, expected: torch.Tensor
 def measure(built: dict[str, Built], inputs: Batch, median: Callable[[Callable[[], Any]], float]) -> dict[str, Row]:
     """All runners on one batch."""
     rows: dict[str, Row] = {}
-    outputs: dict[str, torch.Tensor] = {}
     for name, item in built.items():
+        call = functools.partial(item.run, inputs)
         try:
-            outputs[name] = item.run(inputs).clone()
+            output = call().clone()
         except Exception as error:  # whatever keeps a peer from running here
             rows[name] = {"note": f"not measured: {type(error).__name__}: {str(error)[:120]}"}
             continue
-        check(name, inputs, outputs[name], outputs[item.reference])
-        milliseconds = median(lambda item=item: item.run(inputs))
+        if item.reference is not None:
+            check(name, inputs, output, item.reference(inputs))
+        milliseconds = median(call)
         size = inputs["input_ids"].shape[0]
         rows[name] = {"ms": round(milliseconds, 3), "sequences/s": round(1000 * size / milliseconds)}
-        rows[name] |= memory_and_energy(lambda item=item: item.run(inputs), milliseconds, size)
-    base = rows["HF SDPA"].get("ms")
+        rows[name] |= memory_and_energy(call, milliseconds, size)
+    return rows
+
+
+def compared(rows: dict[str, Row]) -> dict[str, Row]:
+    """The rows with their speed-up over SDPA, the usual way to run the model."""
+    base = rows.get("HF SDPA", {}).get("ms")
     for row in rows.values():
         if "ms" in row and isinstance(base, float):
             row["times as fast as SDPA"] = round(base / float(row["ms"]), 2)
@@ -158,9 +175,11 @@ def memory_and_energy(run: Callable[[], Any], milliseconds: float, size: int) ->
     return row
 
 
-def mean_watts(run: Callable[[], Any], seconds: float = 0.6) -> float | None:
+def mean_watts(run: Callable[[], Any], seconds: float = 1.0) -> float | None:
     """Mean board power while `run` repeats, sampled by nvidia-smi; None where it tells none."""
-    query = ["nvidia-smi", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+    gpu = str(torch.cuda.get_device_properties(0).uuid)
+    query = ["nvidia-smi", "-i", gpu if gpu.startswith("GPU-") else f"GPU-{gpu}"]
+    query += ["--query-gpu=power.draw.instant", "--format=csv,noheader,nounits"]  # power.draw is a mean over a second
     samples: list[float] = []
     done = threading.Event()
 
@@ -189,6 +208,6 @@ def suite(machine: dict[str, Any], results: dict[str, dict[str, Row]]) -> dict[s
         "suite": "gpu-model",
         "model": "BERT-base and BERT-large, random weights, fp16, inputs padded to the length of the case",
         "machine": {**machine, "CO2 g/kWh": CO2_GRAMS_PER_KWH},
-        "method": "median of triton.testing.do_bench; power by nvidia-smi over 0.6 s",
+        "method": "median of triton.testing.do_bench; power by nvidia-smi (power.draw.instant) over 1 s",
         "results": results,
     }

@@ -36,9 +36,10 @@ def test_linears_are_measured_and_absent_peers_say_why(monkeypatch: pytest.Monke
     kept = ("torch bf16", "torch._int_mm", "lowbit", "gemlite")  # the others take minutes to import or compile
     runners = {name: build for name, build in gpu_linear.RUNNERS.items() if name.startswith(kept)}
     monkeypatch.setattr(gpu_linear, "RUNNERS", runners)
-    weight, built = gpu_linear.build(48, 256, "cpu")
-    rows = gpu_linear.measure(weight, built, 33, once, CEILINGS)
-    assert set(rows) == set(runners)
+    weight, built = gpu_linear.build(48, 256, device="cpu")
+    _, slow = gpu_linear.build(48, 256, slow=True, device="cpu")
+    rows = gpu_linear.compared(gpu_linear.measure(weight, {**built, **slow}, 33, once, once, CEILINGS))
+    assert set(rows) == set(runners) and not set(built) & set(slow)
     assert all("us" in row or row["note"].startswith("not measured: ") for row in rows.values())
     assert all("us" in rows[name] for name in rows if name.startswith(("torch bf16", "lowbit")))
     assert rows["torch bf16"]["times as fast as bf16"] == 1.0
@@ -46,10 +47,22 @@ def test_linears_are_measured_and_absent_peers_say_why(monkeypatch: pytest.Monke
 
 
 def test_a_wrong_linear_stops_the_benchmark() -> None:
-    weight, _ = gpu_linear.build(48, 256, "cpu")
-    wrong: dict[str, gpu_linear.Bind | str] = {"torch bf16": lambda x: lambda: x @ weight.dense.t() * 1.1}
-    with pytest.raises(RuntimeError, match="torch bf16 is wrong"):
-        gpu_linear.measure(weight, wrong, 5, once, CEILINGS)
+    weight, built = gpu_linear.build(48, 256, device="cpu")
+    for name in ("torch bf16", "lowbit binary, x int8", "lowbit split pair, x int8"):
+        right = built[name]
+        assert not isinstance(right, str)
+        wrong: dict[str, gpu_linear.Bind | str] = {name: lambda x, right=right: lambda: right(x)() * 1.1}
+        with pytest.raises(RuntimeError, match=f"{name} is wrong"):
+            gpu_linear.measure(weight, wrong, 5, once, once, CEILINGS)
+
+
+def test_a_peer_that_no_graph_takes_keeps_its_other_time() -> None:
+    def refuse(run: Any) -> float:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    weight, built = gpu_linear.build(48, 256, device="cpu")
+    row = gpu_linear.measure(weight, {"torch bf16": built["torch bf16"]}, 5, refuse, once, CEILINGS)["torch bf16"]
+    assert "us" not in row and row["us, called"] > 0 and "capturing" in str(row["note"])
 
 
 def test_roofline_counts_bytes_and_operations() -> None:
@@ -63,14 +76,13 @@ def test_roofline_counts_bytes_and_operations() -> None:
 
 
 def test_models_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    builders = gpu_model.models("BERT-base", "cpu", **SMALL)
-    for name in ("HF SDPA, max-autotune", "torchao int8 dynamic, max-autotune", "bitsandbytes LLM.int8"):
-        del builders[name]
+    builders = gpu_model.models("BERT-base", device="cpu", **SMALL)
+    del builders["bitsandbytes LLM.int8"]
     # fp16 arithmetic of peers on a CPU is too coarse to compare with
     monkeypatch.setattr(gpu_model, "check", lambda name, inputs, output, expected: None)
     built = gpu.built_models(builders)
     with torch.inference_mode():
-        rows = gpu_model.measure(built, gpu_model.batch(4, 24, True, "cpu"), once)
+        rows = gpu_model.compared(gpu_model.measure(built, gpu_model.batch(4, 24, True, "cpu"), once))
     assert "ms" in rows["lowbit ternary, fused"] and "CUDA" in rows["lowbit ternary, fused, graphs"]["note"]
     results.write(gpu_model.suite(MACHINE, {"BERT-base, batch 4, length 24, ragged": rows}), tmp_path)
 
@@ -94,6 +106,29 @@ def test_training_steps_are_measured(tmp_path: Path) -> None:
     measured = gpu_training.measure("cpu", once, **SMALL)
     path = results.write(gpu_training.suite(MACHINE, measured), tmp_path)
     assert results.read(path)["results"] == measured
+
+
+def test_parts_share_the_time_and_a_failing_one_stops_no_other(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    given: dict[str, float] = {}
+
+    def part(name: str) -> Callable[[Path, gpu.Clock], None]:
+        def run(folder: Path, clock: gpu.Clock) -> None:
+            given[name] = clock.left()
+            if name == "b":
+                raise SystemExit(2)
+
+        return run
+
+    monkeypatch.setattr(gpu, "PARTS", {"a": (0.25, part("a")), "b": (0.25, part("b")), "c": (0.5, part("c"))})
+    monkeypatch.setattr(gpu, "machine", dict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOWBIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("sys.argv", ["gpu", "--results", str(tmp_path), "--minutes", "4"])
+    assert gpu.main() == 1
+    assert given == pytest.approx({"a": 60, "b": 80, "c": 240}, abs=1)  # what one leaves goes to those after it
+    assert "== b: 0 s, FAILED" in capsys.readouterr().out
 
 
 def test_without_a_gpu_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:

@@ -149,7 +149,7 @@ def test_copies_are_independent() -> None:
         (lowbit.TernaryConfig(activation_clip=2.5), "activation_clip=None"),
         (lowbit.TernaryConfig(activation_bits=None), "activation_bits of 8 or 4"),
         (lowbit.TernaryConfig(weight_bits=None), "weight_bits of 1 or 2"),
-        (lowbit.TernaryConfig(modules_to_not_convert=["output.dense"]), "is not packed"),
+        (lowbit.TernaryConfig(modules_to_not_convert=["output.dense"]), "is left in float"),
     ],
 )
 def test_what_cannot_be_fused_says_what_lacks(config: lowbit.LowbitConfig, message: str) -> None:

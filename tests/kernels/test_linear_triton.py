@@ -182,7 +182,8 @@ def test_residual_is_added_after_the_activation(dtype: torch.dtype, M: int, tile
     arguments, residual = random_case(kind, M, 5, 600), torch.randn(M, 5).to(dtype)
     plain = launch(kind, *arguments, activation="gelu", tile=tile)
     got = launch(kind, *arguments, activation="gelu", tile=tile, residual=residual)
-    assert torch.equal(got, plain + residual.float())
+    # One rounding less where the compiler fuses the last product with the addition.
+    torch.testing.assert_close(got, plain + residual.float(), rtol=3e-7, atol=3e-7)
     expected = definition(kind, *arguments, activation="gelu", residual=residual)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
