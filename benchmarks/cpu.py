@@ -1,7 +1,7 @@
 """BERT-base on the CPU: ternary and binary against float32, torch dynamic int8 and onnxruntime dynamic int8.
 
 Random weights, sequence length 128, batch 1 and 8, and a batch of 8 whose sentences fill 40 % on average; "fused" is
-`lowbit.fuse`, which takes the padding out, "compiled" is `lowbit.compile`. All models sit in one
+`lowbit.fuse`, which takes the padding out, "compiled" is `lowbit.compile` for each shape. All models sit in one
 process on the same threads and inputs, and take turns (A B C A B C ...), so that a machine whose speed drifts slows all
 of them; ratios are medians of the ratios within a turn. Each output is checked before it is timed. Writes one JSON and
 prints a table.
@@ -58,7 +58,7 @@ def models(names: list[str]) -> dict[str, Runner | None]:
         return lowbit.convert(lowbit.split(copy.deepcopy(half_width))).eval()
 
     def compiled(model: BertModel) -> Runner:
-        return torch_runner(lowbit.compile(model))
+        return torch_runner(lowbit.compile(model, dynamic=False))
 
     built: dict[str, Callable[[], Runner | None]] = {
         "float32 eager": lambda: torch_runner(_eager(base)),
