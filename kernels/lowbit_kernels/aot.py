@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 MODULES = (
-    "linear",
+    "linear_triton",
     "packing",
     "quantize",
     "weights",

@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import configs, linear
+from . import configs
+from . import linear_triton as linear
 from ._triton import INTERPRET, triton
-from .linear import LAYOUTS, Tile
+from .linear_triton import LAYOUTS, Tile
 from .packing import pack_codes
 
 # (N, K) of BERT-base and BERT-large: attention output, query, key and value joined, the two of the feed-forward.

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter keeps Triton from compiling", allow_module_level=True)
 
-from lowbit_kernels import aot, configs, linear
+from lowbit_kernels import aot, configs
+from lowbit_kernels import linear_triton as linear
 
 
 def case_named(label: str, arch: int) -> int:
@@ -27,7 +28,7 @@ def index_of(layout: str, M: int, arch: int = 90) -> int:
 @pytest.mark.parametrize("kind", linear.LAYOUTS)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_linear_multiplies_on_int8_tensor_cores_without_spilling(arch: int, kind: str) -> None:
-    result = aot.compile_case("linear", index_of(kind, 16, arch), arch)
+    result = aot.compile_case("linear_triton", index_of(kind, 16, arch), arch)
     assert result.faults() == []
     assert result.products == ({80: "IMMA", 90: "IGMMA"}[arch],) and 0 < result.shared < 99 * 1024
 
@@ -44,7 +45,7 @@ def test_decoded_weights_stay_in_registers_on_hopper() -> None:
 
 def test_the_loop_is_found_and_decodes_four_weights_in_two_instructions() -> None:
     tile = configs.untuned("ternary_linear", linear.Tile, 8192, 90)
-    result = aot.compile_case("linear", index_of("ternary", 8192), 90)
+    result = aot.compile_case("linear_triton", index_of("ternary", 8192), 90)
     assert result.loop["IGMMA"] == result.multiplications
     assert not {"PRMT", "STS", "STSM", "LDG"} & set(result.loop)
     # Each word of packed bytes a thread has holds 4 planes: mask and flip are one LOP3 each, and 3 planes are shifted.
@@ -55,7 +56,7 @@ def test_the_loop_is_found_and_decodes_four_weights_in_two_instructions() -> Non
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_small_kernel_multiplies_four_at_a_time_without_exchanging_data(arch: int) -> None:
-    result = aot.compile_case("linear", case_named("linear ternary small, 1 tokens", arch), arch)
+    result = aot.compile_case("linear_triton", case_named("linear ternary small, 1 tokens", arch), arch)
     assert result.faults() == [] and result.products == ("IDP",)
     # 64 words on 32 lanes: two words a lane, 4 planes each
     assert result.loop["IDP"] == result.multiplications == 8
@@ -66,7 +67,7 @@ def test_the_small_kernel_multiplies_four_at_a_time_without_exchanging_data(arch
 @pytest.mark.parametrize("kind", linear.LAYOUTS)
 def test_a_tile_shared_by_slices_does_not_spill(kind: str) -> None:
     smallest = configs.untuned(f"{kind}_linear", linear.Tile, 16, 90)
-    result = aot.compile_case("linear", case_named(f"linear {kind} {smallest}, sliced", 90), 90)
+    result = aot.compile_case("linear_triton", case_named(f"linear {kind} {smallest}, sliced", 90), 90)
     assert result.faults() == []
     assert result.opcodes["ATOMG"] > 0  # additions and the count of arrivals
 
@@ -120,7 +121,7 @@ def test_a_spilling_kernel_is_caught() -> None:
 def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="unset"):
-        aot.compile_case("linear", 0, 90)
+        aot.compile_case("linear_triton", 0, 90)
 
 
 def test_the_command_exits_with_0_and_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:

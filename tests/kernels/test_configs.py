@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowbit_kernels import configs, linear, tune
-from lowbit_kernels.linear import Tile
+from lowbit_kernels import configs, tune
+from lowbit_kernels import linear_triton as linear
+from lowbit_kernels.linear_triton import Tile
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted(configs.SHIPPED.glob("*.json"))

@@ -16,7 +16,9 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lowbit_kernels import linear, packing
+from lowbit_kernels import linear as ops
+from lowbit_kernels import linear_triton as linear
+from lowbit_kernels import packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["ternary", "binary", "split"]
@@ -411,7 +413,7 @@ def test_joint_products_are_one_launch_with_the_same_bits(kind: str) -> None:
     zero = torch.randint(-128, 128, (9,), dtype=torch.int32, device=DEVICE)
     given = x_scale.to(DEVICE), zero, "gelu", torch.float32, kind
     for _ in range(2):
-        joint = linear._joint_cuda(x.to(DEVICE), packed, scale, bias, *given)
+        joint = ops._joint_cuda(x.to(DEVICE), packed, scale, bias, *given)
         alone = [linear.launch(x.to(DEVICE), *weight, *given) for weight in zip(packed, scale, bias, strict=True)]
         assert torch.equal(joint, torch.cat(alone, 1))
         bias[0] += 1.0  # edits are noticed
@@ -425,7 +427,7 @@ def test_unpacked_codes_give_the_bits_of_packed_ones(kind: str, with_zero: bool)
     codes = getattr(reference, f"unpack_{kind}")(packed, 300)
     codes = torch.stack(codes) if kind == "split" else codes
     tensors = (None if t is None else t.to(DEVICE) for t in (x, codes.to(torch.int8), scale, bias, x_scale, zero))
-    got = linear._codes_cuda(*tensors, kind, torch.float32).cpu()
+    got = ops._codes_cuda(*tensors, kind, torch.float32).cpu()
     assert torch.equal(got, launch(kind, x, packed, scale, bias, x_scale, zero))
 
 
@@ -435,5 +437,5 @@ def test_unpacked_codes_take_one_launch_more(kind: str, monkeypatch: pytest.Monk
     codes = torch.ones(*scale.shape, 768, dtype=torch.int8)
     zero = torch.zeros(4, dtype=torch.int32)
     arguments = x, codes, scale, bias, x_scale, zero, kind, torch.float32
-    work = work_of(lambda: linear._codes_cuda(*arguments), [linear, packing], monkeypatch)
+    work = work_of(lambda: ops._codes_cuda(*arguments), [linear, packing], monkeypatch)
     assert work == (["_pack_kernel", "_small_kernel"], [])
