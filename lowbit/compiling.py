@@ -41,7 +41,7 @@ def compile(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
         )
     encoders = [module for module in model.modules() if isinstance(module, PackedEncoder)]
     for encoder in encoders:
-        encoder.run_layer = torch.compile(encoder.run_layer, **options)
+        encoder.run_layer = torch.compile(encoder._run_layer, **options)
     for layer in [] if encoders else layers:
         layer.compile(**options)
     return model

@@ -188,7 +188,7 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
     found: set[str] = set()
     for file in files:
         if not str(file).endswith(".safetensors"):
-            raise CheckpointError(f"{file}: packed models are read from safetensors only")
+            raise CheckpointError(f"{file}: lowbit models are read from safetensors only")
         try:
             with safe_open(file, framework="pt") as tensors:
                 checksums = json.loads((tensors.metadata() or {}).get(_CHECKSUMS, "{}"))

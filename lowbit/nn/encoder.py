@@ -124,9 +124,7 @@ class PackedEncoder(nn.Module):
         symmetric, dtype = self.symmetric, tokens.dtype
         projections = self._multiply(weights.projections, codes, dtype)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in projections)
-        context = attention(
-            query, key, value, *sequences, scaling=self.head_dim**-0.5, **self.attention_options
-        ).flatten(1)
+        context = attention(query, key, value, *sequences, **self.attention_options).flatten(1)
         codes = quantize_per_token(context, self.bits, symmetric["linear"])
         (output,) = self._multiply(weights.attention_output, codes, dtype)
         tokens, *inner = add_layernorm(
@@ -179,6 +177,7 @@ class PackedEncoder(nn.Module):
 
 
 def check(config: LowbitConfig) -> None:
+    """Raise ValueError unless a model of this configuration can run without padding; says what lacks."""
     problems = {
         "stage='packed' (call lowbit.convert first)": config.stage != "packed",
         "weight_bits of 1 or 2": config.weight_bits is None,

@@ -262,8 +262,6 @@ def test_every_table_serves_every_layout_and_bucket(path: Path) -> None:
 
 
 def test_wheels_and_editable_installs_have_the_tables() -> None:
-    if not (ROOT / "pyproject.toml").exists():
-        pytest.skip("not in a checkout")
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     package = ROOT / tools["package-dir"]["lowbit_kernels"]
     declared = {path for pattern in tools["package-data"]["lowbit_kernels"] for path in package.glob(pattern)}
