@@ -18,7 +18,7 @@ from . import _plugin
 if TYPE_CHECKING:
     from . import nn
     from .compiling import compile
-    from .config import BinaryConfig, LowbitConfig, TernaryConfig
+    from .config import BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
     from .conversion import convert, fuse, prepare, quantize, split
     from .distill import AttentionScoreLoss, DistillationTrainer, HiddenStateLoss, LogitsLoss, TaskLoss
     from .errors import CheckpointError
@@ -30,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "BinaryConfig": "config",
+    "LengthConfig": "config",
     "LowbitConfig": "config",
     "TernaryConfig": "config",
     "compile": "compiling",
@@ -55,6 +56,7 @@ __all__ = [
     "CheckpointError",
     "DistillationTrainer",
     "HiddenStateLoss",
+    "LengthConfig",
     "LogitsLoss",
     "LowbitConfig",
     "TaskLoss",

@@ -6,6 +6,8 @@ Bits are written W-E-A as in the papers: `weight_bits`, `embedding_bits`, `activ
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -151,3 +153,66 @@ class BinaryConfig(LowbitConfig):
     weight_bits: int | None = 1
     weight_quantizer: str = "bwn"
     embedding_bits: int | None = 1
+
+
+@dataclass(frozen=True)
+class LengthConfig:
+    """How many tokens of each sequence every layer keeps; set by `lowbit.set_length`, kept in config.json.
+
+    A layer drops tokens after its attention and before its FFN: those that receive the least attention. The first token
+    of a sequence ([CLS]) is always kept, and the order of the others never changes.
+
+    Attributes:
+        keep: one number a layer, by `unit`:
+            "ratio": of the sequence's own length when it entered the model, in (0, 1], not increasing; rounded up;
+            "tokens": a number of tokens, at least 1, not increasing (Length-Adaptive Transformer);
+            "threshold": tokens whose mean attention received is below it are dropped, in [0, 1) (learned token
+            pruning). The mean is over heads and over the queries of the same sequence that the layer still has.
+        unit: "ratio", "tokens" or "threshold".
+        min_tokens: fewer are never kept of a sequence that has as many.
+        score: attention received from "all" queries, or from the first one ("cls": cheaper).
+        protect: tokens kept as long as there is room: "first_segment" (token type 0: the question, in question
+            answering). The first token needs no mention.
+        restore: give dropped tokens the hidden state that they had when they were dropped; heads that read all tokens
+            need it. Without it they end as zeros.
+    """
+
+    keep: tuple[float, ...]
+    unit: str = "ratio"
+    min_tokens: int = 1
+    score: str = "all"
+    protect: tuple[str, ...] = ()
+    restore: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keep", tuple(self.keep))
+        object.__setattr__(self, "protect", tuple(self.protect))
+        for name, accepted in (("unit", ("ratio", "tokens", "threshold")), ("score", ("all", "cls"))):
+            if getattr(self, name) not in accepted:
+                raise ValueError(
+                    f"LengthConfig: {name}={getattr(self, name)!r}; accepted: {', '.join(map(repr, accepted))}"
+                )
+        if unknown := sorted(set(self.protect) - {"first_segment"}):
+            raise ValueError(f"LengthConfig: protect={unknown}; accepted: 'first_segment' (token type 0)")
+        if not isinstance(self.min_tokens, int) or self.min_tokens < 1:
+            raise ValueError(f"LengthConfig: min_tokens={self.min_tokens!r}; accepted: a whole number from 1")
+        accepted_keep, fits = {
+            "ratio": ("ratios in (0, 1]", lambda k: 0 < k <= 1),
+            "tokens": ("whole numbers from 1", lambda k: k >= 1 and k == int(k)),
+            "threshold": ("thresholds in [0, 1)", lambda k: 0 <= k < 1),
+        }[self.unit]
+        if not self.keep or not all(isinstance(k, int | float) and math.isfinite(k) and fits(k) for k in self.keep):
+            raise ValueError(f"LengthConfig: keep={self.keep} with unit={self.unit!r}; accepted: {accepted_keep}")
+        if self.unit != "threshold" and any(a < b for a, b in itertools.pairwise(self.keep)):
+            raise ValueError(f"LengthConfig: keep={self.keep} increases; a layer cannot keep more than the one before")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields, as written under `length_config` in config.json."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> LengthConfig:
+        """Inverse of `to_dict`; ValueError for a field this version does not know, or a value outside its range."""
+        if unknown := sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
+            raise ValueError(f"length_config has fields this lowbit does not know: {', '.join(unknown)}")
+        return cls(**values)
