@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from . import nn
     from .compiling import compile
     from .config import BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
-    from .conversion import convert, fuse, prepare, quantize, split
+    from .conversion import convert, prepare, quantize, split
     from .distill import AttentionScoreLoss, DistillationTrainer, HiddenStateLoss, LogitsLoss, TaskLoss
     from .errors import CheckpointError
     from .graphs import compile_for
     from .info import backend
     from .slimming import slim
+    from .unpadding import fuse, set_length
 
 __version__ = "0.1.0"
 
@@ -36,7 +37,7 @@ _HOME = {
     "compile": "compiling",
     "compile_for": "graphs",
     "convert": "conversion",
-    "fuse": "conversion",
+    "fuse": "unpadding",
     "prepare": "conversion",
     "quantize": "conversion",
     "split": "conversion",
@@ -47,6 +48,7 @@ _HOME = {
     "TaskLoss": "distill",
     "CheckpointError": "errors",
     "backend": "info",
+    "set_length": "unpadding",
     "slim": "slimming",
 }
 
@@ -69,6 +71,7 @@ __all__ = [
     "nn",
     "prepare",
     "quantize",
+    "set_length",
     "slim",
     "split",
 ]

@@ -4,7 +4,6 @@
     split      ternary latent weights -> pairs of binary latent weights, same function (BinaryBERT section 3.2)
     convert    QuantLinear -> PackedLinear,  QuantEmbedding -> PackedEmbedding
     quantize   prepare + convert
-    fuse       the packed encoder on the tokens of a batch without padding
 
 All work in place and return the model. New modules are built before the first old one is replaced, so an error
 leaves the model as it was.
@@ -21,11 +20,10 @@ from lowbit_kernels import split_ternary
 
 from . import hf, models
 from .config import LowbitConfig, names
-from .nn import FusedEmbeddings, PackedEmbedding, PackedEncoder, PackedLinear, QuantEmbedding, QuantLinear
-from .nn import attention as lowbit_attention
-from .nn import encoder as lowbit_encoder
+from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from .nn.linear import JointProjection, attention_quantizers
 from .quantizers import check_weight_quantizer
+from .unpadding import attention_implementation, check_fusable, check_quantized_attention, fuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,11 +53,13 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     check_weight_quantizer(config.weight_quantizer, config.weight_bits)
     _check_names(model, config)
     _check_finite(model)
+    if getattr(model.config, "length_config", None):
+        check_quantized_attention(config)
     modules = _quantized(model, config)
     hf.own_config(model)
     _swap(model, modules)
     _add_attention_quantizers(model, config)
-    model.set_attn_implementation(lowbit_attention.NAME)
+    model.set_attn_implementation(attention_implementation(model))
     return hf.attach(model, config)
 
 
@@ -70,14 +70,14 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
 
     Args:
         model: from `prepare`, usually trained.
-        fused: also call `fuse`.
+        fused: also call `lowbit.fuse`.
 
     Raises:
         ValueError: the model is not prepared, is already packed, or holds NaN.
     """
     config = _expect_prepared(model, "convert")
     if fused:
-        _check_fusable(model, config.replace(stage="packed"))
+        check_fusable(model, config.replace(stage="packed"))
     packed: dict[str, nn.Module] = {}
     sites = dict(models.linears(model))
     for name, module in model.named_modules():
@@ -95,34 +95,6 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
 def quantize(model: PreTrainedModel, config: LowbitConfig, fused: bool = False) -> PreTrainedModel:
     """Post-training quantization: `convert(prepare(model, config), fused)`."""
     return convert(prepare(model, config), fused)
-
-
-def fuse(model: PreTrainedModel) -> PreTrainedModel:
-    """Run the encoder of a packed model without padding (`lowbit.nn.PackedEncoder`), its embeddings in one operation.
-
-    Hidden states at padding become 0; elsewhere they are the module-by-module model's up to rounding, with one
-    difference: attention probabilities of a padded sentence are quantized over its own tokens only, so that no sentence
-    depends on its batch. The base model's parameters are frozen (`requires_grad`): where one is not, and gradients are
-    enabled, modules run one by one. Files are the same: fuse again after `from_pretrained`.
-
-    Args:
-        model: packed, with 8- or 4-bit activations quantized per token, no clip, and no linear left in float.
-
-    Raises:
-        ValueError: not packed, already fused, or a configuration that cannot be fused (the message says what lacks).
-    """
-    config = hf.current_config(model)
-    architecture, base = models.describe(model), model.base_model
-    path = architecture.layers.rpartition(".")[0]
-    encoder = base.get_submodule(path)
-    if isinstance(encoder, PackedEncoder):
-        raise ValueError("the model is already fused")
-    _check_fusable(model, config)
-    embeddings = FusedEmbeddings(base.get_submodule(architecture.embeddings))
-    _swap(base, {path: PackedEncoder(encoder, architecture, config), architecture.embeddings: embeddings})
-    base.requires_grad_(False)
-    model.set_attn_implementation(lowbit_attention.UNPADDED)
-    return model
 
 
 def split(model: PreTrainedModel) -> PreTrainedModel:
@@ -163,14 +135,6 @@ def split(model: PreTrainedModel) -> PreTrainedModel:
     return hf.attach(model, config)
 
 
-def _check_fusable(model: PreTrainedModel, config: LowbitConfig) -> None:
-    lowbit_encoder.check(config)
-    for name, _ in models.linears(model):
-        pooler = name.endswith(models.describe(model).pooler)
-        if not pooler and not isinstance(model.get_submodule(name), PackedLinear | QuantLinear):
-            raise ValueError(f"{name} is left in float (modules_to_not_convert?); a fused encoder needs it packed")
-
-
 def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     """Give a freshly constructed model (usually on the meta device) the modules of a checkpoint with `config`."""
     if config.num_attention_heads is not None:
@@ -193,7 +157,7 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     if config.stage == "packed":
         _fuse_linears(model)
     _add_attention_quantizers(model, config)
-    model.set_attn_implementation(lowbit_attention.NAME)
+    model.set_attn_implementation(attention_implementation(model))
 
 
 def _as_pair(module: Any) -> None:

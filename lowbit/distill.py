@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer
 
 from .nn.attention import NAME as LOWBIT_ATTENTION
+from .unpadding import attention_implementation
 
 Batch = Mapping[str, torch.Tensor]
 
@@ -265,7 +266,7 @@ class DistillationTrainer(Trainer):
 
     def _expose_scores(self, model: PreTrainedModel) -> None:
         if self._needs_scores:
-            model.set_attn_implementation(LOWBIT_ATTENTION)
+            model.set_attn_implementation(attention_implementation(model))
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from . import models
 from .nn import PackedEncoder
-from .nn.encoder import Sequences
+from .nn.sequences import Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -29,7 +29,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trits
 
-from .config import FORMAT_VERSION, LowbitConfig
+from .config import FORMAT_VERSION, LengthConfig, LowbitConfig
 from .errors import CheckpointError
 from .nn._packed import Packed
 
@@ -92,7 +92,8 @@ class LowbitQuantizer(HfQuantizer):
         if self.quantization_config.stage == "packed":
             _expand_trits(model)
             _verify_modules(model)
-        return attach(model, self.quantization_config.replace(format_version=FORMAT_VERSION))
+        attach(model, self.quantization_config.replace(format_version=FORMAT_VERSION))
+        return _set_saved_length(model)
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -106,6 +107,17 @@ class LowbitQuantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         raise ValueError("a lowbit model cannot be dequantized in place; load the float checkpoint it came from")
+
+
+def _set_saved_length(model: PreTrainedModel) -> PreTrainedModel:
+    """Drop tokens as the model did that was saved."""
+    from .unpadding import set_length
+
+    values = getattr(model.config, "length_config", None)
+    try:
+        return model if values is None else set_length(model, LengthConfig.from_dict(values))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"config.json: {error}") from error
 
 
 def current_config(model: PreTrainedModel) -> LowbitConfig:

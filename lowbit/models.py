@@ -19,10 +19,12 @@ class Architecture:
     attention: str  # in a layer; the module that calls the attention interface and knows its head count
     projections: tuple[str, str, str]  # query, key, value; in a layer
     attention_output: str  # in a layer
+    attention_dropout: str  # of the output; in a layer
     attention_norm: str  # in a layer
     ffn_input: str  # in a layer
     ffn_activation: str  # in a layer
     ffn_output: str  # in a layer
+    ffn_dropout: str  # in a layer
     ffn_norm: str  # in a layer
     pooler: str
     embeddings: str
@@ -41,10 +43,12 @@ ARCHITECTURES = {
         attention="attention.self",
         projections=("attention.self.query", "attention.self.key", "attention.self.value"),
         attention_output="attention.output.dense",
+        attention_dropout="attention.output.dropout",
         attention_norm="attention.output.LayerNorm",
         ffn_input="intermediate.dense",
         ffn_activation="intermediate.intermediate_act_fn",
         ffn_output="output.dense",
+        ffn_dropout="output.dropout",
         ffn_norm="output.LayerNorm",
         pooler="pooler.dense",
         embeddings="embeddings",

@@ -14,7 +14,7 @@ import lowbit
 from helpers import HEADS, batch, outputs, tiny
 from lowbit.graphs import Graphs, Shape, nearest, shapes
 from lowbit.nn import PackedEncoder
-from lowbit.nn.encoder import Sequences, with_padding, without_padding
+from lowbit.nn.sequences import Sequences, with_padding, without_padding
 
 CONFIGS = {
     "ternary": lowbit.TernaryConfig(),

@@ -19,12 +19,13 @@ BELOW = {
     "tasks": set(),
     "quantizers": set(),
     "nn": {"config", "models", "quantizers", "nn"},
-    "hf": {"config", "errors", "models", "conversion", "nn"},
-    "conversion": {"config", "models", "nn", "quantizers", "hf", "slimming"},
+    "hf": {"config", "errors", "models", "conversion", "nn", "unpadding"},
+    "conversion": {"config", "models", "nn", "quantizers", "hf", "slimming", "unpadding"},
+    "unpadding": {"config", "models", "nn", "hf"},
     "slimming": {"config", "models", "hf"},
     "compiling": {"models", "nn"},
     "graphs": {"models", "nn"},
-    "distill": {"nn", "config", "models"},
+    "distill": {"nn", "config", "models", "unpadding"},
     "_plugin": {"hf", "nn"},
     "__init__": None,  # names everything
 }

@@ -1,34 +1,209 @@
-"""`PackedEncoder`: all layers of a packed BERT on the tokens of a batch without padding, one after the other.
+"""Encoders that run on the tokens of a batch without padding, and may drop tokens on the way.
 
-Padding is taken out once at the entrance and put back, as zeros, at the exit; between the operations activations are
-int8. A layer is nine operations: Q, K and V in one product; attention; quantize; product; residual + LayerNorm +
-quantize; product with GELU; quantize; product; residual + LayerNorm + quantize.
+Padding is taken out once at the entrance and put back, as zeros, at the exit. A layer that drops tokens does so after
+its attention and before its output projection, which like all that follows takes each token for itself: dropping
+before or after it is the same function.
 
-The layers themselves stay what and where they were, with their names: they run instead where an attention map, hidden
-states, gradients or a mask that is no padding mask are asked for, where they are offloaded, and for dtypes and head
-sizes that the kernels do not take.
+`UnpaddedEncoder` calls the modules of the layers: float, prepared or packed, also in training. `PackedEncoder` runs a
+packed model's layers as nine operations each, int8 between them: Q, K and V in one product; attention; quantize;
+product; residual + LayerNorm + quantize; product with GELU; quantize; product; residual + LayerNorm + quantize.
+
+The layers stay what and where they were, with their names. They run as they are where an attention map, hidden states
+or a mask that is no padding mask are asked for; with dropped tokens these are refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from lowbit_kernels import add_layernorm, attention, joint_linear, quantize_per_token
+from lowbit_kernels import AttentionOutput, add_layernorm, attention, attention_eager, joint_linear, quantize_per_token
 from lowbit_kernels.varlen_attention import HEAD_DIMS
 
-from ..config import LowbitConfig
+from ..config import LengthConfig, LowbitConfig
 from ..models import Architecture
+from .pruning import Keep, Kept, Survivors, drop, gathered, plan
+from .sequences import Sequences, additive, with_padding, without_padding
+
+_SITES = ("query", "key", "value", "attention_probs")
 
 
-class Sequences(NamedTuple):
-    """Where the sequences of a batch lie among its tokens."""
+class SoftMask(Protocol):
+    """A factor for every token in place of dropping it, learned: see `lowbit.length`.
 
-    cu_seqlens: torch.Tensor  # int32 [B + 1]
-    max_seqlen: int
+    `place` says what is multiplied: the output of the layer's "attention" (PoWER-BERT) or of its "ffn" (LTP).
+    """
+
+    place: str
+
+    def __call__(self, layer: int, importance: torch.Tensor, sequences: Sequences, heads: int) -> torch.Tensor: ...
+
+
+class UnpaddedEncoder(nn.Module):
+    """Stands in for the encoder of a model; same parameters, same names.
+
+    Args:
+        encoder: Hugging Face encoder with its layers in its child `layer`.
+        architecture: where a layer keeps what.
+
+    Attributes:
+        lengths: what every layer keeps, None for all.
+        soft_mask: in training, a factor for every token.
+        replaced_attention: the model's attention implementation before this encoder came.
+    """
+
+    def __init__(self, encoder: nn.Module, architecture: Architecture) -> None:
+        super().__init__()
+        layers: Any = encoder.get_submodule("layer")
+        self.layer: Any = layers
+        self._by_layer = [encoder]  # in a list: its parameters are ours already
+        self.architecture = architecture
+        self.lengths: LengthConfig | None = None
+        self.soft_mask: SoftMask | None = None
+        self.replaced_attention: str | None = None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        first_token_only: bool = False,
+        protected_tokens: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A batch through all layers.
+
+        Args:
+            hidden_states: [B, S, H].
+            attention_mask: [B, S] or None.
+            first_token_only: the caller reads hidden_states[:, 0] only, what else is returned may be anything.
+            protected_tokens: bool [B, S], tokens to keep as long as there is room, or None.
+
+        Returns:
+            transformers' output with last_hidden_state [B, S, H].
+
+        Raises:
+            ValueError: tokens are to be dropped, and something is asked for that needs them all.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+        obstacle = self._obstacle(hidden_states, attention_mask, kwargs)
+        drops = self.lengths is not None or self.soft_mask is not None
+        if drops and obstacle:
+            raise ValueError(f"{obstacle}, which a model that drops tokens cannot; call lowbit.set_length(model, None)")
+        if obstacle or not (drops or self._is_fast(hidden_states)):
+            return self._by_layer[0](hidden_states, additive(attention_mask, hidden_states.dtype), **kwargs)
+        tokens, sequences, places = without_padding(hidden_states, attention_mask)
+        protected = None
+        if protected_tokens is not None and self.lengths is not None:
+            protected = protected_tokens.bool().flatten()
+            protected = protected if places is None else protected[places]
+        if len(tokens):
+            run = self._fast() if self._is_fast(hidden_states) else self._run_modules
+            # What is not read need not be restored, nor computed in the last layer.
+            tokens = run(tokens, sequences, first_token_only, protected)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=with_padding(tokens, places, hidden_states.shape)
+        )
+
+    def _is_fast(self, hidden_states: torch.Tensor) -> bool:
+        """Whether `_fast` can run them."""
+        return False
+
+    def _fast(self) -> Callable[..., torch.Tensor]:
+        raise NotImplementedError
+
+    def _obstacle(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
+        """What of this call only the layers as they are can do."""
+        config = self._by_layer[0].config
+        for name in ("output_attentions", "output_hidden_states", "output_scores"):
+            if kwargs.get(name, getattr(config, name, False)):
+                return f"{name}=True asks for the states of all tokens in every layer"
+        if mask is not None and mask.dim() != 2:
+            return f"an attention mask of shape {tuple(mask.shape)} is no padding mask [B, S]"
+        if any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values")):
+            return "cross-attention and caches are those of decoders"
+        return None
+
+    def _run_modules(
+        self, tokens: torch.Tensor, sequences: Sequences, first_token_only: bool, protected: torch.Tensor | None
+    ) -> torch.Tensor:
+        """All layers by their modules: tokens [T, H] -> [T, H]."""
+        steps = plan(self.lengths, len(self.layer), sequences, tokens.shape[0], first_token_only)
+        survivors = Survivors(self._restores(first_token_only), sequences.host is not None)
+        for number, (layer, keep) in enumerate(zip(self.layer, steps, strict=True)):
+            before = tokens
+            run: Callable[..., Any] = self._run_layer_modules
+            if self.training and getattr(layer, "gradient_checkpointing", False):
+                tokens, kept = layer._gradient_checkpointing_func(
+                    run, number, layer, tokens, sequences, keep, protected
+                )
+            else:
+                tokens, kept = run(number, layer, tokens, sequences, keep, protected)
+            sequences, protected = _after(before, kept, sequences, protected, survivors)
+        return survivors.all(tokens)
+
+    def _restores(self, first_token_only: bool) -> bool:
+        return not first_token_only and (self.lengths is None or self.lengths.restore)
+
+    def _run_layer_modules(
+        self,
+        number: int,
+        layer: nn.Module,
+        tokens: torch.Tensor,
+        sequences: Sequences,
+        keep: Keep | None,
+        protected: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, Kept | None]:
+        paths, find = self.architecture, layer.get_submodule
+        heads = find(paths.attention).num_attention_heads
+        query, key, value = (find(path)(tokens).unflatten(-1, (heads, -1)) for path in paths.projections)
+        result = self._attend(find(paths.attention), query, key, value, sequences, keep)
+        kept = None
+        if keep is not None:
+            kept = drop(result.importance, sequences, keep, tokens.shape[0], heads, protected)  # type: ignore[arg-type]
+        context, tokens = gathered(kept, result.output.flatten(1), tokens)
+        output = find(paths.attention_dropout)(find(paths.attention_output)(context))
+        tokens = find(paths.attention_norm)(output + tokens)
+        factor = None
+        if self.soft_mask is not None:
+            factor = self.soft_mask(number, result.importance, sequences, heads).unsqueeze(-1)  # type: ignore[arg-type]
+            tokens = tokens * factor.to(tokens.dtype) if self.soft_mask.place == "attention" else tokens
+        inner = find(paths.ffn_activation)(find(paths.ffn_input)(tokens))
+        tokens = find(paths.ffn_norm)(find(paths.ffn_dropout)(find(paths.ffn_output)(inner)) + tokens)
+        if factor is not None and self.soft_mask is not None and self.soft_mask.place == "ffn":
+            tokens = tokens * factor.to(tokens.dtype)
+        return tokens, kept
+
+    def _attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sequences: Sequences,
+        keep: Keep | None,
+    ) -> AttentionOutput:
+        options: dict[str, Any] = {"scaling": module.scaling, **_attention_options(getattr(module, "quantizers", {}))}
+        importance = self._importance(keep)
+        dropout = module.dropout.p if self.training else 0.0
+        runs = query.dtype != torch.float64 and (not query.is_cuda or query.shape[-1] in HEAD_DIMS)
+        if dropout or self.soft_mask is not None or not runs:
+            options = {"bits": None, "asymmetric": (), **options}
+            return attention_eager(
+                query, key, value, *sequences[:2], dropout_p=dropout, importance=importance, **options
+            )
+        return _attention(query, key, value, sequences, importance, options)
+
+    def _importance(self, keep: Keep | None) -> str | None:
+        """What `attention` calls the importance that this layer needs."""
+        if self.soft_mask is not None:
+            return "all"
+        if keep is None or keep.first_only or self.lengths is None:
+            return None
+        return self.lengths.score
 
 
 class Product(NamedTuple):
@@ -58,8 +233,8 @@ class Weights(NamedTuple):
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # int8 [T, K], scale [T], zero point [T] or None
 
 
-class PackedEncoder(nn.Module):
-    """Stands in for the encoder of a packed model; same parameters, same names.
+class PackedEncoder(UnpaddedEncoder):
+    """`UnpaddedEncoder` of a packed model, in a few operations; by its modules where gradients are needed.
 
     Args:
         encoder: Hugging Face encoder with packed linears in its child `layer`.
@@ -71,14 +246,11 @@ class PackedEncoder(nn.Module):
     """
 
     def __init__(self, encoder: nn.Module, architecture: Architecture, config: LowbitConfig) -> None:
-        super().__init__()
+        super().__init__(encoder, architecture)
         check(config)
         assert config.activation_bits is not None  # check said so
-        layers: Any = encoder.get_submodule("layer")
-        self.layer: Any = layers
-        self._by_layer = [encoder]  # in a list: its parameters are ours already
-        self.architecture, self.bits = architecture, config.activation_bits
-        first = layers[0]
+        self.bits = config.activation_bits
+        first = self.layer[0]
         module = first.get_submodule(architecture.attention)
         self.heads, self.head_dim = module.num_attention_heads, module.attention_head_size
         self.layout = first.get_submodule(architecture.ffn_input).layout
@@ -87,44 +259,61 @@ class PackedEncoder(nn.Module):
         self._norm = f"{architecture.ffn_norm}.weight"
         self.eps = first.get_submodule(architecture.attention_norm).eps
         self.symmetric = {site: site not in config.asymmetric for site in ("linear", "ffn_output")}
-        self.attention_options: dict[str, Any] = {}
-        if config.quantize_attention:
-            sites = ("query", "key", "value", "attention_probs")
-            self.attention_options = {
-                "bits": self.bits,
-                "asymmetric": tuple(site for site in sites if site in config.asymmetric),
-            }
+        self.attention_options = _attention_options(getattr(module, "quantizers", {}))
         # What `lowbit.compile` and `lowbit.compile_for` replace.
-        self.run_layer: Callable[..., tuple[torch.Tensor, Codes]] = self._run_layer
-        self.run: Callable[[torch.Tensor, Sequences], torch.Tensor] = self._run
+        self.run_layer: Callable[..., tuple[torch.Tensor, Codes, Kept | None]] = self._run_layer
+        self.run: Callable[..., torch.Tensor] = self._run
 
-    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        """hidden_states [B, S, H], attention_mask [B, S] or None -> transformers' output with last_hidden_state."""
-        from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
-
-        if self._needs_layers(hidden_states, attention_mask, kwargs):
-            return self._by_layer[0](hidden_states, _additive(attention_mask, hidden_states.dtype), **kwargs)
-        tokens, sequences, places = without_padding(hidden_states, attention_mask)
-        tokens = self.run(tokens, sequences) if len(tokens) else tokens
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=with_padding(tokens, places, hidden_states.shape)
+    def _is_fast(self, hidden_states: torch.Tensor) -> bool:
+        norms = [layer.get_parameter(self._norm) for layer in self.layer]
+        return not (
+            self.training
+            or self.soft_mask is not None
+            or (torch.is_grad_enabled() and any(p.requires_grad for p in (hidden_states, *self.layer.parameters())))
+            or hidden_states.dtype == torch.float64
+            or (hidden_states.is_cuda and self.head_dim not in HEAD_DIMS)
+            # Offloaded layers and layers on several devices have hooks that bring weights and activations together.
+            or any(norm.device != hidden_states.device for norm in norms)
         )
 
-    def _run(self, tokens: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    def _fast(self) -> Callable[..., torch.Tensor]:
+        return self.run
+
+    def _run(
+        self,
+        tokens: torch.Tensor,
+        sequences: Sequences,
+        first_token_only: bool = False,
+        protected: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """All layers: tokens [T, H] -> [T, H]. Tokens after the last sequence belong to none and do not matter."""
+        steps = plan(self.lengths, len(self.layer), sequences, tokens.shape[0], first_token_only)
+        survivors = Survivors(self._restores(first_token_only), sequences.host is not None)
+        sequences = sequences._replace(host=None)  # a layer compiled with it would be compiled again without
         codes: Codes = quantize_per_token(tokens, self.bits, self.symmetric["linear"])
-        for layer in self.layer:
-            tokens, codes = self.run_layer(self._weights(layer), tokens, codes, sequences)
-        return tokens
+        for layer, keep in zip(self.layer, steps, strict=True):
+            before = tokens
+            tokens, codes, kept = self.run_layer(self._weights(layer), tokens, codes, sequences, keep, protected)
+            sequences, protected = _after(before, kept, sequences, protected, survivors)
+        return survivors.all(tokens)
 
     def _run_layer(
-        self, weights: Weights, tokens: torch.Tensor, codes: Codes, sequences: Sequences
-    ) -> tuple[torch.Tensor, Codes]:
-        """tokens [T, H] and their codes -> the same of the next layer."""
-        symmetric, dtype = self.symmetric, tokens.dtype
+        self,
+        weights: Weights,
+        tokens: torch.Tensor,
+        codes: Codes,
+        sequences: Sequences,
+        keep: Keep | None = None,
+        protected: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Codes, Kept | None]:
+        """tokens [T, H] and their codes -> the same of the next layer, and what it keeps."""
+        symmetric, dtype, kept = self.symmetric, tokens.dtype, None
         projections = self._multiply(weights.projections, codes, dtype)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in projections)
-        context = attention(query, key, value, *sequences, **self.attention_options).flatten(1)
+        result = _attention(query, key, value, sequences, self._importance(keep), self.attention_options)
+        if keep is not None:
+            kept = drop(result.importance, sequences, keep, tokens.shape[0], self.heads, protected)
+        context, tokens = gathered(kept, result.output.flatten(1), tokens)
         codes = quantize_per_token(context, self.bits, symmetric["linear"])
         (output,) = self._multiply(weights.attention_output, codes, dtype)
         tokens, *inner = add_layernorm(
@@ -136,7 +325,7 @@ class PackedEncoder(nn.Module):
         tokens, *last = add_layernorm(
             output, tokens, *weights.ffn_norm, self.eps, bits=self.bits, symmetric=symmetric["linear"]
         )
-        return tokens, tuple(last)  # type: ignore[return-value]
+        return tokens, tuple(last), kept  # type: ignore[return-value]
 
     def _multiply(
         self, product: Product, codes: Codes, dtype: torch.dtype, activation: str | None = None
@@ -159,25 +348,9 @@ class PackedEncoder(nn.Module):
             Norm(ffn_norm.weight, ffn_norm.bias),
         )
 
-    def _needs_layers(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> bool:
-        config = self._by_layer[0].config
-        recorded = ("output_attentions", "output_hidden_states", "output_scores")
-        norms = [layer.get_parameter(self._norm) for layer in self.layer]
-        return (
-            self.training
-            or (torch.is_grad_enabled() and any(p.requires_grad for p in (hidden_states, *self.layer.parameters())))
-            or hidden_states.dtype == torch.float64
-            or (hidden_states.is_cuda and self.head_dim not in HEAD_DIMS)
-            or (mask is not None and mask.dim() != 2)
-            or any(kwargs.get(name, getattr(config, name, False)) for name in recorded)
-            or any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values"))
-            # Offloaded layers and layers on several devices have hooks that bring weights and activations together.
-            or any(norm.device != hidden_states.device for norm in norms)
-        )
-
 
 def check(config: LowbitConfig) -> None:
-    """Raise ValueError unless a model of this configuration can run without padding; says what lacks."""
+    """Raise ValueError unless a packed model of this configuration can be fused; says what lacks."""
     problems = {
         "stage='packed' (call lowbit.convert first)": config.stage != "packed",
         "weight_bits of 1 or 2": config.weight_bits is None,
@@ -190,48 +363,43 @@ def check(config: LowbitConfig) -> None:
         raise ValueError(f"a fused encoder needs {' and '.join(missing)}; run the model without fused=True")
 
 
+def _attention_options(quantizers: Any) -> dict[str, Any]:
+    """Of `attention`, for the quantizers of an attention module (empty: a float one)."""
+    if not quantizers:
+        return {}
+    asymmetric = tuple(site for site in _SITES if not quantizers[site].symmetric)
+    return {"bits": quantizers["query"].bits, "asymmetric": asymmetric}
+
+
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sequences: Sequences,
+    importance: str | None,
+    options: dict[str, Any],
+) -> AttentionOutput:
+    result = attention(query, key, value, *sequences[:2], importance=importance, **options)
+    return result if isinstance(result, AttentionOutput) else AttentionOutput(result, None, None)
+
+
+def _after(
+    before: torch.Tensor,
+    kept: Kept | None,
+    sequences: Sequences,
+    protected: torch.Tensor | None,
+    survivors: Survivors,
+) -> tuple[Sequences, torch.Tensor | None]:
+    """Sequences and protected tokens behind a layer."""
+    if kept is None:
+        return sequences, protected
+    survivors.keep(before, kept)
+    return kept.sequences, None if protected is None else protected[kept.index]
+
+
 def _product(*linears: Any) -> Product:
     return Product(
         [linear.weight for linear in linears],
         [linear.weight_scale for linear in linears],
         [linear.bias for linear in linears],
     )
-
-
-def without_padding(
-    hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
-) -> tuple[torch.Tensor, Sequences, torch.Tensor | None]:
-    """The tokens of a padded batch.
-
-    Args:
-        hidden_states: [B, S, H].
-        attention_mask: bool or integer [B, S], 0 at padding (anywhere in a row), or None.
-
-    Returns:
-        tokens [T, H]; where the sequences begin; int64 [T] places of the tokens in [B * S], None without padding.
-    """
-    B, S, _ = hidden_states.shape
-    rows = hidden_states.flatten(0, 1)
-    if attention_mask is None or bool(attention_mask.all()):
-        cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=rows.device) * S
-        return rows, Sequences(cu_seqlens, S), None
-    mask = attention_mask.bool()
-    lengths = mask.sum(1, dtype=torch.int32)
-    cu_seqlens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    places = mask.flatten().nonzero().squeeze(1)
-    return rows[places], Sequences(cu_seqlens, int(lengths.max())), places
-
-
-def with_padding(tokens: torch.Tensor, places: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
-    """Inverse of `without_padding`: [T, H] -> [B, S, H], zeros at padding."""
-    if places is None:
-        return tokens.view(shape)
-    padded = tokens.new_zeros(shape[0] * shape[1], shape[2])
-    return padded.index_copy_(0, places, tokens).view(shape)
-
-
-def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """What the layers take for a mask [B, S]: float [B, 1, 1, S], the least number at padding."""
-    if mask is None or mask.dim() != 2:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask.bool(), torch.finfo(dtype).min)[:, None, None, :]

@@ -1,0 +1,185 @@
+"""Which tokens a layer keeps: the plan for all layers of a batch, and what a layer does by it.
+
+How many tokens every layer keeps of every sequence depends on their lengths only (with ratios and absolute lengths), so
+all shapes of a forward pass are known on the host before it begins, and nothing waits for a device. Only a threshold
+has to look at the importance first.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from typing import NamedTuple
+
+import torch
+
+from lowbit_kernels import gather_tokens, kept_cu_seqlens, select_tokens
+
+from ..config import LengthConfig
+from .sequences import Sequences
+
+
+class Keep(NamedTuple):
+    """What a layer that drops tokens leaves of its sequences."""
+
+    sequences: Sequences | None  # None: decided by the threshold
+    num_tokens: int  # in all; at least so many where only bounds are known
+    first_only: bool = False
+    threshold: float = 0.0
+    min_tokens: int = 1
+
+
+class Kept(NamedTuple):
+    """What a layer has left: int64 [T'] rows of its input, and where the sequences lie among them."""
+
+    index: torch.Tensor
+    sequences: Sequences
+
+
+def plan(
+    config: LengthConfig | None, layers: int, sequences: Sequences, num_tokens: int, first_token_only: bool
+) -> list[Keep | None]:
+    """For each layer what it keeps, None where nothing is dropped.
+
+    Args:
+        config: None drops nothing.
+        layers: of the encoder.
+        sequences: as they enter the first layer.
+        num_tokens: that enter the first layer.
+        first_token_only: nothing but the first token of each sequence is read afterwards: the last layer drops the rest.
+    """
+    steps: list[Keep | None] = [None] * layers
+    if config is not None and config.unit == "threshold":
+        steps = [Keep(None, 0, False, k, config.min_tokens) if k > 0 else None for k in config.keep]
+    elif config is not None:
+        steps = _by_length(config, sequences, num_tokens)
+    if first_token_only:
+        batch = sequences.cu_seqlens.numel() - 1
+        each = torch.arange(batch + 1, dtype=torch.int32, device=sequences.cu_seqlens.device)
+        steps[-1] = Keep(Sequences(each, 1), batch, first_only=True)
+    return steps
+
+
+def _by_length(config: LengthConfig, sequences: Sequences, num_tokens: int) -> list[Keep | None]:
+    cu_seqlens, longest, host = sequences
+    table = kept_cu_seqlens(cu_seqlens, _keep(config.keep, cu_seqlens.device), config.unit, config.min_tokens)
+    if host is None:
+        batch = cu_seqlens.numel() - 1
+        bounds = [_bounds(config, k, num_tokens, longest, batch) for k in config.keep]
+        none_dropped = 1.0 if config.unit == "ratio" else float(longest)
+        kept = [min(k, none_dropped) for k in config.keep]
+        drops = [after < before for before, after in itertools.pairwise([none_dropped, *kept])]
+    else:
+        on_host = table
+        if table.device != host.device:
+            on_host = kept_cu_seqlens(host, _keep(config.keep, host.device), config.unit, config.min_tokens)
+        totals = on_host[:, -1].tolist()
+        bounds = list(zip(totals, on_host.diff().amax(1).tolist(), strict=True))
+        drops = [after < before for before, after in itertools.pairwise([num_tokens, *totals])]
+    return [
+        Keep(Sequences(cu, longest), total) if dropped else None
+        for cu, (total, longest), dropped in zip(table, bounds, drops, strict=True)
+    ]
+
+
+def _bounds(config: LengthConfig, keep: float, num_tokens: int, longest: int, batch: int) -> tuple[int, int]:
+    """(tokens, longest length) that are at most kept of any lengths."""
+    if config.unit == "ratio":
+        most = math.ceil(keep * num_tokens) + batch * config.min_tokens
+        return min(num_tokens, most), min(longest, max(math.ceil(keep * longest), config.min_tokens))
+    most = max(int(keep), config.min_tokens)
+    return min(num_tokens, batch * most), min(longest, most)
+
+
+@functools.lru_cache(maxsize=64)
+def _keep(keep: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(keep, dtype=torch.float64, device=device)
+
+
+def drop(
+    importance: torch.Tensor | None,
+    sequences: Sequences,
+    keep: Keep,
+    num_tokens: int,
+    heads: int,
+    protected: torch.Tensor | None,
+) -> Kept:
+    """Choose the tokens that a layer keeps.
+
+    Args:
+        importance: float32 [T], attention received; None where only first tokens are kept.
+        sequences: the layer's input.
+        keep: from `plan`.
+        num_tokens: T.
+        heads: that importance is a sum over, as over queries.
+        protected: bool [T] or None.
+    """
+    cu_seqlens, longest, _ = sequences
+    if keep.first_only:
+        assert keep.sequences is not None
+        # An empty sequence gets some token; it has no place to be read from.
+        return Kept(cu_seqlens[:-1].clamp(max=num_tokens - 1).long(), keep.sequences)
+    assert importance is not None
+    if keep.sequences is not None:
+        index, _ = select_tokens(
+            importance,
+            cu_seqlens,
+            keep.sequences.cu_seqlens,
+            protected=protected,
+            max_seqlen=longest,
+            num_tokens=keep.num_tokens,
+        )
+        return Kept(index, keep.sequences)
+    lengths = cu_seqlens.diff()
+    mean = importance / (heads * lengths.repeat_interleave(lengths.long(), output_size=num_tokens))
+    index, kept = select_tokens(
+        mean,
+        cu_seqlens,
+        keep.threshold,
+        unit="threshold",
+        min_tokens=keep.min_tokens,
+        protected=protected,
+        max_seqlen=longest,
+    )
+    return Kept(index, Sequences(kept, int(kept.diff().max())))
+
+
+class Survivors:
+    """Where the tokens that are left came from, and the states of those that are not.
+
+    Args:
+        restore: give dropped tokens the state that they had when they were dropped, else zeros.
+        exact: whether there are never more rows than tokens kept. Surplus rows belong to no token.
+    """
+
+    def __init__(self, restore: bool, exact: bool) -> None:
+        self.restore, self.exact = restore, exact
+        self.states: torch.Tensor | None = None
+        self.origin: torch.Tensor | None = None
+
+    def keep(self, before: torch.Tensor, kept: Kept) -> None:
+        """Note that of the tokens `before` [T, H] the rows `kept.index` are left."""
+        origin = kept.index if self.origin is None else self.origin[kept.index]
+        if self.states is None:
+            spare = before.new_zeros(1, before.shape[1])  # where surplus rows go
+            self.states = torch.cat([before if self.restore else torch.zeros_like(before), spare])
+        elif self.restore:
+            assert self.origin is not None
+            self.states = self.states.index_copy(0, self.origin, before)
+        if not self.exact:
+            surplus = torch.arange(len(origin), device=origin.device) >= kept.sequences.cu_seqlens[-1]
+            origin = origin.masked_fill(surplus, len(self.states) - 1)
+        self.origin = origin
+
+    def all(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The last states of the tokens that are left, [T', H] -> those of all that ever were, [T, H]."""
+        if self.states is None or self.origin is None:
+            return tokens
+        return self.states.index_copy(0, self.origin, tokens)[:-1]
+
+
+def gathered(kept: Kept | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Rows that are kept of each tensor [T, ...]; the tensors themselves where nothing is dropped."""
+    return [x if kept is None else gather_tokens(x, kept.index) for x in tensors]

@@ -1,0 +1,55 @@
+"""Batches without padding: the tokens of all sequences one after the other, and where each sequence lies."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+class Sequences(NamedTuple):
+    """Where the sequences of a batch lie among its tokens."""
+
+    cu_seqlens: torch.Tensor  # int32 [B + 1]
+    max_seqlen: int
+    host: torch.Tensor | None = None  # cu_seqlens on the CPU; None where only bounds are known, as in a CUDA graph
+
+
+def without_padding(
+    hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, Sequences, torch.Tensor | None]:
+    """The tokens of a padded batch.
+
+    Args:
+        hidden_states: [B, S, H].
+        attention_mask: bool or integer [B, S], 0 at padding (anywhere in a row), or None.
+
+    Returns:
+        tokens [T, H]; where the sequences begin; int64 [T] places of the tokens in [B * S], None without padding.
+    """
+    B, S, _ = hidden_states.shape
+    rows = hidden_states.flatten(0, 1)
+    if attention_mask is None or bool(attention_mask.all()):
+        host = torch.arange(B + 1, dtype=torch.int32) * S
+        return rows, Sequences(host.to(rows.device), S, host), None
+    mask = attention_mask.bool()
+    cu_seqlens = nn.functional.pad(mask.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
+    host = cu_seqlens.cpu()
+    places = mask.flatten().nonzero().squeeze(1)
+    return rows[places], Sequences(cu_seqlens, int(host.diff().max()), host), places
+
+
+def with_padding(tokens: torch.Tensor, places: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
+    """Inverse of `without_padding`: [T, H] -> [B, S, H], zeros at padding."""
+    if places is None:
+        return tokens.view(shape)
+    padded = tokens.new_zeros(shape[0] * shape[1], shape[2])
+    return padded.index_copy_(0, places, tokens).view(shape)
+
+
+def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """What layers take for a mask [B, S]: float [B, 1, 1, S], the least number at padding."""
+    if mask is None or mask.dim() != 2:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask.bool(), torch.finfo(dtype).min)[:, None, None, :]

@@ -1,0 +1,168 @@
+"""Run a model's encoder without padding: fused (packed models), and with tokens dropped on the way (any model).
+
+    fuse          the packed encoder in a few operations a layer, the embeddings in one
+    set_length    every layer keeps so many tokens of a sequence
+
+Both put an encoder of `lowbit.nn.encoder` in place of transformers', around the same layers: parameters and their names
+do not change. Where a head reads the first token only ([CLS]: sequence classification, multiple choice, next sentence),
+the last layer computes no other, which changes nothing but the time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from . import hf, models
+from .config import LengthConfig, LowbitConfig
+from .nn import FusedEmbeddings, PackedEncoder, PackedLinear, QuantLinear, UnpaddedEncoder
+from .nn import attention as lowbit_attention
+from .nn import encoder as lowbit_encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Endings of class names of heads: those that read the first token only, and those that read all.
+_FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+_ALL_TOKEN_HEADS = ("ForQuestionAnswering", "ForTokenClassification", "ForMaskedLM", "ForPreTraining", "LMHeadModel")
+
+
+def fuse(model: PreTrainedModel) -> PreTrainedModel:
+    """Run the encoder of a packed model without padding (`lowbit.nn.PackedEncoder`), its embeddings in one operation.
+
+    Hidden states at padding become 0; elsewhere they are the module-by-module model's up to rounding, with one
+    difference: attention probabilities of a padded sentence are quantized over its own tokens only, so that no sentence
+    depends on its batch. The base model's parameters are frozen (`requires_grad`): where one is not, and gradients are
+    enabled, modules run one by one. Files are the same: fuse again after `from_pretrained`. Lengths stay set.
+
+    Args:
+        model: packed, with 8- or 4-bit activations quantized per token, no clip, and no linear left in float.
+
+    Raises:
+        ValueError: not packed, already fused, or a configuration that cannot be fused (the message says what lacks).
+    """
+    config = hf.current_config(model)
+    architecture, encoder = models.describe(model), _encoder(model)
+    if isinstance(encoder, PackedEncoder):
+        raise ValueError("the model is already fused")
+    check_fusable(model, config)
+    original = encoder._by_layer[0] if isinstance(encoder, UnpaddedEncoder) else encoder
+    fused = PackedEncoder(original, architecture, config)
+    fused.lengths = getattr(encoder, "lengths", None)
+    embeddings = FusedEmbeddings(model.base_model.get_submodule(architecture.embeddings))
+    _put(model, architecture.embeddings, embeddings)
+    _put(model, _path(model), fused)
+    model.base_model.requires_grad_(False)
+    _without_padding(model)
+    return model
+
+
+def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTrainedModel:
+    """Let every layer of a model drop the tokens that receive the least attention, in place.
+
+    Works on float, prepared, packed and fused models, also in training. `config` is kept in the model's own
+    configuration: lowbit checkpoints load with it; for float ones call `set_length` again after `from_pretrained`.
+    Attention maps and hidden states of every layer cannot be asked for as long as tokens are dropped.
+
+    Args:
+        model: `BertModel` or any `BertFor*`.
+        config: None keeps all tokens again.
+
+    Raises:
+        TypeError, ValueError: not a supported model; a configuration for another number of layers; a head that reads
+            all tokens and `restore=False`; attention quantized per tensor or with a clip.
+    """
+    architecture, encoder = models.describe(model), _encoder(model)
+    if config is not None:
+        _check_length(model, config)
+    if isinstance(encoder, UnpaddedEncoder):
+        encoder.lengths = config
+        if config is None and not isinstance(encoder, PackedEncoder):
+            _put(model, _path(model), encoder._by_layer[0])
+            quantized = hf.current_config(model).stage != "float"
+            model.set_attn_implementation(lowbit_attention.NAME if quantized else encoder.replaced_attention)
+    elif config is not None:
+        unpadded = UnpaddedEncoder(encoder, architecture)
+        unpadded.lengths, unpadded.replaced_attention = config, model.config._attn_implementation
+        _put(model, _path(model), unpadded)
+        hf.own_config(model)
+        _without_padding(model)
+    if config is not None:
+        model.config.length_config = config.to_dict()
+    elif hasattr(model.config, "length_config"):
+        del model.config.length_config
+    return model
+
+
+def attention_implementation(model: PreTrainedModel) -> str:
+    """Name of the attention that the model's encoder needs, once its attention is quantized."""
+    return lowbit_attention.UNPADDED if isinstance(_encoder(model), UnpaddedEncoder) else lowbit_attention.NAME
+
+
+def check_fusable(model: PreTrainedModel, config: LowbitConfig) -> None:
+    """Raise ValueError unless `fuse` can take a model of this configuration."""
+    lowbit_encoder.check(config)
+    for name, _ in models.linears(model):
+        pooler = name.endswith(models.describe(model).pooler)
+        if not pooler and not isinstance(model.get_submodule(name), PackedLinear | QuantLinear):
+            raise ValueError(f"{name} is left in float (modules_to_not_convert?); a fused encoder needs it packed")
+
+
+def check_quantized_attention(config: LowbitConfig) -> None:
+    """Raise ValueError unless attention that is quantized so can run without padding."""
+    quantized = config.stage != "float" and config.quantize_attention and config.activation_bits is not None
+    if quantized and (config.activation_granularity != "per_token" or config.activation_clip is not None):
+        raise ValueError(
+            "lengths need activation_granularity='per_token' and activation_clip=None where attention is quantized, got "
+            f"{config.activation_granularity!r} and {config.activation_clip}"
+        )
+
+
+def _check_length(model: PreTrainedModel, config: LengthConfig) -> None:
+    count, head = len(list(models.layers(model))), type(model).__name__
+    if len(config.keep) != count:
+        raise ValueError(f"LengthConfig has {len(config.keep)} layers, {head} has {count}; give one number a layer")
+    if not config.restore and head.endswith(_ALL_TOKEN_HEADS):
+        raise ValueError(f"{head} reads all tokens: it needs LengthConfig(restore=True)")
+    check_quantized_attention(hf.current_config(model))
+
+
+def _path(model: PreTrainedModel) -> str:
+    return models.describe(model).layers.rpartition(".")[0]
+
+
+def _encoder(model: PreTrainedModel) -> nn.Module:
+    return model.base_model.get_submodule(_path(model))
+
+
+def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
+    base = model.base_model
+    module.train(base.get_submodule(path).training)
+    base.set_submodule(path, module)
+
+
+def _without_padding(model: PreTrainedModel) -> None:
+    """Padding masks as they come, and what the encoder has to know of head and batch."""
+    model.set_attn_implementation(lowbit_attention.UNPADDED)
+    for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
+        if hook not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _read_first_token_only(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Head -> encoder, by keyword through the base model, which may be called without its head too."""
+    if type(model).__name__.endswith(_FIRST_TOKEN_HEADS) and isinstance(_encoder(model), UnpaddedEncoder):
+        kwargs = {"first_token_only": True, **kwargs}
+    return args, kwargs
+
+
+def _protect(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Base model -> encoder: the tokens of the first segment, where they are to be kept."""
+    lengths = getattr(_encoder(base), "lengths", None)
+    if lengths is not None and "first_segment" in lengths.protect and "protected_tokens" not in kwargs:
+        token_type_ids = args[2] if len(args) > 2 else kwargs.get("token_type_ids")
+        if token_type_ids is None:
+            raise ValueError("LengthConfig(protect=('first_segment',)) needs token_type_ids; the call has none")
+        kwargs = {**kwargs, "protected_tokens": token_type_ids == 0}
+    return args, kwargs
