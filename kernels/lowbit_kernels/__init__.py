@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .attention_cpu import AttentionOutput, attention_eager
     from .embedding import quantized_embedding
     from .fused_embedding import embedding_layernorm
     from .layernorm import add_layernorm
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "AttentionOutput": "attention_cpu",
     "add_layernorm": "layernorm",
     "attention": "varlen_attention",
+    "attention_eager": "attention_cpu",
     "binarize": "weights",
     "binary_linear": "linear",
     "codes_linear": "linear",
@@ -60,8 +63,10 @@ _HOME = {
 }
 
 __all__ = [
+    "AttentionOutput",
     "add_layernorm",
     "attention",
+    "attention_eager",
     "binarize",
     "binary_linear",
     "codes_linear",

@@ -21,16 +21,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ._ops import check_choice, check_device, check_tensor, define, stored, traced_on_cpu
+from . import attention_cpu
+from ._ops import SINGLE, define, traced_on_cpu
 from ._triton import tl, triton
-from .quantize import _rint, _scale_and_zero, fake_quantize_per_token
+from .attention_cpu import SITES, AttentionOutput, Mode, attend, check_arguments, check_cu_seqlens, outputs
+from .quantize import _rint, _scale_and_zero
 
-SITES = ("query", "key", "attention_probs", "value")
 HEAD_DIMS = (16, 32, 64, 128)  # of the Triton kernels
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 # ---------------------------------------------------------------------------------------------------------- Triton
 # Legend: a program takes BLOCK_M queries of one head of one sequence, its loops BLOCK_N keys at a time. Scores are in
@@ -232,12 +233,15 @@ def launch(
     scaling: float,
     bits: int | None,
     asymmetric: Sequence[str],
-) -> torch.Tensor:
+    bias: torch.Tensor | None = None,
+    return_lse: bool = False,
+    importance: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the Triton kernel; arguments as the op's, already validated."""
     T, H, D = query.shape
-    out = query.new_empty(T, H, D)
+    out, lse, received = outputs(query, return_lse, importance)
     if not out.numel():
-        return out
+        return out, lse, received.zero_()
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
     tile = choose_tile(max_seqlen, D, query.dtype, bits)
     blocks = triton.cdiv(max_seqlen, tile.block_m)
@@ -252,7 +256,7 @@ def launch(
         _attention_kernel[grid](*arguments, **shape, **options)
     else:
         _quantized_attention_kernel[grid](*arguments, BITS=bits, **_flags(asymmetric), **shape, **options)
-    return out
+    return out, lse, received
 
 
 def _flags(asymmetric: Sequence[str]) -> dict[str, bool]:
@@ -284,134 +288,6 @@ def aot_cases(arch: int) -> list[tuple]:
     return cases
 
 
-# ------------------------------------------------------------------------------------------------------------- CPU
-
-CPU_SCORES = 2**20  # scores held at a time, so that they stay in cache: 1.4 to 2 times as fast as a whole batch
-
-
-def _padded(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    own: torch.Tensor | None,
-    scaling: float,
-    bits: int | None,
-    asymmetric: Sequence[str],
-) -> torch.Tensor:
-    """Sequences side by side, [b, S, H, D] to the same; `own` [b, S] says which keys are real, None that all are.
-
-    Not torch's scaled_dot_product_attention, which on the CPU makes 0 of a row whose scores are all NaN.
-    """
-
-    def quantized(site: str, x: torch.Tensor) -> torch.Tensor:
-        return x if bits is None else fake_quantize_per_token(x, bits, site not in asymmetric)
-
-    q = quantized("query", query.transpose(1, 2).float())
-    k = quantized("key", key.transpose(1, 2).float())
-    v = quantized("value", value.transpose(1, 2).float())
-    scores = torch.matmul(q * scaling, k.transpose(2, 3))
-    if own is None:
-        probs = torch.softmax(scores, -1)
-    else:
-        # As a float, and stored, or Inductor would compare lengths again for every score.
-        hidden = stored(torch.where(own, 0.0, -math.inf))[:, None, None, :]
-        probs = torch.softmax(scores + hidden, -1)
-        # Keys that are not real meet values of 0; they take a probability that is in the row's range already.
-        probs = stored(torch.where(hidden == 0, probs, probs.amax(-1, keepdim=True)))
-        v = torch.where(hidden.transpose(2, 3) == 0, v, 0.0)
-    return torch.matmul(quantized("attention_probs", probs), v).transpose(1, 2).to(query.dtype)
-
-
-def _is_uniform(query: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> bool:
-    """Whether all sequences have the same length: no other lengths up to `max_seqlen` add up to T."""
-    return query.shape[0] == (cu_seqlens.shape[0] - 1) * max_seqlen
-
-
-def _uniform(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    length: int,
-    scaling: float,
-    bits: int | None,
-    asymmetric: Sequence[str],
-) -> torch.Tensor:
-    """Sequences of one length, [b * length, H, D] to the same: views, nothing is padded."""
-    query, key, value = (x.unflatten(0, (-1, length)) for x in (query, key, value))
-    return _padded(query, key, value, None, scaling, bits, asymmetric).flatten(0, 1).contiguous()
-
-
-def _ragged(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    scaling: float,
-    bits: int | None,
-    asymmetric: Sequence[str],
-) -> torch.Tensor:
-    """Sequences of any lengths as one padded batch, for tracing: no shape depends on data, and Inductor fuses it."""
-    token, place = torch.arange(query.shape[0]), torch.arange(max_seqlen)
-    own = place < cu_seqlens.diff().unsqueeze(1)
-    tokens = (cu_seqlens[:-1].unsqueeze(1) + torch.where(own, place, 0)).clamp(max=query.shape[0] - 1)
-    result = _padded(query[tokens], key[tokens], value[tokens], own, scaling, bits, asymmetric)
-    sequence = torch.searchsorted(cu_seqlens[1:], token.to(cu_seqlens.dtype), right=True)
-    return result[sequence, token - cu_seqlens[sequence]]
-
-
-def _check_cu_seqlens(cu_seqlens: torch.Tensor, T: int, max_seqlen: int) -> None:
-    low, high = torch.aminmax(cu_seqlens.diff()) if len(cu_seqlens) > 1 else (0, 0)
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or low < 0 or high > max_seqlen:
-        raise ValueError(
-            f"cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])} in steps of {int(low)} to "
-            f"{int(high)}, expected 0 to T={T} in steps of 0 to max_seqlen={max_seqlen}"
-        )
-
-
-def _cpu(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    scaling: float,
-    bits: int | None,
-    asymmetric: Sequence[str],
-) -> torch.Tensor:
-    T, H, D = query.shape
-    _check_cu_seqlens(cu_seqlens, T, max_seqlen)
-    out = query.new_empty(T, H, D)
-    if not out.numel():
-        return out
-    if _is_uniform(query, cu_seqlens, max_seqlen):
-        size = _sequences_at_a_time(H, max_seqlen) * max_seqlen
-        for q, k, v, target in zip(*(x.split(size) for x in (query, key, value, out)), strict=True):
-            target.copy_(_uniform(q, k, v, max_seqlen, scaling, bits, asymmetric))
-        return out
-    # From the longest to the shortest, so that neighbours pad each other little: with copies of their own first token,
-    # so that NaN stays in its sequence.
-    lengths, order = cu_seqlens.diff().sort(descending=True)
-    lengths = lengths[lengths > 0].unsqueeze(1)
-    starts = cu_seqlens[order[: len(lengths)]].unsqueeze(1)
-    first = 0
-    while first < len(lengths):
-        longest = int(lengths[first])
-        group = slice(first, first + _sequences_at_a_time(H, longest))
-        place = torch.arange(longest)
-        own = place < lengths[group]
-        tokens = starts[group] + torch.where(own, place, 0)
-        q, k, v = (x.index_select(0, tokens.flatten()).unflatten(0, own.shape) for x in (query, key, value))
-        result = _padded(q, k, v, None if bool(own.all()) else own, scaling, bits, asymmetric).flatten(0, 1)
-        out.index_copy_(0, tokens[own], result.index_select(0, own.flatten().nonzero().flatten()))
-        first = group.stop
-    return out
-
-
-def _sequences_at_a_time(H: int, length: int) -> int:
-    return max(1, CPU_SCORES // (H * length * length))
-
-
 # -------------------------------------------------------------------------------------------------------------- op
 
 
@@ -424,17 +300,58 @@ def _fake(
     scaling: float,
     bits: int | None,
     asymmetric: Sequence[str],
-) -> torch.Tensor:
-    return query.new_empty(query.shape)
+    bias: torch.Tensor | None = None,
+    return_lse: bool = False,
+    importance: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return outputs(query, return_lse, importance)
 
 
 _op = define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens, SymInt max_seqlen, float scaling, int? bits, "
-    "str[] asymmetric) -> Tensor",
-    cpu=_cpu,
+    "str[] asymmetric, Tensor? bias=None, bool return_lse=False, str? importance=None) -> (Tensor, Tensor, Tensor)",
+    cpu=attention_cpu.run,
     cuda=launch,
     fake=_fake,
 )
+
+
+class _Attention(torch.autograd.Function):
+    """The op with gradients to query, key and value; the backward pass computes the scores again from lse."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        scaling: float,
+        bits: int | None,
+        asymmetric: list[str],
+        bias: torch.Tensor | None,
+        importance: str | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        out, lse, received = _op(
+            query, key, value, cu_seqlens, max_seqlen, scaling, bits, asymmetric, bias, True, importance
+        )
+        ctx.save_for_backward(query, key, value, out, lse, cu_seqlens, bias)
+        ctx.max_seqlen = max_seqlen
+        ctx.options = {"scaling": scaling, "bits": bits, "asymmetric": asymmetric}
+        ctx.mark_non_differentiable(lse, received)
+        return out, lse, received
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        from .attention_backward import attention_backward
+
+        query, key, value, out, lse, cu_seqlens, bias = ctx.saved_tensors
+        gradients = attention_backward(
+            grads[0], query, key, value, out, lse, cu_seqlens, ctx.max_seqlen, bias=bias, **ctx.options
+        )
+        return *gradients, None, None, None, None, None, None, None
 
 
 def attention(
@@ -447,8 +364,11 @@ def attention(
     scaling: float | None = None,
     bits: int | None = None,
     asymmetric: Sequence[str] = ("attention_probs",),
-) -> torch.Tensor:
-    """Bidirectional attention within each sequence of a batch without padding; carries no gradient.
+    bias: torch.Tensor | None = None,
+    return_lse: bool = False,
+    importance: str | None = None,
+) -> Any:  # a tensor or AttentionOutput, by the arguments
+    """Bidirectional attention within each sequence of a batch without padding.
 
     Args:
         query, key, value: float32, float16 or bfloat16 [T, H, D], one dtype; any strides (those of a joint projection
@@ -458,38 +378,51 @@ def attention(
         scaling: of the scores; default D ** -0.5.
         bits: 8 or 4 quantizes query, key, value and the probabilities per token and head, None nothing.
         asymmetric: what is quantized with a zero point, out of "query", "key", "attention_probs", "value".
+        bias: float [H or 1, S, S] with S >= max_seqlen, any strides; bias[h, i, j] is added to the score of query i
+            and key j of every sequence. -inf hides a key.
+        return_lse: return the logarithm of the sum of every query's exponentials too.
+        importance: return the attention that each token receives too: "all" sums the probabilities (before they are
+            quantized) over the heads and the queries of its sequence, "cls" over the heads for the first query alone.
 
     Returns:
-        [T, H, D] like query, contiguous. NaN stays in its sequence and head.
+        [T, H, D] like query, contiguous; where lse or importance are asked for, AttentionOutput(output, lse float32
+        [H, T] or None, importance float32 [T] or None). NaN stays in its sequence and, but for importance, head.
+        `output` is differentiable in query, key and value, as if nothing had been quantized; the others are not.
 
     Raises:
-        TypeError, ValueError: dtypes, shapes, devices or names that do not fit; cu_seqlens that do not (CPU; on CUDA,
-            where a check would stall the device, rows outside every sequence or beyond max_seqlen are undefined).
+        TypeError, ValueError: dtypes, shapes, devices or names that do not fit; a bias that wants a gradient, which
+            only `attention_eager` gives; cu_seqlens that do not fit (CPU; on CUDA, where a check would stall the
+            device, rows outside every sequence or beyond max_seqlen are undefined, but for importance: 0).
     """
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_tensor(name, tensor, _FLOATS, ndim=3)
-        if tensor.shape != query.shape or tensor.dtype != query.dtype:
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected the same as query: {query.dtype} "
-                f"{tuple(query.shape)}"
-            )
-    check_tensor("cu_seqlens", cu_seqlens, (torch.int32,), ndim=1)
-    check_device(query=query, key=key, value=value, cu_seqlens=cu_seqlens)
-    check_choice("bits", bits, (None, 8, 4))
-    unknown = sorted(set(asymmetric) - set(SITES))
-    if unknown:
-        raise ValueError(f"asymmetric={unknown}, accepted: {', '.join(SITES)}")
+    check_arguments(query, key, value, cu_seqlens, max_seqlen, bits, asymmetric, bias, importance, SINGLE)
     D = query.shape[2]
     if D == 0 or (query.device.type == "cuda" and D not in HEAD_DIMS):
         raise ValueError(f"query has D={D}, accepted: {', '.join(map(str, HEAD_DIMS))} on CUDA, any above 0 on the CPU")
-    if cu_seqlens.shape[0] == 0 or max_seqlen < 0:
-        raise ValueError(
-            f"cu_seqlens has {cu_seqlens.shape[0]} entries and max_seqlen={max_seqlen}, expected B + 1 and at least 0"
-        )
     scaling = D**-0.5 if scaling is None else scaling
-    query, key, value = query.detach(), key.detach(), value.detach()
-    if traced_on_cpu(query) and query.numel():
-        if _is_uniform(query, cu_seqlens, max_seqlen):
-            return _uniform(query, key, value, max_seqlen, scaling, bits, asymmetric)
-        return _ragged(query, key, value, cu_seqlens, max_seqlen, scaling, bits, asymmetric)
-    return _op(query, key, value, cu_seqlens, max_seqlen, scaling, bits, list(asymmetric))
+    differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if bias is not None:
+        if bias.requires_grad and torch.is_grad_enabled():
+            raise ValueError("bias requires a gradient, which attention does not give: use attention_eager")
+        bias = bias.detach()
+    if not differentiated:
+        query, key, value = query.detach(), key.detach(), value.detach()
+    if traced_on_cpu(query) or (differentiated and query.device.type == "cpu"):
+        if not torch.compiler.is_compiling():
+            check_cu_seqlens(cu_seqlens, query.shape[0], max_seqlen)
+        mode = Mode(scaling, bits, asymmetric, bias, return_lse, importance)
+        out, lse, received = attend(query, key, value, cu_seqlens, max_seqlen, mode)
+    elif differentiated:
+        out, lse, received = _Attention.apply(
+            query, key, value, cu_seqlens, max_seqlen, scaling, bits, list(asymmetric), bias, importance
+        )
+    else:
+        out, lse, received = _op(
+            query, key, value, cu_seqlens, max_seqlen, scaling, bits, list(asymmetric), bias, return_lse, importance
+        )
+    if not return_lse and importance is None:
+        return out
+    return AttentionOutput(
+        out,
+        lse.detach() if return_lse and lse is not None else None,
+        received.detach() if importance is not None and received is not None else None,
+    )

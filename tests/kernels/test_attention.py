@@ -10,9 +10,9 @@ from torch import nn
 
 from lowbit.nn.attention import attention_forward
 from lowbit.quantizers import ActivationQuantizer
-from lowbit_kernels import attention, reference, varlen_attention
+from lowbit_kernels import attention, attention_cpu, attention_eager, reference
 
-PROBS, ALL = ("attention_probs",), varlen_attention.SITES
+PROBS, ALL = ("attention_probs",), attention_cpu.SITES
 MODES = [(None, ()), (8, PROBS), (8, ()), (8, ALL), (4, PROBS), (4, ("key", "value"))]
 LENGTHS = [[7, 0, 1, 33, 0, 12], [16, 16, 16], [1], [0, 40]]
 # Of results that lie between the extremes of the values: float32 sums and exponentials; one rounding of the output.
@@ -67,7 +67,7 @@ def test_groups_of_sequences_change_nothing(
     for lengths in ([5, 9, 2, 2, 30, 0, 17, 9, 9], [8] * 7):
         arguments = joint(lengths, 2, 16)
         for scores in (1, 500, 2000):
-            monkeypatch.setattr(varlen_attention, "CPU_SCORES", scores)
+            monkeypatch.setattr(attention_cpu, "CPU_SCORES", scores)
             assert_attends(attention(*arguments, bits=bits, asymmetric=asymmetric), arguments, bits, asymmetric, 1e-5)
 
 
@@ -180,9 +180,32 @@ def test_inductor_gives_the_same(lengths: list[int]) -> None:
     assert_attends(torch.compile(attention, fullgraph=True)(*arguments, bits=8), arguments, 8, PROBS, 1e-5)
 
 
-def test_it_carries_no_gradient() -> None:
-    query, *rest = joint([4, 2], 1, 8)
-    assert not attention(query.requires_grad_(), *rest).requires_grad
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("lengths", [[4, 0, 2], [5, 5]], ids=str)
+def test_output_alone_carries_gradients_and_only_where_they_are_wanted(lengths: list[int], bits: int | None) -> None:
+    query, *rest = joint(lengths, 2, 8)
+    query.requires_grad_()
+    got = attention(query, *rest, bits=bits, return_lse=True, importance="all")
+    assert [x.requires_grad for x in got] == [True, False, False]
+    with torch.no_grad():
+        plain = attention(query, *rest, bits=bits, return_lse=True, importance="all")
+    assert not plain.output.requires_grad
+    for a, b in zip(got, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 if bits is None else 0.03)
+
+
+@pytest.mark.parametrize("kind", ["all", "cls"])
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_importance_of_a_sequence_sums_to_its_queries(lengths: list[int], bits: int | None, kind: str) -> None:
+    arguments = joint(lengths, 3, 8)
+    for got in (
+        attention(*arguments, bits=bits, importance=kind).importance,
+        attention_eager(*arguments, bits=bits, importance=kind).importance,
+    ):
+        sums = [part.sum().item() for part in got.split(lengths)]
+        expected = [3.0 * (n if kind == "all" else min(n, 1)) for n in lengths]
+        assert sums == pytest.approx(expected, rel=1e-5)
 
 
 def test_bad_input_is_refused() -> None:
