@@ -18,13 +18,14 @@ from tqdm.auto import tqdm
 from . import models
 from .nn import PackedEncoder
 from .nn.sequences import Sequences
+from .unpadding import reads_first_token_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILL = (0.25, 0.5, 0.75, 1.0)  # of batch size x length, one graph each: ragged batches have fewer tokens
 
-Run = Callable[[torch.Tensor, Sequences], torch.Tensor]
+Run = Callable[..., torch.Tensor]  # of tokens, sequences, first_token_only, protected
 Capture = Callable[[Callable[[], torch.Tensor]], tuple[Callable[[], None], torch.Tensor]]
 
 
@@ -52,8 +53,10 @@ def compile_for(
 
     A batch takes the graph with the fewest tokens that holds it; one that no graph holds runs without.
 
-    Graphs hold the weights as they are and share their buffers: do not move, retype or edit the model afterwards, and
-    run it from one thread and stream at a time.
+    Graphs hold the weights and lengths as they are and share their buffers: do not move, retype or edit the model
+    afterwards (`lowbit.set_length` gives the graphs up), and run it from one thread and stream at a time. A head that
+    reads the first token only has graphs that compute no other in the last layer; the base model called without its
+    head, and tokens protected by name, run without graphs.
 
     Args:
         model: fused (`convert(..., fused=True)` or `fuse`), on a CUDA device.
@@ -73,7 +76,10 @@ def compile_for(
     if model.device.type != "cuda":
         raise ValueError(f"compile_for captures CUDA graphs, the model is on {model.device}; use lowbit.compile there")
     available, width = shapes(batch_sizes, seq_lens), model.config.hidden_size
-    encoder.run = Graphs(encoder._run, available, width, model.dtype, model.device, progress=progress)
+    first_token_only = reads_first_token_only(model)
+    encoder.run = Graphs(
+        encoder._run, available, width, model.dtype, model.device, first_token_only, progress=progress
+    )
     return model
 
 
@@ -123,6 +129,7 @@ class Graphs:
         run: what is captured, and what runs batches that no graph holds.
         available: shapes, fewest tokens first.
         hidden_size, dtype, device: of the tokens.
+        first_token_only: whether the last layer computes no other; batches that ask for something else are not held.
         capture: makes a replay and its output of a call; default: CUDA graphs.
         progress: show a bar.
     """
@@ -134,10 +141,11 @@ class Graphs:
         hidden_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        first_token_only: bool = False,
         capture: Capture | None = None,
         progress: bool = False,
     ) -> None:
-        self.uncaptured = run
+        self.uncaptured, self.first_token_only = run, first_token_only
         self.graphs: dict[Shape, Graph] = {}
         capture = capture or _capturing(device)
         with torch.inference_mode(False), torch.no_grad():
@@ -146,14 +154,20 @@ class Graphs:
                 # Lengths as even as they come, none above the graph's.
                 steps = torch.arange(shape.batch + 1, device=device) * shape.tokens // shape.batch
                 sequences = Sequences(steps.to(torch.int32), shape.length)
-                replay, output = capture(functools.partial(run, tokens, sequences))
+                replay, output = capture(functools.partial(run, tokens, sequences, first_token_only))
                 self.graphs[shape] = Graph(tokens, sequences.cu_seqlens, replay, output)
 
-    def __call__(self, tokens: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        sequences: Sequences,
+        first_token_only: bool = False,
+        protected: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """tokens [T, H] -> [T, H], a tensor of its own."""
         shape = nearest(self.graphs, tokens.shape[0], sequences)
-        if shape is None:
-            return self.uncaptured(tokens, sequences)
+        if shape is None or protected is not None or first_token_only != self.first_token_only:
+            return self.uncaptured(tokens, sequences, first_token_only, protected)
         graph, T = self.graphs[shape], tokens.shape[0]
         ends = sequences.cu_seqlens.numel()
         graph.tokens[:T].copy_(tokens)

@@ -78,7 +78,9 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
         _check_length(model, config)
     if isinstance(encoder, UnpaddedEncoder):
         encoder.lengths = config
-        if config is None and not isinstance(encoder, PackedEncoder):
+        if isinstance(encoder, PackedEncoder):
+            encoder.run = encoder._run  # CUDA graphs were captured with the lengths before
+        elif config is None:
             _put(model, _path(model), encoder._by_layer[0])
             quantized = hf.current_config(model).stage != "float"
             model.set_attn_implementation(lowbit_attention.NAME if quantized else encoder.replaced_attention)
@@ -93,6 +95,11 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
     elif hasattr(model.config, "length_config"):
         del model.config.length_config
     return model
+
+
+def reads_first_token_only(model: PreTrainedModel) -> bool:
+    """Whether the model's head reads nothing but the first token's last hidden state."""
+    return type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
 
 
 def attention_implementation(model: PreTrainedModel) -> str:
@@ -152,7 +159,7 @@ def _without_padding(model: PreTrainedModel) -> None:
 
 def _read_first_token_only(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Head -> encoder, by keyword through the base model, which may be called without its head too."""
-    if type(model).__name__.endswith(_FIRST_TOKEN_HEADS) and isinstance(_encoder(model), UnpaddedEncoder):
+    if reads_first_token_only(model) and isinstance(_encoder(model), UnpaddedEncoder):
         kwargs = {"first_token_only": True, **kwargs}
     return args, kwargs
 

@@ -212,13 +212,13 @@ def test_graphs_hold_smaller_batches() -> None:
         output = torch.empty_like(run())
         return lambda: output.copy_(run()), output
 
-    def run(tokens: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    def run(tokens: torch.Tensor, sequences: Sequences, *_: Any) -> torch.Tensor:
         """As on CUDA, where spare tokens are undefined: the CPU's attention takes none."""
         used = int(sequences.cu_seqlens[-1])
         spare = tokens.new_full((len(tokens) - used, 64), float("nan"))
         return torch.cat([encoder._run(tokens[:used], sequences), spare])
 
-    graphs = Graphs(run, shapes([2, 4], [8, 16]), 64, torch.float32, torch.device("cpu"), capture)
+    graphs = Graphs(run, shapes([2, 4], [8, 16]), 64, torch.float32, torch.device("cpu"), capture=capture)
     replayed = []
     for shape, graph in list(graphs.graphs.items()):
         graph.output.fill_(float("nan"))

@@ -24,7 +24,7 @@ BELOW = {
     "unpadding": {"config", "models", "nn", "hf"},
     "slimming": {"config", "models", "hf"},
     "compiling": {"models", "nn"},
-    "graphs": {"models", "nn"},
+    "graphs": {"models", "nn", "unpadding"},
     "distill": {"nn", "config", "models", "unpadding"},
     "_plugin": {"hf", "nn"},
     "__init__": None,  # names everything

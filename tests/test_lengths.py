@@ -286,7 +286,7 @@ def test_what_does_not_fit_is_refused_before_anything_changes() -> None:
 def test_what_needs_all_tokens_is_refused_while_tokens_are_dropped() -> None:
     model, inputs = lowbit.set_length(model_of(), CONFIGS["ratios"]), batch("BertModel")
     for extra in ({"output_attentions": True}, {"output_hidden_states": True}):
-        with pytest.raises(ValueError, match=rf"{next(iter(extra))}=True asks .* set_length\(model, None\)"):
+        with pytest.raises(ValueError, match=rf"{next(iter(extra))}=True asks .* lowbit.set_length\(model, None\)"):
             model(**inputs, **extra)
     with pytest.raises(ValueError, match="no padding mask"):
         model(inputs["input_ids"], attention_mask=torch.ones(3, 1, 11, 11))

@@ -92,7 +92,7 @@ class UnpaddedEncoder(nn.Module):
         obstacle = self._obstacle(hidden_states, attention_mask, kwargs)
         drops = self.lengths is not None or self.soft_mask is not None
         if drops and obstacle:
-            raise ValueError(f"{obstacle}, which a model that drops tokens cannot; call lowbit.set_length(model, None)")
+            raise ValueError(f"{obstacle}, which a model that drops tokens cannot give; lowbit.set_length(model, None) keeps all")
         if obstacle or not (drops or self._is_fast(hidden_states)):
             return self._by_layer[0](hidden_states, additive(attention_mask, hidden_states.dtype), **kwargs)
         tokens, sequences, places = without_padding(hidden_states, attention_mask)
