@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         unpack_ternary,
         unpack_trits,
     )
+    from .prune import gather_tokens, kept_cu_seqlens, select_tokens
     from .quantize import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
     from .varlen_attention import attention
     from .weights import binarize, split_ternary, ternarize
@@ -43,8 +44,10 @@ _HOME = {
     "embedding_layernorm": "fused_embedding",
     "expanded_bytes": "linear_cpu",
     "fake_quantize_per_token": "quantize",
+    "gather_tokens": "prune",
     "joint_linear": "linear",
     "keep_expanded": "linear_cpu",
+    "kept_cu_seqlens": "prune",
     "pack_binary": "packing",
     "pack_split": "packing",
     "pack_ternary": "packing",
@@ -52,6 +55,7 @@ _HOME = {
     "quantize_per_tensor": "quantize",
     "quantize_per_token": "quantize",
     "quantized_embedding": "embedding",
+    "select_tokens": "prune",
     "split_linear": "linear",
     "split_ternary": "weights",
     "ternarize": "weights",
@@ -73,8 +77,10 @@ __all__ = [
     "embedding_layernorm",
     "expanded_bytes",
     "fake_quantize_per_token",
+    "gather_tokens",
     "joint_linear",
     "keep_expanded",
+    "kept_cu_seqlens",
     "pack_binary",
     "pack_split",
     "pack_ternary",
@@ -82,6 +88,7 @@ __all__ = [
     "quantize_per_tensor",
     "quantize_per_token",
     "quantized_embedding",
+    "select_tokens",
     "split_linear",
     "split_ternary",
     "ternarize",
