@@ -77,9 +77,7 @@ def compile_for(
         raise ValueError(f"compile_for captures CUDA graphs, the model is on {model.device}; use lowbit.compile there")
     available, width = shapes(batch_sizes, seq_lens), model.config.hidden_size
     first_token_only = reads_first_token_only(model)
-    encoder.run = Graphs(
-        encoder._run, available, width, model.dtype, model.device, first_token_only, progress=progress
-    )
+    encoder.run = Graphs(encoder._run, available, width, model.dtype, model.device, first_token_only, progress=progress)
     return model
 
 

@@ -121,8 +121,8 @@ def check_quantized_attention(config: LowbitConfig) -> None:
     quantized = config.stage != "float" and config.quantize_attention and config.activation_bits is not None
     if quantized and (config.activation_granularity != "per_token" or config.activation_clip is not None):
         raise ValueError(
-            "lengths need activation_granularity='per_token' and activation_clip=None where attention is quantized, got "
-            f"{config.activation_granularity!r} and {config.activation_clip}"
+            "lengths need activation_granularity='per_token' and activation_clip=None where attention is quantized, "
+            f"got {config.activation_granularity!r} and {config.activation_clip}"
         )
 
 

@@ -124,7 +124,9 @@ def test_every_stage_drops_tokens_and_keeps_them_again(stage: str, name: str) ->
     dropped = outputs(model, inputs)
     assert list(model.state_dict()) == names
     assert not torch.equal(dropped[0], before[0])
-    alone = [outputs(model, {"input_ids": ids[mask.bool()][None]})[0][0] for ids, mask in zip(*inputs.values())]
+    alone = [
+        outputs(model, {"input_ids": ids[mask.bool()][None]})[0][0] for ids, mask in zip(*inputs.values(), strict=True)
+    ]
     torch.testing.assert_close(torch.stack(alone), dropped[0], rtol=1e-2, atol=1e-2)
     lowbit.set_length(model, None)
     assert torch.equal(outputs(model, inputs)[0], before[0])

@@ -92,7 +92,9 @@ class UnpaddedEncoder(nn.Module):
         obstacle = self._obstacle(hidden_states, attention_mask, kwargs)
         drops = self.lengths is not None or self.soft_mask is not None
         if drops and obstacle:
-            raise ValueError(f"{obstacle}, which a model that drops tokens cannot give; lowbit.set_length(model, None) keeps all")
+            raise ValueError(
+                f"{obstacle}, which a model that drops tokens cannot give; lowbit.set_length(model, None) keeps all"
+            )
         if obstacle or not (drops or self._is_fast(hidden_states)):
             return self._by_layer[0](hidden_states, additive(attention_mask, hidden_states.dtype), **kwargs)
         tokens, sequences, places = without_padding(hidden_states, attention_mask)
@@ -394,7 +396,7 @@ def _after(
     if kept is None:
         return sequences, protected
     survivors.keep(before, kept)
-    return kept.sequences, None if protected is None else protected[kept.index]
+    return kept.sequences, None if protected is None else protected[kept.rows]
 
 
 def _product(*linears: Any) -> Product:

@@ -33,7 +33,7 @@ class Keep(NamedTuple):
 class Kept(NamedTuple):
     """What a layer has left: int64 [T'] rows of its input, and where the sequences lie among them."""
 
-    index: torch.Tensor
+    rows: torch.Tensor
     sequences: Sequences
 
 
@@ -47,7 +47,7 @@ def plan(
         layers: of the encoder.
         sequences: as they enter the first layer.
         num_tokens: that enter the first layer.
-        first_token_only: nothing but the first token of each sequence is read afterwards: the last layer drops the rest.
+        first_token_only: only the first token of each sequence is read afterwards: the last layer drops the rest.
     """
     steps: list[Keep | None] = [None] * layers
     if config is not None and config.unit == "threshold":
@@ -123,7 +123,7 @@ def drop(
         return Kept(cu_seqlens[:-1].clamp(max=num_tokens - 1).long(), keep.sequences)
     assert importance is not None
     if keep.sequences is not None:
-        index, _ = select_tokens(
+        rows, _ = select_tokens(
             importance,
             cu_seqlens,
             keep.sequences.cu_seqlens,
@@ -131,10 +131,10 @@ def drop(
             max_seqlen=longest,
             num_tokens=keep.num_tokens,
         )
-        return Kept(index, keep.sequences)
+        return Kept(rows, keep.sequences)
     lengths = cu_seqlens.diff()
     mean = importance / (heads * lengths.repeat_interleave(lengths.long(), output_size=num_tokens))
-    index, kept = select_tokens(
+    rows, kept = select_tokens(
         mean,
         cu_seqlens,
         keep.threshold,
@@ -143,7 +143,7 @@ def drop(
         protected=protected,
         max_seqlen=longest,
     )
-    return Kept(index, Sequences(kept, int(kept.diff().max())))
+    return Kept(rows, Sequences(kept, int(kept.diff().max())))
 
 
 class Survivors:
@@ -160,8 +160,8 @@ class Survivors:
         self.origin: torch.Tensor | None = None
 
     def keep(self, before: torch.Tensor, kept: Kept) -> None:
-        """Note that of the tokens `before` [T, H] the rows `kept.index` are left."""
-        origin = kept.index if self.origin is None else self.origin[kept.index]
+        """Note that of the tokens `before` [T, H] the rows `kept.rows` are left."""
+        origin = kept.rows if self.origin is None else self.origin[kept.rows]
         if self.states is None:
             spare = before.new_zeros(1, before.shape[1])  # where surplus rows go
             self.states = torch.cat([before if self.restore else torch.zeros_like(before), spare])
@@ -182,4 +182,4 @@ class Survivors:
 
 def gathered(kept: Kept | None, *tensors: torch.Tensor) -> list[torch.Tensor]:
     """Rows that are kept of each tensor [T, ...]; the tensors themselves where nothing is dropped."""
-    return [x if kept is None else gather_tokens(x, kept.index) for x in tensors]
+    return [x if kept is None else gather_tokens(x, kept.rows) for x in tensors]
