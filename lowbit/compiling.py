@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import models
-from .nn import PackedEncoder
+from .nn import UnpaddedEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 def compile(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     """Compile the encoder layers of a model in place; the first forward of a new kind of shape takes seconds.
+
+    Compile after `lowbit.fuse` and `lowbit.set_length`, which replace what is compiled.
 
     Args:
         model: `BertModel` or any `BertFor*`, usually packed.
@@ -39,9 +41,9 @@ def compile(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
             "torch.compile on a CPU needs a C++ compiler and found neither $CXX, g++ nor clang++; install one "
             "(apt install g++), or run the model as it is"
         )
-    encoders = [module for module in model.modules() if isinstance(module, PackedEncoder)]
+    encoders = [module for module in model.modules() if isinstance(module, UnpaddedEncoder)]
     for encoder in encoders:
-        encoder.run_layer = torch.compile(encoder._run_layer, **options)
+        encoder.compile_layers(**options)
     for layer in [] if encoders else layers:
         layer.compile(**options)
     return model

@@ -64,6 +64,11 @@ class UnpaddedEncoder(nn.Module):
         self.lengths: LengthConfig | None = None
         self.soft_mask: SoftMask | None = None
         self.replaced_attention: str | None = None
+        self.run_layer_modules: Callable[..., tuple[torch.Tensor, Kept | None]] = self._run_layer_modules
+
+    def compile_layers(self, **options: Any) -> None:
+        """`torch.compile` what runs a layer, one compilation for all; options of `torch.compile`."""
+        self.run_layer_modules = torch.compile(self._run_layer_modules, **options)
 
     def forward(
         self,
@@ -137,7 +142,7 @@ class UnpaddedEncoder(nn.Module):
         survivors = Survivors(self._restores(first_token_only), sequences.host is not None)
         for number, (layer, keep) in enumerate(zip(self.layer, steps, strict=True)):
             before = tokens
-            run: Callable[..., Any] = self._run_layer_modules
+            run: Callable[..., Any] = self.run_layer_modules
             if self.training and getattr(layer, "gradient_checkpointing", False):
                 tokens, kept = layer._gradient_checkpointing_func(
                     run, number, layer, tokens, sequences, keep, protected
@@ -265,6 +270,9 @@ class PackedEncoder(UnpaddedEncoder):
         # What `lowbit.compile` and `lowbit.compile_for` replace.
         self.run_layer: Callable[..., tuple[torch.Tensor, Codes, Kept | None]] = self._run_layer
         self.run: Callable[..., torch.Tensor] = self._run
+
+    def compile_layers(self, **options: Any) -> None:
+        self.run_layer = torch.compile(self._run_layer, **options)
 
     def _is_fast(self, hidden_states: torch.Tensor) -> bool:
         norms = [layer.get_parameter(self._norm) for layer in self.layer]
