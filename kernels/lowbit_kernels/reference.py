@@ -480,7 +480,7 @@ def select_tokens(
     min_tokens: int = 1,
     protected: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens before which fewer go than stay: first goes the first, then those protected, then by importance and place."""
+    """Tokens before which fewer go than stay; in order: the first, those protected, by importance, by place."""
     ends, index = cu_seqlens.tolist(), []
     new_ends = [0]
     for b, (start, end) in enumerate(itertools.pairwise(ends)):
