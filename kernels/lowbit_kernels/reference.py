@@ -6,6 +6,7 @@ because there the float32 roundings are part of the definition.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -445,3 +446,63 @@ def embedding_layernorm(
     for rows in (token_type_table[token_type_ids.long()], position_table[position_ids.long()]):
         v = (v.double() + rows.to(out_dtype).double()).to(out_dtype)
     return add_layernorm(v, None, weight, bias, eps, bits=bits, symmetric=symmetric)
+
+
+# --- token pruning -------------------------------------------------------------------------------------------------
+
+
+def _kept(n: int, keep: float, unit: str, min_tokens: int) -> int:
+    """How many of n tokens stay, by ratio or number."""
+    if unit == "ratio":
+        return min(max(math.ceil(keep * n), min_tokens), n)
+    return int(min(n, max(keep, min_tokens)))
+
+
+def kept_cu_seqlens(cu_seqlens: Tensor, keep: float, unit: str = "ratio", min_tokens: int = 1) -> Tensor:
+    """cu_seqlens [B + 1] of what stays."""
+    ends = [0]
+    for n in cu_seqlens.diff().tolist():
+        ends.append(ends[-1] + _kept(n, keep, unit, min_tokens))
+    return torch.tensor(ends, dtype=torch.int32)
+
+
+def _goes_before(a: float, b: float) -> bool:
+    """Whether importance a is above b; NaN is below all."""
+    return not math.isnan(a) and (math.isnan(b) or a > b)
+
+
+def select_tokens(
+    importance: Tensor,
+    cu_seqlens: Tensor,
+    keep: float | Tensor,
+    *,
+    unit: str = "ratio",
+    min_tokens: int = 1,
+    protected: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Tokens before which fewer go than stay; in order: the first, those protected, by importance, by place."""
+    ends, index = cu_seqlens.tolist(), []
+    new_ends = [0]
+    for b, (start, end) in enumerate(itertools.pairwise(ends)):
+        s = importance[start:end].double().tolist()
+        n = end - start
+        group = [0 if j == 0 else 1 if protected is not None and bool(protected[start + j]) else 2 for j in range(n)]
+        if isinstance(keep, Tensor):
+            room = int(keep[b + 1] - keep[b])
+        elif unit == "threshold":
+            room = min(max(sum(group[j] < 2 or s[j] >= keep for j in range(n)), min_tokens), n)
+        else:
+            room = _kept(n, keep, unit, min_tokens)
+        for j in range(n):
+            rank = sum(
+                group[k] < group[j]
+                or (
+                    group[k] == group[j]
+                    and (_goes_before(s[k], s[j]) or (k < j and not _goes_before(s[j], s[k])))
+                )
+                for k in range(n)
+            )  # fmt: skip
+            if rank < room:
+                index.append(start + j)
+        new_ends.append(new_ends[-1] + room)
+    return torch.tensor(index, dtype=torch.int64), torch.tensor(new_ends, dtype=torch.int32)
