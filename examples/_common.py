@@ -43,9 +43,8 @@ def default_model() -> str:
 
 @dataclass
 class Options:
-    """Options of the GLUE examples."""
+    """Options of every example on real data."""
 
-    task: str = field(default="sst2", metadata={"help": f"GLUE task: {', '.join(TASKS)}"})
     data_dir: str | None = field(
         default=None,
         metadata={"help": "folder with TASK/train.jsonl[.gz] and TASK/validation.jsonl[.gz]; default: Hub"},
@@ -53,9 +52,6 @@ class Options:
     model: str = field(default_factory=default_model, metadata={"help": "float BERT: folder or Hub id"})
     output_dir: str = field(default="runs", metadata={"help": "stages, results.json; finished stages are not repeated"})
     max_train_samples: int = field(default=0, metadata={"help": "use only the first N training examples, 0 for all"})
-    heldout: int = field(
-        default=0, metadata={"help": "evaluate also on N training examples of 6 words or more beyond max_train_samples"}
-    )
     teacher_steps: int = field(default=500, metadata={"help": "steps of plain fine-tuning; 0: --model is fine-tuned"})
     steps: int = field(default=1000, metadata={"help": "steps of each distillation stage"})
     batch_size: int = 32
@@ -66,6 +62,16 @@ class Options:
     group_by_length: bool = field(default=True, metadata={"help": "batches of like length: half the padding"})
     save_steps: int = field(default=500, metadata={"help": "checkpoint interval for resuming inside a stage, 0: none"})
     seed: int = 0
+
+
+@dataclass
+class GlueOptions(Options):
+    """Options of the GLUE examples."""
+
+    task: str = field(default="sst2", metadata={"help": f"GLUE task: {', '.join(TASKS)}"})
+    heldout: int = field(
+        default=0, metadata={"help": "evaluate also on N training examples of 6 words or more beyond max_train_samples"}
+    )
 
 
 def parse(options: type, description: str) -> Any:
@@ -81,9 +87,10 @@ class Run:
     """One run of an example: its data, its folder, and what has been measured."""
 
     options: Any
-    task: Task
+    task: Any  # what `evaluate` needs to know: a `Task` of GLUE, or a data set of questions
     data: Any  # tokenized splits: "train" and the task's validation splits
     tokenizer: PreTrainedTokenizerBase
+    auto: Any = AutoModelForSequenceClassification  # loads the models of the stages
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -101,7 +108,7 @@ class Run:
             self.tokenizer.save_pretrained(unfinished)
             unfinished.rename(folder)
             shutil.rmtree(self.folder / f"{name}-checkpoints", ignore_errors=True)
-        return AutoModelForSequenceClassification.from_pretrained(folder)
+        return self.auto.from_pretrained(folder)
 
     def record(self, name: str, **values: Any) -> None:
         """Add to results.json (kept from earlier runs of this folder)."""
@@ -113,7 +120,7 @@ class Run:
         unfinished.replace(path)
 
 
-def start(options: Any, task: Task, data: Any, tokenizer: PreTrainedTokenizerBase) -> Run:
+def start(options: Any, task: Any, data: Any, tokenizer: PreTrainedTokenizerBase, **fields: Any) -> Run:
     """Prepare the output folder; refuse to mix runs with different options in one."""
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +128,7 @@ def start(options: Any, task: Task, data: Any, tokenizer: PreTrainedTokenizerBas
     if path.is_file() and json.loads(path.read_text()) != wanted:
         raise SystemExit(f"{folder} holds a run with other options ({path}); choose another --output_dir or delete it")
     path.write_text(json.dumps(wanted, indent=2))
-    return Run(options, task, data, tokenizer)
+    return Run(options, task, data, tokenizer, **fields)
 
 
 def arguments(run: Run, name: str, steps: int, learning_rate: float) -> TrainingArguments:
@@ -249,12 +256,14 @@ def sizes(folder: Path, model: PreTrainedModel) -> dict[str, float]:
     }
 
 
-def measure(run: Run, name: str, length: int = 128, compiled: bool = False) -> dict[str, Any]:
+def measure(
+    run: Run, name: str, length: int = 128, compiled: bool = False, score: Callable[..., dict[str, float]] = evaluate
+) -> dict[str, Any]:
     """Reload a stage from disk and record its metrics, sizes and latency; on demand also that of `lowbit.compile`."""
     lowbit_kernels.keep_expanded(False)  # forget what other models left behind
     lowbit_kernels.keep_expanded(True)
-    model = AutoModelForSequenceClassification.from_pretrained(run.folder / name).eval()
-    values: dict[str, Any] = evaluate(run, model)
+    model = run.auto.from_pretrained(run.folder / name).eval()
+    values: dict[str, Any] = score(run, model)
     for batch_size in (1, 8):
         values[f"latency_b{batch_size}_ms"] = latency_ms(model, batch_size, length)
     values |= sizes(run.folder / name, model)

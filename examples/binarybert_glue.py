@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from transformers import Trainer
 
 import lowbit
-from _common import Options, common, distil, fine_tune, load_teacher, measure, parse, table
+from _common import GlueOptions, common, distil, fine_tune, load_teacher, measure, parse, table
 from ternarybert_glue import open_run
 
 
 @dataclass
-class BinaryOptions(Options):
+class BinaryOptions(GlueOptions):
     """Options of ternarybert_glue.py, and which binary model."""
 
     method: str = field(default="tws", metadata={"help": "tws (ternary weight splitting) or bwn (binary at once)"})
@@ -35,7 +35,7 @@ class BinaryOptions(Options):
 def main(options: BinaryOptions) -> None:
     if options.method not in ("tws", "bwn"):
         raise SystemExit(f"--method {options.method}: accepted are tws and bwn")
-    shared = Options(**{key: getattr(options, key) for key in Options.__dataclass_fields__})
+    shared = GlueOptions(**{key: getattr(options, key) for key in GlueOptions.__dataclass_fields__})
     run = open_run(shared)
 
     def teacher_stage() -> object:

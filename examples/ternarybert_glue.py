@@ -15,11 +15,11 @@ import dataclasses
 from datasets import Dataset
 
 import lowbit
-from _common import Options, Run, distil, fine_tune, load_teacher, measure, offline_if_local, parse, start, table
+from _common import GlueOptions, Run, distil, fine_tune, load_teacher, measure, offline_if_local, parse, start, table
 from lowbit.tasks import Task, get_task, load_task, tokenize
 
 
-def open_run(options: Options) -> Run:
+def open_run(options: GlueOptions) -> Run:
     """Load data and tokenizer."""
     offline_if_local(options)
     task = get_task(options.task)
@@ -41,7 +41,7 @@ def held_out(rest: Dataset, known: set[str], task: Task, count: int) -> Dataset:
     return rest.select(chosen[:count])
 
 
-def main(options: Options) -> None:
+def main(options: GlueOptions) -> None:
     run = open_run(options)
 
     def teacher_stage() -> object:
@@ -66,4 +66,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Options, __doc__))
+    main(parse(GlueOptions, __doc__))

@@ -81,17 +81,19 @@ def load_task(name: str, data_dir: str | Path | None = None) -> DatasetDict:
         return DatasetDict({split: hub[split] for split in splits})
     folder = Path(data_dir)
     folder = folder / name if (folder / name).is_dir() else folder
-    return DatasetDict({split: _load_file(_find(folder, split), task) for split in splits})
+    return DatasetDict({split: _load_file(find_split(folder, split), task) for split in splits})
 
 
-def _find(folder: Path, split: str) -> Path:
-    for suffix in _SUFFIXES:
+def find_split(folder: Path, split: str, suffixes: tuple[str, ...] = _SUFFIXES) -> Path:
+    """The file of a split: the first suffix that exists; FileNotFoundError otherwise."""
+    for suffix in suffixes:
         if (path := folder / f"{split}{suffix}").is_file():
             return path
-    raise FileNotFoundError(f"{folder} has no {split} file; accepted: {split} with suffix {', '.join(_SUFFIXES)}")
+    raise FileNotFoundError(f"{folder} has no {split} file; accepted: {split} with suffix {', '.join(suffixes)}")
 
 
-def _load_file(path: Path, task: Task) -> Dataset:
+def read_split(path: Path, text_columns: tuple[str, ...], other_column: str) -> Dataset:
+    """The rows of a local file; ValueError where a column is missing or a row has no text."""
     from datasets import Dataset, load_dataset
 
     if ".json" in path.name:
@@ -103,16 +105,19 @@ def _load_file(path: Path, task: Task) -> Dataset:
 
         # Text stays text: "NA" is a word and "007" no number. GLUE's tsv files do not quote.
         tsv = {"sep": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
-        frame = pandas.read_csv(path, dtype=dict.fromkeys(task.columns, str), keep_default_na=False, **tsv)
+        frame = pandas.read_csv(path, dtype=dict.fromkeys(text_columns, str), keep_default_na=False, **tsv)
         data = Dataset.from_pandas(frame, preserve_index=False)
-    missing = [column for column in (*task.columns, "label") if column not in data.column_names]
-    if missing:
-        raise ValueError(
-            f"{path} has columns {', '.join(data.column_names)}; needed: {', '.join((*task.columns, 'label'))}"
-        )
-    for column in task.columns:
+    needed = (*text_columns, other_column)
+    if any(column not in data.column_names for column in needed):
+        raise ValueError(f"{path} has columns {', '.join(data.column_names)}; needed: {', '.join(needed)}")
+    for column in text_columns:
         if absent := sum(text is None for text in data[column]):
             raise ValueError(f"{path} has {absent} rows without {column}")
+    return data
+
+
+def _load_file(path: Path, task: Task) -> Dataset:
+    data = read_split(path, task.columns, "label")
     labels = dict.fromkeys(data["label"])
     if not all(_is_label(label, task) for label in labels):
         wanted = ", ".join(f"{index} ({name})" for index, name in enumerate(task.labels))

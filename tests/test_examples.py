@@ -10,10 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import BertForSequenceClassification, BertTokenizerFast
+from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
-from helpers import tiny_config
+from helpers import batch, tiny, tiny_config
 from lowbit import sentiment
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -26,7 +28,9 @@ def run(script: str, *arguments: str) -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("script", ["demo.py", "ternarybert_glue.py", "binarybert_glue.py"])
+@pytest.mark.parametrize(
+    "script", ["demo.py", "ternarybert_glue.py", "binarybert_glue.py", "dynamic_tinybert_squad.py"]
+)
 def test_help_explains_with_an_example(script: str) -> None:
     text = run(script, "--help")
     assert "example:" in text and f"python examples/{script}" in text
@@ -110,6 +114,99 @@ def test_demo_runs_end_to_end(setup: tuple[Path, Path], tmp_path: Path) -> None:
     for stage in ("binary-packed", "ternary-packed"):
         assert results[stage]["disk_mb"] < results["teacher"]["disk_mb"]
     assert (tmp_path / "demo/accuracy-size.png").stat().st_size > 1000
+
+
+@pytest.fixture(scope="module")
+def questions(setup: tuple[Path, Path]) -> Path:
+    """Questions on the sentences of `setup`; some contexts are longer than a window."""
+    rows = []
+    for i, row in enumerate(sentiment.generate(24, False, 0)):
+        context = " ".join([row["sentence"]] * (1 + 4 * (i % 2)))
+        answer = context.split()[2]
+        answers = {"text": [answer], "answer_start": [context.index(answer)]}
+        rows.append(json.dumps({"context": context, "question": "what was good", "answers": answers}))
+    folder = setup[0].parent / "questions/squad"
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    (folder / "validation.jsonl").write_text("\n".join(rows[:10]))
+    return folder.parent
+
+
+def squad_options(setup: tuple[Path, Path], questions: Path, output: Path) -> list[str]:
+    return [*options((questions, setup[1]), output), "--max_length", "90", "--stride", "8", "--max_eval_samples", "7"]
+
+
+def test_squad_runs_and_does_not_repeat_finished_stages(
+    setup: tuple[Path, Path], questions: Path, tmp_path: Path
+) -> None:
+    arguments = [*squad_options(setup, questions, tmp_path), "--layers", "1"]
+    text = run("dynamic_tinybert_squad.py", *arguments)
+    assert "| teacher" in text and "| student" in text
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"teacher", "student"}
+    for values in results.values():
+        assert values["questions"] == 7 and 0 <= values["exact_match"] <= values["f1"] <= 100
+    config = json.loads((tmp_path / "student/config.json").read_text())
+    assert (config["num_hidden_layers"], config["architectures"]) == (1, ["BertForQuestionAnswering"])
+    assert "== " not in run("dynamic_tinybert_squad.py", *arguments)
+
+
+def test_the_student_starts_as_every_kth_layer_of_the_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    squad = importlib.import_module("dynamic_tinybert_squad")
+    teacher = tiny("BertForQuestionAnswering", num_hidden_layers=6)
+    inputs = batch("BertForQuestionAnswering")
+    with torch.no_grad():
+        student = squad.every_kth_layer(teacher, 3)
+        hidden = teacher.bert.embeddings(inputs["input_ids"])
+        for index in (1, 3, 5):
+            mask = (1 - inputs["attention_mask"][:, None, None, :]) * torch.finfo(torch.float32).min
+            hidden = teacher.bert.encoder.layer[index](hidden, mask)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        starts, _ = teacher.qa_outputs(hidden).unbind(-1)
+        torch.testing.assert_close(student(**inputs).start_logits, starts)
+    assert student.config.num_hidden_layers == 3 and teacher.config.num_hidden_layers == 6
+    assert not {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"layers": 3}, "--layers 3 does not divide the teacher's 2 layers"), ({"max_length": 200}, "128 positions")],
+)
+def test_squad_options_that_do_not_fit_the_model_are_refused(
+    wrong: dict, message: str, setup: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    squad = importlib.import_module("dynamic_tinybert_squad")
+    options = {"model": str(setup[1]), "output_dir": str(tmp_path), "max_length": 90, **wrong}
+    with pytest.raises(SystemExit, match=message):
+        squad.main(squad.SquadOptions(**options))
+    assert not any(tmp_path.iterdir())
+
+
+def test_evaluation_on_questions_is_right_for_a_model_that_knows_the_answers(
+    setup: tuple[Path, Path], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers come back to their questions, though windows are sorted by length."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    squad = importlib.import_module("dynamic_tinybert_squad")
+    options = {"model": str(setup[1]), "data_dir": str(questions), "output_dir": str(tmp_path)}
+    run = squad.open_run(squad.SquadOptions(**options, max_length=90, stride=8))
+    known = {tuple(row["input_ids"]): row for row in run.data["validation"]}
+    assert len(known) == len(run.data["validation"]) > len(run.task) == 10  # some contexts have several windows
+
+    class Knows(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: torch.Tensor) -> object:
+            logits = torch.zeros(2, *input_ids.shape)
+            for i, (ids, mask) in enumerate(zip(input_ids.tolist(), attention_mask.tolist(), strict=True)):
+                row = known[tuple(ids[: sum(mask)])]
+                if row["start_positions"]:
+                    logits[0, i, row["start_positions"]] = logits[1, i, row["end_positions"]] = 1
+            return QuestionAnsweringModelOutput(start_logits=logits[0], end_logits=logits[1])
+
+    assert squad.evaluate(run, Knows()) == {"questions": 10, "exact_match": 100.0, "f1": 100.0}
 
 
 def test_another_run_in_the_same_folder_is_refused(setup: tuple[Path, Path], tmp_path: Path) -> None:

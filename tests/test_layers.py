@@ -17,6 +17,7 @@ BELOW = {
     "sentiment": set(),
     "info": set(),
     "tasks": set(),
+    "squad": {"tasks"},
     "quantizers": set(),
     "nn": {"config", "models", "quantizers", "nn"},
     "hf": {"config", "errors", "models", "conversion", "nn", "unpadding"},

@@ -1,0 +1,143 @@
+"""Question answering on SQuAD v1.1: fine-tune a teacher, then distil a student with fewer layers from it (TinyBERT).
+
+The student (--layers) starts as every k-th layer of the teacher and learns its hidden states, attention scores and
+start and end logits. With --layers 0 the teacher itself goes on as the student.
+
+example:
+  python examples/dynamic_tinybert_squad.py --output_dir runs/squad --max_eval_samples 1000 --layers 3
+
+Finished stages in --output_dir are not repeated, and an interrupted one goes on from its last checkpoint: to resume,
+run the same command again.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    PreTrainedModel,
+)
+
+from _common import Options, Run, distil, fine_tune, measure, offline_if_local, parse, start, table
+from lowbit import models
+from lowbit.squad import best_answers, featurize, load_squad, score_answers
+
+
+@dataclass
+class SquadOptions(Options):
+    """Options of the question answering example."""
+
+    max_train_samples: int = field(
+        default=0, metadata={"help": "use only N training questions of all articles, 0: all"}
+    )
+    max_eval_samples: int = field(default=0, metadata={"help": "evaluate on N questions of all articles, 0: all"})
+    max_length: int = field(default=384, metadata={"help": "tokens of question and context together"})
+    stride: int = field(default=128, metadata={"help": "tokens that neighbouring windows of a long context share"})
+    layers: int = field(
+        default=0, metadata={"help": "layers of the student, a divisor of the teacher's; 0: no student"}
+    )
+    batch_size: int = 16
+
+
+def open_run(options: SquadOptions) -> Run:
+    """Load questions and tokenizer; windows for training and evaluation."""
+    offline_if_local(options)
+    config = AutoConfig.from_pretrained(options.model)
+    if options.max_length > config.max_position_embeddings:
+        raise SystemExit(f"--max_length {options.max_length}: the model has {config.max_position_embeddings} positions")
+    if options.layers and config.num_hidden_layers % options.layers:
+        raise SystemExit(f"--layers {options.layers} does not divide the teacher's {config.num_hidden_layers} layers")
+    questions = load_squad(options.data_dir)
+    train = evenly(questions["train"], options.max_train_samples)
+    validation = evenly(questions["validation"], options.max_eval_samples)
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    data = {
+        "train": featurize(train, tokenizer, options.max_length, options.stride).remove_columns(["example", "offsets"]),
+        "validation": featurize(validation, tokenizer, options.max_length, options.stride),
+    }
+    return start(options, validation, data, tokenizer, auto=AutoModelForQuestionAnswering)
+
+
+def evenly(data: Dataset, count: int) -> Dataset:
+    """`count` rows spread over the whole set, which is ordered by article; 0: all rows."""
+    count = min(count or len(data), len(data))
+    return data.select([i * len(data) // count for i in range(count)])
+
+
+def teacher_stage(run: Run) -> PreTrainedModel:
+    """--model with a fresh head (or its own, where it was fine-tuned before), trained on the answers."""
+
+    def build() -> PreTrainedModel:
+        torch.manual_seed(run.options.seed)
+        model = run.auto.from_pretrained(run.options.model)
+        return fine_tune(run, "teacher", model, run.options.teacher_steps, run.options.teacher_learning_rate)
+
+    return run.stage("teacher", build)
+
+
+def student_stage(run: Run, teacher: PreTrainedModel) -> PreTrainedModel:
+    """Every k-th layer of the teacher, distilled."""
+
+    def build() -> PreTrainedModel:
+        student = every_kth_layer(teacher, run.options.layers)
+        return distil(run, "student", student, teacher, run.options.steps, run.options.learning_rate)
+
+    return run.stage("student", build)
+
+
+def every_kth_layer(teacher: PreTrainedModel, count: int) -> PreTrainedModel:
+    """A copy with `count` layers: the last of each group, which are those that distillation compares them with."""
+    student = copy.deepcopy(teacher)
+    path = models.describe(student).layers
+    layers = student.base_model.get_submodule(path)
+    step = len(layers) // count
+    student.base_model.set_submodule(path, torch.nn.ModuleList(layers[step - 1 :: step]))
+    student.config.num_hidden_layers = count
+    return student
+
+
+@torch.inference_mode()
+def evaluate(run: Run, model: PreTrainedModel) -> dict[str, float]:
+    """Exact match and F1 (in percent) on the validation questions; windows of like length share a batch."""
+    windows = list(run.data["validation"].select_columns(run.tokenizer.model_input_names))
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i]["input_ids"]))
+    collate = DataCollatorWithPadding(run.tokenizer)
+    logits: dict[int, Any] = {}
+    model.eval()
+    for first in range(0, len(order), 32):
+        chosen = order[first : first + 32]
+        output = model(**collate([windows[i] for i in chosen]).to(model.device))
+        both = torch.stack([output.start_logits, output.end_logits], 1).float().cpu().numpy()
+        logits |= dict(zip(chosen, both, strict=True))
+    starts, ends = zip(*(logits[i] for i in range(len(windows))), strict=True)
+    answers = best_answers(run.task, run.data["validation"], starts, ends)
+    predictions = [best[0].text if best else "" for best in answers]
+    scores = score_answers(predictions, [given["text"] for given in run.task["answers"]])
+    return {"questions": len(predictions), **{name: round(100 * value, 2) for name, value in scores.items()}}
+
+
+def main(options: SquadOptions) -> None:
+    run = open_run(options)
+    stages = ["teacher"]
+    teacher = teacher_stage(run)
+    if options.layers:
+        student_stage(run, teacher)
+        stages.append("student")
+    rows = {name: measure(run, name, options.max_length, score=evaluate) for name in stages}
+    print("\n" + table(rows, {key: key for key in rows["teacher"]}))
+    for name, values in run.results.items():
+        if "seconds_per_step" in values:
+            print(f"{name}: {values['seconds_per_step']:.3f} s a step")
+    print(f"results: {run.folder / 'results.json'}; CPU latency at sequence length {options.max_length}")
+
+
+if __name__ == "__main__":
+    main(parse(SquadOptions, __doc__))
