@@ -398,8 +398,7 @@ def aot_cases(arch: int) -> list[tuple]:
     """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
     types = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     strides = dict.fromkeys((f"stride_{tensor}{axis}" for tensor in "qkv" for axis in "th"), "i32:16")
-    bias_strides = dict.fromkeys((f"stride_b{axis}" for axis in "hij"), "i32")
-    bias_strides |= {"stride_bh": "i32:16"}
+    bias_strides = {"stride_bh": "i32:16", "stride_bi": "i32", "stride_bj": "i32"}
     others = {"cu_seqlens_ptr": "*i32", "lse_ptr": "*fp32", "partial_ptr": "*fp32", "bias_ptr": "*fp32"}
     others |= {"T": "i32", "H": "i32", "blocks": "i32", "scaling": "fp32", **strides, **bias_strides}
     common = [(64, 128, torch.float16), (64, 128, torch.bfloat16), (64, 128, torch.float32), (64, 64, torch.float16)]
@@ -407,35 +406,38 @@ def aot_cases(arch: int) -> list[tuple]:
     rare = [(16, 128, torch.float16), (128, 512, torch.bfloat16), (128, 512, torch.float32)]
     modes = [(*shape, *mode) for shape in common for mode in ((None, ()), (8, ("attention_probs",)))]
     modes += [(*shape, *mode) for shape in rare for mode in ((None, ()), (4, SITES))]
-    cases = []
+    cases: list[tuple] = []
+
+    def add(label: str, kernel: Any, tile: Tile, **constants: Any) -> None:
+        constants |= {"D": D, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        signature = {name: floats if name in tensors else others[name] for name in kernel.arg_names if name in known}
+        cases.append((label, kernel, signature, constants, tile.num_warps, tile.num_stages))
+
+    tensors = ("query_ptr", "key_ptr", "value_ptr", "out_ptr")
+    known = (*tensors, *others)
     for D, max_seqlen, dtype, bits, asymmetric in modes:
-        label = f"{types[dtype]} D={D} up to {max_seqlen}"
+        floats = types[dtype]
+        label = f"{floats} D={D} up to {max_seqlen}"
         if bits is not None:
             label += f", {bits} bits{' asymmetric' if asymmetric == SITES else ''}"
-        signature = dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "out_ptr"), types[dtype]) | others
-        tile = choose_tile(max_seqlen, D, dtype, bits)
-        shape = {"D": D, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
         kernel = _attention_kernel if bits is None else _quantized_attention_kernel
         flags = {} if bits is None else {"BITS": bits, **_flags(asymmetric)}
-        usual = (D, max_seqlen, dtype) == (64, 128, torch.float16)
-        for HAS_BIAS, STORE_LSE in (
-            ((False, False), (False, True), (True, True)) if usual else ((False, False), (True, True))
-        ):
-            constants = {**shape, **flags, "HAS_BIAS": HAS_BIAS, "STORE_LSE": STORE_LSE}
-            text = f"attention {label}{', lse' if STORE_LSE else ''}{', bias' if HAS_BIAS else ''}"
-            cases.append((text, kernel, signature, constants, tile.num_warps, tile.num_stages))
+        some = D == 128 or (D, max_seqlen) == (64, 128)  # the largest and the most usual
+        tile = choose_tile(max_seqlen, D, dtype, bits)
+        add(f"attention {label}", kernel, tile, **flags, HAS_BIAS=False, STORE_LSE=False)
+        if some:
+            add(f"attention {label}, lse", kernel, tile, **flags, HAS_BIAS=False, STORE_LSE=True)
+            add(f"attention {label}, lse, bias", kernel, tile, **flags, HAS_BIAS=True, STORE_LSE=True)
         flags = {"BITS": bits, "SYMMETRIC_QUERY": "query" not in asymmetric, "SYMMETRIC_KEY": "key" not in asymmetric}
-        for importance, HAS_BIAS in (("all", False), ("all", True), ("cls", False)):
-            if importance == "cls" and D == 32:
-                continue
-            tile = choose_importance_tile(max_seqlen, D, dtype, bits, importance)
-            constants = {"D": D, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **flags}
-            constants |= {"HAS_BIAS": HAS_BIAS, "CLS": importance == "cls"}
-            text = f"importance {importance} {label}{', bias' if HAS_BIAS else ''}"
-            cases.append((text, _importance_kernel, signature, constants, tile.num_warps, tile.num_stages))
-    signature = {"cu_seqlens_ptr": "*i32", "partial_ptr": "*fp32", "out_ptr": "*fp32"}
+        tile = choose_importance_tile(max_seqlen, D, dtype, bits, "all")
+        add(f"importance {label}", _importance_kernel, tile, **flags, HAS_BIAS=False, CLS=False)
+        if some:
+            add(f"importance {label}, bias", _importance_kernel, tile, **flags, HAS_BIAS=True, CLS=False)
+            tile = choose_importance_tile(max_seqlen, D, dtype, bits, "cls")
+            add(f"importance {label}, cls", _importance_kernel, tile, **flags, HAS_BIAS=False, CLS=True)
+    signature = {"partial_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"}
     signature |= dict.fromkeys(("T", "H", "sequences"), "i32")
-    return [*cases, ("importance, heads", _sum_heads_kernel, signature, {"BLOCK": 256}, 4, 1)]
+    return [*cases, ("importance summed over heads", _sum_heads_kernel, signature, {"BLOCK": 256}, 4, 1)]
 
 
 # -------------------------------------------------------------------------------------------------------------- op
