@@ -77,7 +77,9 @@ def _padded(
     scores = torch.matmul(q * mode.scaling, k.transpose(2, 3))
     if mode.bias is not None:
         length = scores.shape[-1]
-        scores = scores + mode.bias[:, :length, :length].to(dtype)
+        bias = mode.bias[:, :length, :length].to(dtype)
+        # None for queries that are not real: one whose keys are all hidden would be NaN.
+        scores = scores + (bias if own is None else torch.where(own[:, None, :, None], bias, 0.0))
     if own is not None:
         # As a float, and stored, or Inductor would compare lengths again for every score.
         hidden = stored(torch.where(own, 0.0, -math.inf))[:, None, None, :]

@@ -265,11 +265,18 @@ def attention(
     scaling: float | None = None,
     bits: int | None = None,
     asymmetric: tuple[str, ...] = ("attention_probs",),
-) -> Tensor:
-    """softmax(scaling * Q K^T) V for every sequence and head of [T, H, D], with every operand quantized by rows."""
+    bias: Tensor | None = None,
+    return_lse: bool = False,
+    importance: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor | None, Tensor | None]:
+    """softmax(scaling * Q K^T + bias) V for every sequence and head of [T, H, D], with every operand quantized by rows.
+
+    lse [H, T] and importance [T] are float64.
+    """
     T, H, D = query.shape
     scaling = D**-0.5 if scaling is None else scaling
     out = torch.zeros(T, H, D, dtype=torch.float64)
+    lse, received = torch.zeros(H, T, dtype=torch.float64), torch.zeros(T, dtype=torch.float64)
     for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         assert end - start <= max_seqlen
         for head in range(H):
@@ -277,11 +284,18 @@ def attention(
                 _dequantized(x[start:end, head], bits, site not in asymmetric)
                 for site, x in (("query", query), ("key", key), ("value", value))
             )
-            probs = torch.softmax(scaling * (q @ k.T), dim=1)
+            scores = scaling * (q @ k.T)
+            if bias is not None:
+                scores += bias[head % len(bias), : end - start, : end - start].double()
+            probs = torch.softmax(scores, dim=1)
+            lse[head, start:end] = torch.logsumexp(scores, dim=1)
+            received[start:end] += probs.sum(0) if importance == "all" else probs[:1].sum(0)
             if bits is not None:
                 probs = _dequantized(probs.float(), bits, "attention_probs" not in asymmetric)
             out[start:end, head] = probs @ v
-    return out.to(query.dtype)
+    if not return_lse and importance is None:
+        return out.to(query.dtype)
+    return out.to(query.dtype), lse if return_lse else None, received if importance else None
 
 
 # --- weights -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,11 @@ first finds the largest and the smallest score m, n and l = sum_j exp(s_j - m), 
 from exp(n - m) / l to 1 / l; the second computes the same scores again, quantizes and multiplies. Scores are products
 of int8 codes, exact, and cheap enough to do twice: the map would be T * S * H floats to write and read. Rows are
 quantized where they are loaded, so a key is quantized once for every block of queries, which at BERT's lengths are few.
+
+    lse[i] = log sum_j exp(scores[i, j])        importance[j] = sum_i exp(scores[i, j] - lse[i]), over heads too
+
+Importance sums columns where attention sums rows: a second kernel goes over the queries for each block of keys, one
+product instead of two or three. Every sum is that of one program in one order: no atomics, the same bytes each time.
 """
 
 from __future__ import annotations
@@ -60,16 +65,38 @@ def _store(out_ptr, out, start, row, length, H, head, D: tl.constexpr):
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=(row < length)[:, None])
 
 
+@triton.jit
+def _load_bias(bias_ptr, row, column, length, stride_row, stride_column):
+    """[len(row), len(column)] in units of log2; 0 beyond the sequence."""
+    bias_ptrs = bias_ptr + row.to(tl.int64)[:, None] * stride_row + column.to(tl.int64)[None, :] * stride_column
+    bias = tl.load(bias_ptrs, mask=(row < length)[:, None] & (column < length)[None, :], other=0.0)
+    return bias.to(tl.float32) * 1.4426950408889634
+
+
+@triton.jit
+def _finite(highest, HAS_BIAS: tl.constexpr):
+    """What to subtract from scores: where a bias hides all keys so far, -inf - -inf would be NaN."""
+    return tl.where(highest == float("-inf"), 0.0, highest) if HAS_BIAS else highest
+
+
+@triton.jit
+def _store_lse(lse_ptr, highest, total, start, row, length, T, head):
+    lse = (highest + tl.log2(total)) * 0.6931471805599453
+    tl.store(lse_ptr + tl.cast(head, tl.int64) * T + start + row, lse, mask=row < length)
+
+
 @triton.jit(do_not_specialize=["T", "blocks"])
 def _attention_kernel(
-    query_ptr, key_ptr, value_ptr, cu_seqlens_ptr, out_ptr, T, H, blocks, scaling,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    query_ptr, key_ptr, value_ptr, bias_ptr, cu_seqlens_ptr, out_ptr, lse_ptr, T, H, blocks, scaling,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_bh, stride_bi, stride_bj,
+    HAS_BIAS: tl.constexpr, STORE_LSE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     start, length, first = _sequence(cu_seqlens_ptr, T, blocks, BLOCK_M)
     if first >= length:
         return
     head = tl.program_id(1)
+    if HAS_BIAS:
+        bias_ptr += tl.cast(head, tl.int64) * stride_bh
     row = first + tl.arange(0, BLOCK_M)
     query = _load(query_ptr + head * stride_qh, start, row, length, stride_qt, D)
     highest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -80,14 +107,19 @@ def _attention_kernel(
         key = _load(key_ptr + head * stride_kh, start, column, length, stride_kt, D)
         value = _load(value_ptr + head * stride_vh, start, column, length, stride_vt, D)
         scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scaling
+        if HAS_BIAS:
+            scores += _load_bias(bias_ptr, row, column, length, stride_bi, stride_bj)
         scores = tl.where((column < length)[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        exps = tl.exp2(scores - new_highest[:, None])
-        shrink = tl.exp2(highest - new_highest)
+        subtracted = _finite(new_highest, HAS_BIAS)
+        exps = tl.exp2(scores - subtracted[:, None])
+        shrink = tl.exp2(highest - subtracted)
         total = total * shrink + tl.sum(exps, axis=1)
         acc = tl.dot(exps.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
         highest = new_highest
     _store(out_ptr, acc / total[:, None], start, row, length, H, head, D)
+    if STORE_LSE:
+        _store_lse(lse_ptr, highest, total, start, row, length, T, head)
 
 
 @triton.jit
@@ -116,29 +148,30 @@ def _operand(codes):
 
 @triton.jit
 def _scores(
-    query, query_scale, query_zero, query_sum, key_ptr, start, column, length, stride_kt,
-    BITS: tl.constexpr, SYMMETRIC_QUERY: tl.constexpr, SYMMETRIC_KEY: tl.constexpr, D: tl.constexpr,
+    row_codes, row_scale, row_zero, row_sum, x_ptr, start, column, length, stride_t,
+    BITS: tl.constexpr, SYMMETRIC_ROW: tl.constexpr, SYMMETRIC_COLUMN: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Scores of one block of keys; what is beyond the sequence is 0.
+    """Scores of rows, quantized already, with one block of tokens, by columns; what is beyond the sequence is 0.
 
-    sum_d (q - zq)(k - zk) = sum_d q k - zk sum_d q - zq sum_d (k - zk), the corrections in float32: zero points of rows
+    sum_d (r - zr)(c - zc) = sum_d r c - zc sum_d r - zr sum_d (c - zc), the corrections in float32: zero points of rows
     far from 0 are large, but then so is the score.
     """
-    codes, scale, zero = _quantized(_load(key_ptr, start, column, length, stride_kt, D), BITS, SYMMETRIC_KEY)
-    scores = tl.dot(query, tl.trans(_operand(codes))).to(tl.float32)
-    if not SYMMETRIC_KEY:
-        scores -= query_sum[:, None] * zero[None, :]
-    if not SYMMETRIC_QUERY:
-        scores -= query_zero[:, None] * (tl.sum(codes, axis=1) - D * zero)[None, :]
-    return scores * query_scale[:, None] * scale[None, :]
+    codes, scale, zero = _quantized(_load(x_ptr, start, column, length, stride_t, D), BITS, SYMMETRIC_COLUMN)
+    scores = tl.dot(row_codes, tl.trans(_operand(codes))).to(tl.float32)
+    if not SYMMETRIC_COLUMN:
+        scores -= row_sum[:, None] * zero[None, :]
+    if not SYMMETRIC_ROW:
+        scores -= row_zero[:, None] * (tl.sum(codes, axis=1) - D * zero)[None, :]
+    return scores * row_scale[:, None] * scale[None, :]
 
 
 @triton.jit(do_not_specialize=["T", "blocks"])
 def _quantized_attention_kernel(
-    query_ptr, key_ptr, value_ptr, cu_seqlens_ptr, out_ptr, T, H, blocks, scaling,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    query_ptr, key_ptr, value_ptr, bias_ptr, cu_seqlens_ptr, out_ptr, lse_ptr, T, H, blocks, scaling,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_bh, stride_bi, stride_bj,
     BITS: tl.constexpr, SYMMETRIC_QUERY: tl.constexpr, SYMMETRIC_KEY: tl.constexpr, SYMMETRIC_PROBS: tl.constexpr,
-    SYMMETRIC_VALUE: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SYMMETRIC_VALUE: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_LSE: tl.constexpr,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     QMAX: tl.constexpr = 2 ** (BITS - 1) - 1
     start, length, first = _sequence(cu_seqlens_ptr, T, blocks, BLOCK_M)
@@ -147,6 +180,8 @@ def _quantized_attention_kernel(
     head = tl.program_id(1)
     key_ptr += head * stride_kh
     value_ptr += head * stride_vh
+    if HAS_BIAS:
+        bias_ptr += tl.cast(head, tl.int64) * stride_bh
     row = first + tl.arange(0, BLOCK_M)
     query = _load(query_ptr + head * stride_qh, start, row, length, stride_qt, D)
     query_codes, query_scale, query_zero = _quantized(query, BITS, SYMMETRIC_QUERY)
@@ -164,11 +199,16 @@ def _quantized_attention_kernel(
             query, query_scale, query_zero, query_sum, key_ptr, start, column, length, stride_kt,
             BITS, SYMMETRIC_QUERY, SYMMETRIC_KEY, D,
         )  # fmt: skip
+        if HAS_BIAS:
+            scores += _load_bias(bias_ptr, row, column, length, stride_bi, stride_bj)
         new_highest = tl.maximum(highest, tl.max(tl.where(own, scores, float("-inf")), axis=1))
         lowest = tl.minimum(lowest, tl.min(tl.where(own, scores, float("inf")), axis=1))
-        exps = tl.where(own, tl.exp2(scores - new_highest[:, None]), 0.0)
-        total = total * tl.exp2(highest - new_highest) + tl.sum(exps, axis=1)
+        subtracted = _finite(new_highest, HAS_BIAS)
+        exps = tl.where(own, tl.exp2(scores - subtracted[:, None]), 0.0)
+        total = total * tl.exp2(highest - subtracted) + tl.sum(exps, axis=1)
         highest = new_highest
+    if STORE_LSE:
+        _store_lse(lse_ptr, highest, total, start, row, length, T, head)
 
     high = 1.0 / total
     low = tl.exp2(lowest - highest) * high
@@ -185,6 +225,8 @@ def _quantized_attention_kernel(
             query, query_scale, query_zero, query_sum, key_ptr, start, column, length, stride_kt,
             BITS, SYMMETRIC_QUERY, SYMMETRIC_KEY, D,
         )  # fmt: skip
+        if HAS_BIAS:
+            scores += _load_bias(bias_ptr, row, column, length, stride_bi, stride_bj)
         values = _load(value_ptr, start, column, length, stride_vt, D)
         value_codes, value_scale, value_zero = _quantized(values, BITS, SYMMETRIC_VALUE)
         value = ((value_codes - value_zero[:, None]) * value_scale[:, None]).to(values.dtype)
@@ -197,6 +239,64 @@ def _quantized_attention_kernel(
             value_sum += tl.sum(value.to(tl.float32), axis=0)
     out = (acc + base[:, None] * value_sum[None, :]) * scale[:, None]
     _store(out_ptr, out, start, row, length, H, head, D)
+
+
+@triton.jit(do_not_specialize=["T", "blocks"])
+def _importance_kernel(
+    query_ptr, key_ptr, bias_ptr, cu_seqlens_ptr, lse_ptr, partial_ptr, T, blocks, scaling,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_bh, stride_bi, stride_bj,
+    BITS: tl.constexpr, SYMMETRIC_QUERY: tl.constexpr, SYMMETRIC_KEY: tl.constexpr, HAS_BIAS: tl.constexpr,
+    CLS: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What BLOCK_N keys of one head of one sequence receive from its queries, BLOCK_M at a time: partial [H, T].
+
+    Keys are the rows of the product, so that they stay in registers, and so do the sums.
+    """
+    start, length, first = _sequence(cu_seqlens_ptr, T, blocks, BLOCK_N)
+    if first >= length:
+        return
+    head = tl.program_id(1)
+    query_ptr += head * stride_qh
+    head_row = tl.cast(head, tl.int64) * T + start
+    if HAS_BIAS:
+        bias_ptr += tl.cast(head, tl.int64) * stride_bh
+    row = first + tl.arange(0, BLOCK_N)
+    key = _load(key_ptr + head * stride_kh, start, row, length, stride_kt, D)
+    if BITS is not None:
+        key_codes, key_scale, key_zero = _quantized(key, BITS, SYMMETRIC_KEY)
+        key_sum = tl.sum(key_codes, axis=1)
+        key = _operand(key_codes)
+        key_scale *= scaling
+    received = tl.zeros((BLOCK_N,), tl.float32)
+    end = 1 if CLS else length
+    for begin in range(0, end, BLOCK_M):
+        # Beyond the end the last query comes again, with a probability of 0: what is NaN there is NaN in it already.
+        column = tl.minimum(begin + tl.arange(0, BLOCK_M), end - 1)
+        lse = tl.load(lse_ptr + head_row + column) * 1.4426950408889634
+        lse = tl.where(begin + tl.arange(0, BLOCK_M) < end, lse, float("inf"))
+        if BITS is None:
+            query = _load(query_ptr, start, column, length, stride_qt, D)
+            scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scaling
+        else:
+            scores = _scores(
+                key, key_scale, key_zero, key_sum, query_ptr, start, column, length, stride_qt,
+                BITS, SYMMETRIC_KEY, SYMMETRIC_QUERY, D,
+            )  # fmt: skip
+        if HAS_BIAS:
+            scores += _load_bias(bias_ptr, row, column, length, stride_bj, stride_bi)
+        received += tl.sum(tl.exp2(scores - lse[None, :]), axis=1)
+    tl.store(partial_ptr + head_row + row, received, mask=row < length)
+
+
+@triton.jit(do_not_specialize=["T", "sequences"])
+def _sum_heads_kernel(partial_ptr, cu_seqlens_ptr, out_ptr, T, H, sequences, BLOCK: tl.constexpr):
+    """[H, T] to [T], in the order of the heads; 0 after the last sequence, where nobody has written."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    used = token < tl.minimum(tl.load(cu_seqlens_ptr + sequences), T)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for head in range(H):
+        total += tl.load(partial_ptr + tl.cast(head, tl.int64) * T + token, mask=used, other=0.0)
+    tl.store(out_ptr + token, total, mask=token < T)
 
 
 @dataclass(frozen=True)
@@ -224,6 +324,17 @@ def choose_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None) -
     return Tile(64 if max_seqlen <= 64 else 128, 64, 8, num_stages)
 
 
+def choose_importance_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None, importance: str) -> Tile:
+    """The tile of `_importance_kernel`: block_n keys, block_m queries per step; neither tuned nor measured."""
+    if importance == "cls":
+        return Tile(16, 64, 4, 1)
+    if dtype == torch.float32 and bits is None:
+        return Tile(32, 32, 8, 2)
+    if D == 128 or max_seqlen <= 32:
+        return Tile(32, 64, 4, 2)
+    return Tile(64, 64 if max_seqlen <= 64 else 128, 8, 2)
+
+
 def launch(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -243,20 +354,40 @@ def launch(
     if not out.numel():
         return out, lse, received.zero_()
     query, key, value = (x if x.stride(2) == 1 else x.contiguous() for x in (query, key, value))
+    cu_seqlens = cu_seqlens.contiguous()
+    if importance is not None and not return_lse:
+        lse = query.new_empty(H, T, dtype=torch.float32)
     tile = choose_tile(max_seqlen, D, query.dtype, bits)
     blocks = triton.cdiv(max_seqlen, tile.block_m)
+    scaling *= math.log2(math.e)
+    bias_strides = (0, 0, 0) if bias is None else (bias.stride(0) if bias.shape[0] > 1 else 0, *bias.stride()[1:])
     arguments = (
-        query, key, value, cu_seqlens.contiguous(), out, T, H, blocks, scaling * math.log2(math.e),
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+        query, key, value, bias, cu_seqlens, out, lse, T, H, blocks, scaling,
+        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], *bias_strides,
     )  # fmt: skip
     shape = {"D": D, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+    extras = {"HAS_BIAS": bias is not None, "STORE_LSE": return_lse or importance is not None}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     grid = (blocks * (len(cu_seqlens) - 1), H)
     if bits is None:
-        _attention_kernel[grid](*arguments, **shape, **options)
+        _attention_kernel[grid](*arguments, **extras, **shape, **options)
     else:
-        _quantized_attention_kernel[grid](*arguments, BITS=bits, **_flags(asymmetric), **shape, **options)
-    return out, lse, received
+        _quantized_attention_kernel[grid](*arguments, BITS=bits, **_flags(asymmetric), **extras, **shape, **options)
+    if importance is not None:
+        partial = torch.empty_like(lse)
+        tile = choose_importance_tile(max_seqlen, D, query.dtype, bits, importance)
+        blocks = triton.cdiv(max_seqlen, tile.block_n)
+        _importance_kernel[(blocks * (len(cu_seqlens) - 1), H)](
+            query, key, bias, cu_seqlens, lse, partial, T, blocks, scaling,
+            *query.stride()[:2], *key.stride()[:2], *bias_strides,
+            BITS=bits, SYMMETRIC_QUERY="query" not in asymmetric, SYMMETRIC_KEY="key" not in asymmetric,
+            HAS_BIAS=bias is not None, CLS=importance == "cls", D=D, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+        _sum_heads_kernel[(triton.cdiv(T, 256),)](
+            partial, cu_seqlens, received, T, H, len(cu_seqlens) - 1, BLOCK=256, num_warps=4
+        )
+    return out, lse if return_lse else lse.new_empty(0), received
 
 
 def _flags(asymmetric: Sequence[str]) -> dict[str, bool]:
@@ -267,25 +398,46 @@ def aot_cases(arch: int) -> list[tuple]:
     """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
     types = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     strides = dict.fromkeys((f"stride_{tensor}{axis}" for tensor in "qkv" for axis in "th"), "i32:16")
-    others = {"cu_seqlens_ptr": "*i32", "T": "i32", "H": "i32", "blocks": "i32", "scaling": "fp32", **strides}
+    bias_strides = {"stride_bh": "i32:16", "stride_bi": "i32", "stride_bj": "i32"}
+    others = {"cu_seqlens_ptr": "*i32", "lse_ptr": "*fp32", "partial_ptr": "*fp32", "bias_ptr": "*fp32"}
+    others |= {"T": "i32", "H": "i32", "blocks": "i32", "scaling": "fp32", **strides, **bias_strides}
     common = [(64, 128, torch.float16), (64, 128, torch.bfloat16), (64, 128, torch.float32), (64, 64, torch.float16)]
     common += [(32, 32, torch.bfloat16), (32, 512, torch.float16)]
     rare = [(16, 128, torch.float16), (128, 512, torch.bfloat16), (128, 512, torch.float32)]
     modes = [(*shape, *mode) for shape in common for mode in ((None, ()), (8, ("attention_probs",)))]
     modes += [(*shape, *mode) for shape in rare for mode in ((None, ()), (4, SITES))]
-    cases = []
+    cases: list[tuple] = []
+
+    def add(label: str, kernel: Any, tile: Tile, **constants: Any) -> None:
+        constants |= {"D": D, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
+        signature = {name: floats if name in tensors else others[name] for name in kernel.arg_names if name in known}
+        cases.append((label, kernel, signature, constants, tile.num_warps, tile.num_stages))
+
+    tensors = ("query_ptr", "key_ptr", "value_ptr", "out_ptr")
+    known = (*tensors, *others)
     for D, max_seqlen, dtype, bits, asymmetric in modes:
-        tile = choose_tile(max_seqlen, D, dtype, bits)
-        signature = dict.fromkeys(("query_ptr", "key_ptr", "value_ptr", "out_ptr"), types[dtype]) | others
-        constants = {"D": D, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
-        label = f"attention {types[dtype]} D={D} up to {max_seqlen}"
-        kernel = _attention_kernel
+        floats = types[dtype]
+        label = f"{floats} D={D} up to {max_seqlen}"
         if bits is not None:
             label += f", {bits} bits{' asymmetric' if asymmetric == SITES else ''}"
-            kernel = _quantized_attention_kernel
-            constants |= {"BITS": bits, **_flags(asymmetric)}
-        cases.append((label, kernel, signature, constants, tile.num_warps, tile.num_stages))
-    return cases
+        kernel = _attention_kernel if bits is None else _quantized_attention_kernel
+        flags = {} if bits is None else {"BITS": bits, **_flags(asymmetric)}
+        some = D == 128 or (D, max_seqlen) == (64, 128)  # the largest and the most usual
+        tile = choose_tile(max_seqlen, D, dtype, bits)
+        add(f"attention {label}", kernel, tile, **flags, HAS_BIAS=False, STORE_LSE=False)
+        if some:
+            add(f"attention {label}, lse", kernel, tile, **flags, HAS_BIAS=False, STORE_LSE=True)
+            add(f"attention {label}, lse, bias", kernel, tile, **flags, HAS_BIAS=True, STORE_LSE=True)
+        flags = {"BITS": bits, "SYMMETRIC_QUERY": "query" not in asymmetric, "SYMMETRIC_KEY": "key" not in asymmetric}
+        tile = choose_importance_tile(max_seqlen, D, dtype, bits, "all")
+        add(f"importance {label}", _importance_kernel, tile, **flags, HAS_BIAS=False, CLS=False)
+        if some:
+            add(f"importance {label}, bias", _importance_kernel, tile, **flags, HAS_BIAS=True, CLS=False)
+            tile = choose_importance_tile(max_seqlen, D, dtype, bits, "cls")
+            add(f"importance {label}, cls", _importance_kernel, tile, **flags, HAS_BIAS=False, CLS=True)
+    signature = {"partial_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"}
+    signature |= dict.fromkeys(("T", "H", "sequences"), "i32")
+    return [*cases, ("importance summed over heads", _sum_heads_kernel, signature, {"BLOCK": 256}, 4, 1)]
 
 
 # -------------------------------------------------------------------------------------------------------------- op

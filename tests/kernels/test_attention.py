@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ from torch import nn
 
 from lowbit.nn.attention import attention_forward
 from lowbit.quantizers import ActivationQuantizer
-from lowbit_kernels import attention, attention_cpu, attention_eager, reference
+from lowbit_kernels import attention, attention_cpu, attention_eager, reference, varlen_attention
 
 PROBS, ALL = ("attention_probs",), attention_cpu.SITES
 MODES = [(None, ()), (8, PROBS), (8, ()), (8, ALL), (4, PROBS), (4, ("key", "value"))]
@@ -153,7 +156,8 @@ def test_empty(lengths: list[int], bits: int | None) -> None:
 @pytest.mark.parametrize("lengths", [[4, 4], [3, 0, 5]], ids=str)
 def test_op_satisfies_torch_library(lengths: list[int], bits: int | None) -> None:
     arguments = (*joint(lengths, 2, 8), 0.5, bits, ["key", "attention_probs"])
-    torch.library.opcheck(torch.ops.lowbit_kernels.attention.default, arguments)
+    for extras in ((), (bias_of(2, 6), True, "cls")):
+        torch.library.opcheck(torch.ops.lowbit_kernels.attention.default, (*arguments, *extras))
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -180,6 +184,146 @@ def test_inductor_gives_the_same(lengths: list[int]) -> None:
     assert_attends(torch.compile(attention, fullgraph=True)(*arguments, bits=8), arguments, 8, PROBS, 1e-5)
 
 
+def bias_of(H: int, S: int, *, hidden: float = 0.0) -> torch.Tensor:
+    """[H, S, S] with strides of no order, from -inf at a share of `hidden` places."""
+    bias = torch.randn(S + 3, H, S + 3).transpose(0, 1).transpose(1, 2)
+    return bias.masked_fill(torch.rand(bias.shape) < hidden, -math.inf)
+
+
+@pytest.mark.parametrize("kind", ["all", "cls"])
+@pytest.mark.parametrize(("bits", "asymmetric"), MODES)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_lse_and_importance_equal_their_definition(
+    lengths: list[int], dtype: torch.dtype, bits: int | None, asymmetric: tuple, kind: str
+) -> None:
+    arguments = joint(lengths, 3, 16, dtype)
+    options = {"bits": bits, "asymmetric": asymmetric, "importance": kind}
+    for bias in (None, bias_of(1, max(lengths)), bias_of(3, max(lengths), hidden=0.2)):
+        got = attention(*arguments, **options, bias=bias, return_lse=True)
+        out, lse, importance = reference.attention(*arguments, **options, bias=bias, return_lse=True)
+        assert got.lse.dtype == got.importance.dtype == torch.float32 and got.lse.is_contiguous()
+        torch.testing.assert_close(got.lse.double(), lse, rtol=1e-6, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(got.importance.double(), importance, rtol=2e-5, atol=1e-5, equal_nan=True)
+        size = arguments[2].abs().amax().double()
+        close = (got.output.double() - out.double()).abs().amax(-1) <= 2 * ROUNDING[dtype] * size
+        hidden = out.isnan().all(-1)  # rows without a key
+        assert torch.equal(got.output.isnan().all(-1), hidden)
+        assert (close | hidden).float().mean() >= (1.0 if bits is None else 0.9)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_asking_for_more_changes_no_output(lengths: list[int], bits: int | None) -> None:
+    arguments = joint(lengths, 3, 8)
+    plain = attention(*arguments, bits=bits)
+    for options in ({"return_lse": True}, {"importance": "cls"}, {"importance": "all", "return_lse": True}):
+        got = attention(*arguments, bits=bits, **options)
+        assert torch.equal(got.output, plain)
+        assert (got.lse is not None) == options.get("return_lse", False)
+        assert (got.importance is not None) == ("importance" in options)
+
+
+@pytest.mark.parametrize("kind", ["all", "cls"])
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_importance_of_a_sequence_sums_to_its_queries(lengths: list[int], bits: int | None, kind: str) -> None:
+    query, *rest = joint(lengths, 3, 8)
+    for size in (0.0, 1.0, 1e4):  # from ties to one probability of 1
+        for function in (attention, attention_eager):
+            importance = function(query * size, *rest, bits=bits, importance=kind).importance
+            sums = [part.sum().item() for part in importance.split(lengths)]
+            assert sums == pytest.approx([3.0 * (n if kind == "all" else min(n, 1)) for n in lengths], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["all", "cls"])
+@pytest.mark.parametrize("operand", range(3))
+@pytest.mark.parametrize("lengths", [[5, 3, 8, 0, 8], [6, 6, 6]], ids=str)
+def test_nan_stays_out_of_the_importance_of_others(lengths: list[int], operand: int, kind: str) -> None:
+    arguments = joint(lengths, 2, 16)
+    clean = attention(*arguments, importance=kind, return_lse=True)
+    start, end = lengths[0], lengths[0] + lengths[1]
+    arguments[operand][start + 1, 1, 3] = float("nan")
+    for gradients in (False, True):
+        query, *rest = arguments
+        got = attention(query.requires_grad_(gradients), *rest, importance=kind, return_lse=True)
+        _, lse, importance = reference.attention(*arguments, importance=kind, return_lse=True)
+        assert torch.equal(got.importance.isnan(), importance.isnan())
+        assert torch.equal(got.lse.isnan(), lse.isnan())
+        others = torch.ones(sum(lengths), dtype=torch.bool)
+        others[start:end] = False
+        torch.testing.assert_close(got.importance[others], clean.importance[others], rtol=0, atol=1e-5)
+        torch.testing.assert_close(got.lse[0], clean.lse[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_compiled_it_gives_lse_and_importance_too(bits: int | None) -> None:
+    for lengths in ([9, 9], [1, 0, 30, 7, 0]):
+        arguments = joint(lengths, 2, 16)
+        options = {"bits": bits, "bias": bias_of(1, max(lengths)), "return_lse": True, "importance": "all"}
+        torch._dynamo.reset()
+        got = torch.compile(attention, backend="aot_eager", fullgraph=True)(*arguments, **options)
+        expected = attention(*arguments, **options)
+        for a, b in zip(got[1:], expected[1:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def wanting_gradients(arguments: tuple, dtype: torch.dtype = torch.float32) -> tuple:
+    """Leaves, contiguous, and the same offsets."""
+    leaves = (x.detach().to(dtype, copy=True).contiguous().requires_grad_() for x in arguments[:3])
+    return *leaves, *arguments[3:]
+
+
+@pytest.mark.parametrize("kind", ["all", "cls"])
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("lengths", [[3, 0, 1, 4], [4, 4]], ids=str)
+def test_the_eager_form_is_differentiable_throughout(lengths: list[int], heads: int, kind: str) -> None:
+    query, key, value, *rest = wanting_gradients(joint(lengths, 2, 3), torch.float64)
+    bias = torch.randn(heads, 5, 5, dtype=torch.float64, requires_grad=True)
+
+    def run(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> tuple:
+        result = attention_eager(query, key, value, *rest, bias=bias, importance=kind)
+        return result.output, result.importance
+
+    assert [x.dtype for x in run(query, key, value, bias)] == [torch.float64] * 2
+    assert torch.autograd.gradcheck(run, (query, key, value, bias))
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), MODES)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_gradients_are_those_of_the_definition_past_the_quantizers(
+    lengths: list[int], dtype: torch.dtype, bits: int | None, asymmetric: tuple
+) -> None:
+    """With g the gradient of the output and p the probabilities: dv = q(p)^T g, ds = p (g v^T - sum p g v^T)."""
+    arguments = wanting_gradients(joint(lengths, 2, 8, dtype), dtype)
+    got = attention(*arguments, bits=bits, asymmetric=asymmetric)
+    upstream = torch.randn_like(got)
+    got.backward(upstream)
+    expected = [torch.zeros(got.shape, dtype=torch.float64) for _ in range(3)]
+    offsets = arguments[3].tolist()
+    for (start, end), head in itertools.product(itertools.pairwise(offsets), range(2)):
+        rows = slice(start, end), head
+        q, k, v = (
+            reference._dequantized(x.detach()[rows].float(), bits, site not in asymmetric)
+            for site, x in zip(("query", "key", "value"), arguments, strict=False)
+        )
+        probs = torch.softmax(8**-0.5 * q @ k.T, 1)
+        seen = (
+            probs if bits is None else reference._dequantized(probs.float(), bits, "attention_probs" not in asymmetric)
+        )
+        g = upstream[rows].double()
+        scores = probs * (g @ v.T - (probs * (g @ v.T)).sum(1, keepdim=True)) * 8**-0.5
+        for total, part in zip(expected, (scores @ k, scores.T @ q, seen.T @ g), strict=True):
+            total[rows] = part
+    for x, gradient in zip(arguments, expected, strict=False):
+        assert x.grad.dtype == dtype
+        error = (x.grad.double() - gradient).abs() / gradient.abs().amax()
+        # a probability that float32 takes to the next code moves the values' gradients
+        assert (error <= 4 * ROUNDING[dtype]).float().mean() >= (1.0 if bits is None else 0.9)
+        assert error.amax() <= (4 * ROUNDING[dtype] if bits is None else 2 / (2 ** (bits - 1) - 1))
+
+
 @pytest.mark.parametrize("bits", [None, 8])
 @pytest.mark.parametrize("lengths", [[4, 0, 2], [5, 5]], ids=str)
 def test_output_alone_carries_gradients_and_only_where_they_are_wanted(lengths: list[int], bits: int | None) -> None:
@@ -192,20 +336,53 @@ def test_output_alone_carries_gradients_and_only_where_they_are_wanted(lengths: 
     assert not plain.output.requires_grad
     for a, b in zip(got, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 if bits is None else 0.03)
+    empty = attention(query[:0], *(x[:0] for x in rest[:2]), rest[2][:1], 0)
+    assert empty.requires_grad and empty.shape == (0, 2, 8)
 
 
-@pytest.mark.parametrize("kind", ["all", "cls"])
-@pytest.mark.parametrize("bits", [None, 8])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_importance_of_a_sequence_sums_to_its_queries(lengths: list[int], bits: int | None, kind: str) -> None:
-    arguments = joint(lengths, 3, 8)
-    for got in (
-        attention(*arguments, bits=bits, importance=kind).importance,
-        attention_eager(*arguments, bits=bits, importance=kind).importance,
-    ):
-        sums = [part.sum().item() for part in got.split(lengths)]
-        expected = [3.0 * (n if kind == "all" else min(n, 1)) for n in lengths]
-        assert sums == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("lengths", [[4, 0, 2], [5, 5]], ids=str)
+def test_gradients_through_the_op_are_handed_what_the_kernel_needs(
+    lengths: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What CUDA tensors take: the op forward, `attention_backward` for the gradients."""
+    given = {}
+
+    def backward(*arguments: object, **options: object) -> tuple:
+        given.update(options, arguments=arguments)
+        return tuple(arguments[0] * scale for scale in (1, 2, 3))
+
+    module = ModuleType("attention_backward")
+    module.attention_backward = backward
+    monkeypatch.setitem(sys.modules, "lowbit_kernels.attention_backward", module)
+    query, key, value, cu_seqlens, max_seqlen = wanting_gradients(joint(lengths, 2, 8))
+    bias = bias_of(2, 5)
+    out, lse, importance = varlen_attention._Attention.apply(
+        query, key, value, cu_seqlens, max_seqlen, 0.3, 8, ["key"], bias, "all"
+    )
+    assert [x.requires_grad for x in (out, lse, importance)] == [True, False, False]
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+    for x, scale in ((query, 1), (key, 2), (value, 3)):
+        assert torch.equal(x.grad, upstream * scale)
+    for a, b in zip(given["arguments"][:7], (upstream, query, key, value, out, lse, cu_seqlens), strict=True):
+        assert torch.equal(a, b)
+    assert given["arguments"][7:] == (max_seqlen,)
+    assert torch.equal(given["bias"], bias)
+    assert (given["scaling"], given["bits"], given["asymmetric"]) == (0.3, 8, ["key"])
+
+
+def test_dropout_leaves_importance_alone_and_the_output_right_on_average() -> None:
+    query, key, value, *rest = joint([12, 0, 7], 2, 4)
+    exact = attention(query, key, value, *rest, importance="all")
+    torch.manual_seed(0)
+    runs = [attention_eager(query, key, value, *rest, dropout_p=0.5, importance="all") for _ in range(400)]
+    assert not torch.equal(runs[0].output, runs[1].output)
+    torch.testing.assert_close(runs[0].importance, exact.importance, rtol=0, atol=1e-5)
+    mean = torch.stack([run.output for run in runs]).mean(0)
+    assert (mean - exact.output).abs().amax() < 0.5
+    assert (mean - exact.output).abs().mean() < 0.05
+    with pytest.raises(ValueError, match=r"dropout_p=1.5, accepted: 0 to 1"):
+        attention_eager(query, key, value, *rest, dropout_p=1.5)
 
 
 def test_bad_input_is_refused() -> None:
@@ -230,10 +407,20 @@ def test_bad_input_is_refused() -> None:
         attention(query, key, value, cu_seqlens, -1)
     with pytest.raises(ValueError, match="0 entries"):
         attention(query, key, value, cu_seqlens[:0], max_seqlen)
+    with pytest.raises(ValueError, match="importance='sum', accepted: None, 'all', 'cls'"):
+        attention(query, key, value, cu_seqlens, max_seqlen, importance="sum")
+    for shape in ((3, 5, 5), (2, 4, 4), (2, 5, 6)):
+        with pytest.raises(ValueError, match=r"expected \[H or 1, S, S\] with H=2 and S at least max_seqlen=5"):
+            attention(query, key, value, cu_seqlens, max_seqlen, bias=torch.zeros(shape))
+    with pytest.raises(TypeError, match=r"bias has dtype torch.int64"):
+        attention(query, key, value, cu_seqlens, max_seqlen, bias=torch.zeros(2, 5, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match="use attention_eager"):
+        attention(query, key, value, cu_seqlens, max_seqlen, bias=torch.zeros(2, 5, 5, requires_grad=True))
 
 
 @pytest.mark.parametrize("offsets", [[0, 8, 3, 8], [0, 3, 7], [1, 3, 8], [0, 3, 9], [0, 8], [0]], ids=str)
 def test_offsets_that_do_not_fit_are_refused(offsets: list[int]) -> None:
     query, key, value, _, max_seqlen = joint([3, 5], 2, 8)
-    with pytest.raises(ValueError, match="expected 0 to T=8 in steps of 0 to max_seqlen=5"):
-        attention(query, key, value, torch.tensor(offsets, dtype=torch.int32), max_seqlen)
+    for function in (attention, attention_eager):
+        with pytest.raises(ValueError, match="expected 0 to T=8 in steps of 0 to max_seqlen=5"):
+            function(query, key, value, torch.tensor(offsets, dtype=torch.int32), max_seqlen)

@@ -38,7 +38,7 @@ def joint(lengths: list[int], H: int, D: int, dtype: torch.dtype = torch.float32
 def launch(arguments: tuple, bits: int | None, asymmetric: tuple = PROBS, scaling: float | None = None) -> torch.Tensor:
     *tensors, max_seqlen = arguments
     scaling = tensors[0].shape[2] ** -0.5 if scaling is None else scaling
-    return varlen_attention.launch(*(x.to(DEVICE) for x in tensors), max_seqlen, scaling, bits, asymmetric).cpu()
+    return varlen_attention.launch(*(x.to(DEVICE) for x in tensors), max_seqlen, scaling, bits, asymmetric)[0].cpu()
 
 
 def assert_attends(
