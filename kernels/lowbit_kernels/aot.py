@@ -34,6 +34,7 @@ MODULES = (
     "layernorm",
     "fused_embedding",
     "varlen_attention",
+    "attention_backward",
     "prune",
 )
 

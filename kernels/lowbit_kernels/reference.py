@@ -298,6 +298,60 @@ def attention(
     return out.to(query.dtype), lse if return_lse else None, received if importance else None
 
 
+def attention_of_one(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scaling: float,
+    bits: int | None = None,
+    asymmetric: tuple[str, ...] = ("attention_probs",),
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(output, log-sum-exp of the scores) of one sequence and head [n, D], float64; straight-through gradients."""
+
+    def quantized(site: str, x: Tensor) -> Tensor:
+        if bits is None:
+            return x
+        return x + (_dequantized(x.detach().float(), bits, site not in asymmetric) - x.detach())
+
+    q, k, v = quantized("query", query.double()), quantized("key", key.double()), quantized("value", value.double())
+    scores = scaling * (q @ k.T)
+    if bias is not None:
+        scores = scores + bias
+    return quantized("attention_probs", torch.softmax(scores, dim=1)) @ v, torch.logsumexp(scores, dim=1)
+
+
+def attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    scaling: float,
+    bits: int | None = None,
+    asymmetric: tuple[str, ...] = ("attention_probs",),
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in query, key and value by autograd, 0 for tokens after the last sequence; needs no saved results."""
+    grads = tuple(torch.zeros(query.shape, dtype=torch.float64) for _ in range(3))
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
+        n = end - start
+        assert n <= max_seqlen
+        for head in range(query.shape[1] if n else 0):
+            own = [x[start:end, head].detach().double().requires_grad_() for x in (query, key, value)]
+            shift = None if bias is None else bias[head % len(bias), :n, :n].double()
+            out, _ = attention_of_one(*own, scaling=scaling, bits=bits, asymmetric=asymmetric, bias=shift)
+            for grad, part in zip(
+                grads, torch.autograd.grad(out, own, grad_out[start:end, head].double()), strict=True
+            ):
+                grad[start:end, head] = part
+    grad_query, grad_key, grad_value = (grad.to(query.dtype) for grad in grads)
+    return grad_query, grad_key, grad_value
+
+
 # --- weights -------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,141 @@
+"""The Triton kernels of the gradient of attention equal the definition (on a GPU, or run with TRITON_INTERPRET=1)."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from attention_cases import ALL, MODES, PROBS, assert_gradients, joint, kept
+
+from lowbit_kernels import reference
+
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
+pytest.importorskip("triton")
+
+from lowbit_kernels import attention_backward, varlen_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Relative to the largest gradient. Probabilities and gradients of scores are rounded to the input's type before they
+# are multiplied, and `out` is in that type.
+ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-8}
+if DEVICE == "cuda":  # the interpreter multiplies the bytes of bfloat16 as integers
+    ROUNDING[torch.bfloat16] = 2**-5
+# The interpreter warns where NaN or infinity arises, which is what some tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def launch(*tensors, scaling=0.25, bits=None, asymmetric=PROBS, bias=None) -> tuple[torch.Tensor, ...]:
+    *tensors, max_seqlen = tensors
+    tensors = (x.to(DEVICE) for x in tensors)
+    bias = None if bias is None else bias.to(DEVICE)
+    return attention_backward.launch(*tensors, max_seqlen, scaling, bits, asymmetric, bias).cpu().unbind(0)
+
+
+def run(arguments: tuple, bias: torch.Tensor | None = None, **options: object) -> tuple[torch.Tensor, ...]:
+    options = {"scaling": 0.25, **options}
+    *tensors, cu_seqlens, max_seqlen = arguments
+    return launch(*tensors, *kept(arguments, bias, **options), cu_seqlens, max_seqlen, bias=bias, **options)
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), MODES)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("D", varlen_attention.HEAD_DIMS)
+def test_equals_definition(D: int, dtype: torch.dtype, bits: int | None, asymmetric: tuple) -> None:
+    for lengths in ([150, 3], [0, 1, 33]) if D == 64 else ([70, 0, 1, 0], [0, 31]):
+        arguments = joint(lengths, 2, D, dtype)
+        assert_gradients(launch, arguments, ROUNDING[dtype], scaling=D**-0.5, bits=bits, asymmetric=asymmetric)
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), [(None, ()), (8, PROBS), (4, ALL)])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_bias(heads: int, bits: int | None, asymmetric: tuple) -> None:
+    """One for all heads or one a head, in strides and a type of its own, with keys that are hidden from some queries."""
+    arguments = joint([40, 7], 3, 16)
+    bias = torch.randn(41, heads, 45).permute(1, 2, 0)[:, :41] * 2
+    bias[:, :5, 3:6] = float("-inf")
+    for x in (bias, bias.half()):
+        assert_gradients(launch, arguments, 1e-5, x, scaling=-0.3, bits=bits, asymmetric=asymmetric)
+
+
+@pytest.mark.parametrize("asymmetric", [("query",), ("key",), ALL])
+def test_rows_far_from_zero(asymmetric: tuple) -> None:
+    """Large zero points, of both signs; scores of a size that float32 resolves."""
+    grad_out, query, key, value, *rest = joint([40, 25], 2, 32)
+    shift = torch.tensor([300.0, -20.0]).unsqueeze(1)
+    arguments = (grad_out, query + shift / 300, key + shift, value + shift, *rest)
+    assert_gradients(launch, arguments, 1e-3, scaling=1e-3, bits=8, asymmetric=asymmetric)
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), MODES)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_large_scores_of_either_sign(dtype: torch.dtype, bits: int | None, asymmetric: tuple) -> None:
+    """Most rows have one probability of 1, and exponentials without the row's log-sum-exp would overflow."""
+    for sign in (1, -1):
+        grad_out, query, key, value, *rest = joint([19, 70], 2, 32, dtype)
+        arguments = (grad_out, query.abs() * 30, sign * key.abs() * 30, value, *rest)
+        assert_gradients(launch, arguments, max(1e-3, ROUNDING[dtype]), scaling=0.2, bits=bits, asymmetric=asymmetric)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_any_strides(bits: int | None) -> None:
+    *tensors, cu_seqlens, max_seqlen = joint([3, 11, 6], 3, 16)
+    expected = run((*(x.contiguous() for x in tensors), cu_seqlens, max_seqlen), bits=bits)
+    grad_out, query, key, value = tensors
+    columns = value.transpose(0, 2).contiguous().transpose(0, 2)
+    by_head = key.transpose(0, 1).contiguous().transpose(0, 1)
+    expanded = grad_out[:1, :1, :1].expand_as(query)
+    got = run((grad_out, query, by_head, columns, cu_seqlens, max_seqlen), bits=bits)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+    got = run((expanded, query, by_head, columns, cu_seqlens, max_seqlen), bits=bits)
+    expected = run((expanded.contiguous(), query, key, value, cu_seqlens, max_seqlen), bits=bits)
+    assert all(torch.equal(*pair) for pair in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), MODES)
+def test_a_sequence_gives_the_same_bytes_in_every_batch(bits: int | None, asymmetric: tuple) -> None:
+    *tensors, cu_seqlens, max_seqlen = joint([6, 50, 3], 2, 16)
+    together = run((*tensors, cu_seqlens, max_seqlen), bits=bits, asymmetric=asymmetric)
+    alone = (*(x[6:56] for x in tensors), torch.tensor([0, 50], dtype=torch.int32), 50)
+    for got, expected in zip(run(alone, bits=bits, asymmetric=asymmetric), together, strict=True):
+        assert torch.equal(got, expected[6:56])
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), [(None, ()), (8, PROBS), (4, ALL)])
+@pytest.mark.parametrize("operand", range(4))
+def test_nan_stays_in_its_sequence_and_head(operand: int, bits: int | None, asymmetric: tuple) -> None:
+    arguments = joint([5, 3, 40, 8], 2, 16)
+    options = {"scaling": 0.25, "bits": bits, "asymmetric": asymmetric}
+    clean = run(arguments, **options)
+    arguments[operand][8, 1, 3] = float("nan")
+    definition = reference.attention_backward(*arguments, **options)
+    untouched = torch.ones(clean[0].shape[:2], dtype=torch.bool)
+    untouched[8:48, 1] = False
+    for got, before, expected in zip(run(arguments, **options), clean, definition, strict=True):
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got[untouched], before[untouched])
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_no_gradient_gives_none(bits: int | None) -> None:
+    grad_out, *rest = joint([9, 40], 2, 16)
+    assert not any(gradient.any() for gradient in run((torch.zeros_like(grad_out), *rest), bits=bits))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_tokens_after_the_last_sequence_get_0(bits: int | None) -> None:
+    *tensors, _, _ = joint([20], 2, 16)
+    end = torch.tensor([0, 13, 13], dtype=torch.int32)
+    expected = run((*(x[:13] for x in tensors), end[:2], 13), bits=bits)
+    for x in tensors:
+        x[13:] = float("nan")
+    for got, own in zip(run((*tensors, end, 20), bits=bits), expected, strict=True):
+        assert torch.equal(got[:13], own) and not got[13:].any()
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("lengths", [[], [0, 0], [3]], ids=str)
+def test_empty(lengths: list[int], bits: int | None) -> None:
+    arguments = joint(lengths, 0 if lengths == [3] else 2, 16)
+    assert all(gradient.shape == arguments[0].shape for gradient in run(arguments, bits=bits))
