@@ -10,8 +10,6 @@ import os
 import shutil
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from . import models
 from .nn import UnpaddedEncoder
 

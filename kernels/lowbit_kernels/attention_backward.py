@@ -27,7 +27,6 @@ from .quantize import _rint, _scale_and_zero, fake_quantize_per_token
 from .varlen_attention import (
     HEAD_DIMS,
     SITES,
-    _check_cu_seqlens,
     _flags,
     _load,
     _operand,
@@ -35,6 +34,7 @@ from .varlen_attention import (
     _scores,
     _sequence,
     _store,
+    check_cu_seqlens,
 )
 
 # ---------------------------------------------------------------------------------------------------------- Triton
@@ -315,7 +315,7 @@ def _cpu(
     def quantized(site: str, x: torch.Tensor) -> torch.Tensor:
         return x if bits is None else fake_quantize_per_token(x, bits, site not in asymmetric)
 
-    _check_cu_seqlens(cu_seqlens, query.shape[0], max_seqlen)
+    check_cu_seqlens(cu_seqlens, query.shape[0], max_seqlen)
     grads = query.new_zeros(3, *query.shape)
     for start, end in itertools.pairwise(cu_seqlens.tolist()):
         g, q, k, v, o = (x[start:end].transpose(0, 1).float() for x in (grad_out, query, key, value, out))

@@ -6,8 +6,8 @@ import os
 
 import pytest
 import torch
-from attention_cases import ALL, MODES, PROBS, assert_gradients, joint, kept
 
+from attention_cases import ALL, MODES, PROBS, assert_gradients, joint, kept
 from lowbit_kernels import reference
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
