@@ -1,0 +1,184 @@
+"""What the dynamic length examples share: LengthDrop training, the search, and what budgets cost and lose."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, PreTrainedModel
+
+import lowbit
+from _common import Run, arguments, common, distil, table, train
+from lowbit.length import Front, LengthDrop, LengthDropTrainer, macs, search_lengths
+
+Score = Callable[[Run, PreTrainedModel], dict[str, float]]
+BUDGETS = ("1.5x", "2x", "3x")
+
+
+@dataclass
+class LengthOptions:
+    """Options of the examples that drop tokens."""
+
+    length_steps: int = field(
+        default=1000, metadata={"help": "steps of LengthDrop training; 0: tokens are dropped from the model as it is"}
+    )
+    length_learning_rate: float = 5e-5
+    drop_ratio: float = field(
+        default=0.35, metadata={"help": "the most that a layer drops in training; published: 0.2"}
+    )
+    search_samples: int = field(
+        default=1000, metadata={"help": "training examples set apart, that the search scores on"}
+    )
+    iterations: int = field(default=5, metadata={"help": "of the search, of 10 mutations and 10 crossovers each"})
+    score: str = field(default="all", metadata={"help": "importance: attention from all queries, or from [CLS] (cls)"})
+    ternary: bool = field(default=False, metadata={"help": "quantize to 2-2-8 before LengthDrop, and pack"})
+
+
+def adaptive_stages(run: Run, teacher: PreTrainedModel) -> tuple[str, PreTrainedModel]:
+    """The model whose lengths are searched, and its stage: LengthDrop comes last, after quantization.
+
+    (QuaLA-MiniLM: quantizing costs less than dropping, and what may be dropped depends on it.)
+    """
+    name, model, options = "teacher", teacher, run.options
+    if options.ternary:
+        name = "ternary"
+
+        def quantized() -> PreTrainedModel:
+            student = lowbit.prepare(copy.deepcopy(teacher), lowbit.TernaryConfig())
+            return distil(run, "ternary", student, teacher, options.steps, options.learning_rate)
+
+        model = run.stage(name, quantized)
+    if options.length_steps:
+        name = "adaptive"
+        before = model
+        model = run.stage(name, lambda: length_drop(run, before, teacher if options.ternary else None))
+    if options.ternary:
+        name = "packed"
+        prepared = model
+        model = lowbit.fuse(run.stage(name, lambda: lowbit.convert(prepared)))
+    return name, model
+
+
+def length_drop(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None) -> PreTrainedModel:
+    """The sandwich: all tokens on the labels (or the teacher), fewer tokens on what the model says with all."""
+    model = copy.deepcopy(model)
+    args = arguments(run, "adaptive", run.options.length_steps, run.options.length_learning_rate)
+    drop = LengthDrop(ratio=run.options.drop_ratio, seed=run.options.seed)
+    objectives = None if teacher is None else [lowbit.LogitsLoss()]
+    trainer = LengthDropTrainer(
+        model=model, teacher=teacher, objectives=objectives, args=args, length_drop=drop, **common(run)
+    )
+    return train(run, "adaptive", trainer)
+
+
+def search(run: Run, name: str, model: PreTrainedModel, score: Score, lengths: Sequence[int]) -> Front:
+    """The Pareto front of accuracy over multiply-accumulates on the examples set apart; resumes from its store.
+
+    Args:
+        run: whose validation examples are those set apart.
+        name: of the stage that `model` is.
+        score: metrics of a model; the first ranks.
+        lengths: tokens of these examples.
+    """
+
+    def evaluate(config: lowbit.LengthConfig) -> float:
+        lowbit.set_length(model, config)
+        return next(iter(score(run, model).values()))
+
+    front = search_lengths(
+        model,
+        evaluate,
+        cost=lambda config: macs(model, config, lengths),
+        cost_unit="MACs",
+        population=10,
+        iterations=run.options.iterations,
+        mutations=10,
+        crossovers=10,
+        seed=run.options.seed,
+        path=run.folder / f"search-{name}.json",
+        score=run.options.score,
+    )
+    lowbit.set_length(model, None)
+    front.save(run.folder / "front.json")
+    front.plot(run.folder / "front.png")
+    return front
+
+
+def compare(
+    run: Run,
+    model: PreTrainedModel,
+    front: Front,
+    score: Score,
+    examples: Sequence[Mapping[str, Any]],
+    batch_size: int = 8,
+    batches: int = 40,
+) -> str:
+    """A table of budgets: multiply-accumulates, metrics and time on real batches.
+
+    What is fewer and faster is so beside "all tokens": the same model without padding, which drops nothing. The model
+    "without lengths" runs as it did before, a float one with padding.
+
+    Args:
+        examples: of the validation data, as the model reads them; batches are drawn from them in a fixed random order.
+    """
+    layers = len(front.points[0].config.keep)
+    everything = lowbit.LengthConfig((1.0,) * layers)
+    configs: dict[str, lowbit.LengthConfig | None] = {"without lengths": None, "all tokens": everything}
+    configs |= {f"{budget} fewer": front.for_budget(budget) for budget in BUDGETS if affordable(front, budget)}
+    lengths = [len(example["input_ids"]) for example in examples]
+    full = macs(model, everything, lengths)
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
+    collate = DataCollatorWithPadding(run.tokenizer)
+    groups = [order[i : i + batch_size] for i in range(0, min(len(order), batches * batch_size), batch_size)]
+    times = timed(model, configs, [collate([dict(examples[i]) for i in group]).to(model.device) for group in groups])
+    rows: dict[str, dict[str, Any]] = {}
+    for name, config in configs.items():
+        lowbit.set_length(model, config)
+        cost = macs(model, config, lengths) if config else macs(model, None, lengths, first_token_only=False)
+        rows[name] = {
+            "keep": "-" if config is None else " ".join(f"{k:g}" for k in config.keep),
+            "gmacs": round(cost / len(lengths) / 1e9, 3),
+            "fewer_macs": f"{full / cost:.2f}x",
+            **score(run, model),
+            "ms": round(times[name], 1),
+            "faster": f"{times['all tokens'] / times[name]:.2f}x",
+        }
+        run.record(name, **rows[name])
+    lowbit.set_length(model, None)
+    headings = {key: key.replace("_", " ") for key in rows["all tokens"]}
+    return table(rows, headings | {"gmacs": "GMACs each", "ms": f"ms, batch {batch_size}"})
+
+
+def affordable(front: Front, budget: str) -> bool:
+    """Whether the search found anything for the budget; says so if not."""
+    try:
+        front.for_budget(budget)
+    except ValueError as error:
+        print(error)
+        return False
+    return True
+
+
+@torch.inference_mode()
+def timed(
+    model: PreTrainedModel, configs: Mapping[str, lowbit.LengthConfig | None], batches: Sequence[Any], repeats: int = 3
+) -> dict[str, float]:
+    """Mean milliseconds a batch (of each batch the median); configurations take turns, so that drift hits all."""
+    model.eval()
+    times: dict[str, list[list[float]]] = {name: [[] for _ in batches] for name in configs}
+    for repeat in range(repeats + 1):
+        for name, config in configs.items():
+            lowbit.set_length(model, config)
+            for number, batch in enumerate(batches):
+                begin = time.perf_counter()
+                model(**{key: value for key, value in batch.items() if key != "labels"})
+                if model.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if repeat:
+                    times[name][number].append(1000 * (time.perf_counter() - begin))
+    return {name: statistics.mean(map(statistics.median, each)) for name, each in times.items()}

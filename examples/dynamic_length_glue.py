@@ -1,0 +1,49 @@
+"""Fewer tokens in every layer, on a GLUE task: LengthDrop training, a search for lengths, and what budgets lose.
+
+Fine-tune a teacher, train it so that it works at any length (--length_steps 0 drops tokens from it as it is), search
+which layer may drop how much, and measure 1.5, 2 and 3 times fewer multiply-accumulates. With --ternary the model is
+distilled to 2-2-8 first, and what is searched and measured is packed and fused.
+
+example:
+  python examples/dynamic_length_glue.py --task sst2 --data_dir DIR --output_dir runs/length --max_train_samples 40000
+
+Finished stages in --output_dir are not repeated; an interrupted one goes on from its last checkpoint, the search from
+its last evaluation: to resume, run the same command again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from _common import GlueOptions, evaluate, fine_tune, load_teacher, parse
+from _lengths import LengthOptions, adaptive_stages, compare, search
+from ternarybert_glue import open_run
+
+
+@dataclass
+class LengthGlueOptions(LengthOptions, GlueOptions):
+    """Options of this example."""
+
+
+def main(options: LengthGlueOptions) -> None:
+    run = open_run(options)
+    train = run.data["train"]
+    count = max(len(train) - options.search_samples, 1)
+    run.data["train"], run.data["search"] = train.select(range(count)), train.select(range(count, len(train)))
+
+    def teacher_stage() -> object:
+        model, _ = load_teacher(options, run.task)
+        return fine_tune(run, "teacher", model, options.teacher_steps, options.teacher_learning_rate)
+
+    name, model = adaptive_stages(run, run.stage("teacher", teacher_stage))
+    apart = dataclasses.replace(run, task=dataclasses.replace(run.task, validation=("search",)))
+    front = search(apart, name, model, evaluate, [len(ids) for ids in run.data["search"]["input_ids"]])
+    columns = run.tokenizer.model_input_names
+    validation = [row for split in run.task.validation for row in run.data[split].select_columns(columns)]
+    print("\n" + compare(run, model, front, evaluate, validation))
+    print(f"results: {run.folder / 'results.json'}; front: {run.folder / 'front.json'}, front.png")
+
+
+if __name__ == "__main__":
+    main(parse(LengthGlueOptions, __doc__))
