@@ -327,11 +327,12 @@ def choose_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None) -
 def choose_importance_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None, importance: str) -> Tile:
     """The tile of `_importance_kernel`: block_n keys, block_m queries per step; neither tuned nor measured."""
     if importance == "cls":
-        return Tile(16, 32 if dtype == torch.float32 else 64, 4, 1)
+        full = dtype == torch.float32 and bits is None
+        return Tile(16, 32, 4, 1) if full else Tile(16, 64, 8 if D == 128 else 4, 1)
     if dtype == torch.float32 and bits is None:
         return Tile(32, 32, 8, 2)
     if D == 128 or max_seqlen <= 32:
-        return Tile(32, 64, 4, 2)
+        return Tile(32, 64, 4 if bits is None else 8, 2)
     if bits is None:  # many queries a step, few warps: what is computed once a query is shared by more keys a thread
         return Tile(64 if max_seqlen <= 64 else 128, 64, 4, 2)
     return Tile(64, 64 if max_seqlen <= 64 else 128, 8, 2)
