@@ -271,9 +271,9 @@ def _importance_kernel(
     end = 1 if CLS else length
     for begin in range(0, end, BLOCK_M):
         # Beyond the end the last query comes again, with a probability of 0: what is NaN there is NaN in it already.
-        column = tl.minimum(begin + tl.arange(0, BLOCK_M), end - 1)
-        lse = tl.load(lse_ptr + head_row + column) * 1.4426950408889634
-        lse = tl.where(begin + tl.arange(0, BLOCK_M) < end, lse, float("inf"))
+        column = begin + tl.arange(0, BLOCK_M)
+        lse = tl.load(lse_ptr + head_row + column, mask=column < end, other=float("inf")) * 1.4426950408889634
+        column = tl.minimum(column, end - 1)
         if BITS is None:
             query = _load(query_ptr, start, column, length, stride_qt, D)
             scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scaling
@@ -327,11 +327,14 @@ def choose_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None) -
 def choose_importance_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None, importance: str) -> Tile:
     """The tile of `_importance_kernel`: block_n keys, block_m queries per step; neither tuned nor measured."""
     if importance == "cls":
-        return Tile(16, 64, 4, 1)
+        full = dtype == torch.float32 and bits is None
+        return Tile(16, 32, 4, 1) if full else Tile(16, 64, 8 if D == 128 else 4, 1)
     if dtype == torch.float32 and bits is None:
         return Tile(32, 32, 8, 2)
     if D == 128 or max_seqlen <= 32:
-        return Tile(32, 64, 4, 2)
+        return Tile(32, 64, 4 if bits is None else 8, 2)
+    if bits is None:  # many queries a step, few warps: what is computed once a query is shared by more keys a thread
+        return Tile(64 if max_seqlen <= 64 else 128, 64, 4, 2)
     return Tile(64, 64 if max_seqlen <= 64 else 128, 8, 2)
 
 

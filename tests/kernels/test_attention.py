@@ -318,7 +318,7 @@ def test_gradients_are_those_of_the_definition_past_the_quantizers(
             total[rows] = part
     for x, gradient in zip(arguments, expected, strict=False):
         assert x.grad.dtype == dtype
-        error = (x.grad.double() - gradient).abs() / gradient.abs().amax()
+        error = (x.grad.double() - gradient).abs() / gradient.abs().amax().clamp(min=1.0)
         # a probability that float32 takes to the next code moves the values' gradients
         assert (error <= 4 * ROUNDING[dtype]).float().mean() >= (1.0 if bits is None else 0.9)
         assert error.amax() <= (4 * ROUNDING[dtype] if bits is None else 2 / (2 ** (bits - 1) - 1))

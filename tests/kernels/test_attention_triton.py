@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 
 import pytest
 import torch
 
+from launches import work_of
 from lowbit_kernels import reference
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -150,3 +152,145 @@ def test_offsets_beyond_the_tensors_read_nothing(bits: int | None) -> None:
     end = torch.tensor([0, 20], dtype=torch.int32)
     expected = launch((query, key, value, end, 40), bits)
     assert torch.equal(launch((query, key, value, end * 2, 40), bits), expected)
+
+
+def extras(
+    arguments: tuple, bits: int | None, asymmetric: tuple = PROBS, bias: torch.Tensor | None = None, kind: str = "all"
+) -> tuple:
+    """(out, lse, importance) of the kernels."""
+    *tensors, max_seqlen = arguments
+    given = (x.to(DEVICE) for x in tensors)
+    bias = None if bias is None else bias.to(DEVICE)
+    D = tensors[0].shape[2]
+    return tuple(
+        x.cpu() for x in varlen_attention.launch(*given, max_seqlen, D**-0.5, bits, asymmetric, bias, True, kind)
+    )
+
+
+def bias_of(H: int, S: int, *, hidden: float = 0.0) -> torch.Tensor:
+    """[H, S, S] with strides of no order, -inf at a share of `hidden` places."""
+    bias = torch.randn(S + 3, H, S + 3).transpose(0, 1).transpose(1, 2)
+    return bias.masked_fill(torch.rand(bias.shape) < hidden, -math.inf)
+
+
+@pytest.mark.parametrize(("bits", "asymmetric"), MODES)
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("D", [16, 128])
+def test_lse_and_importance_equal_their_definition(
+    D: int, dtype: torch.dtype, bits: int | None, asymmetric: tuple
+) -> None:
+    for lengths, kind, bias in (
+        ([70, 3], "all", None),
+        ([0, 1, 33], "all", bias_of(1, 33).half()),
+        ([40, 0, 1], "all", bias_of(2, 40, hidden=0.3)),
+        ([0, 9, 1], "cls", bias_of(2, 9)),
+    ):
+        arguments = joint(lengths, 2, D, dtype)
+        out, lse, importance = extras(arguments, bits, asymmetric, bias, kind)
+        wide = (x.double() for x in arguments[:3])
+        expected = reference.attention(
+            *wide, *arguments[3:], bits=bits, asymmetric=asymmetric, bias=bias, return_lse=True, importance=kind
+        )
+        assert lse.dtype == importance.dtype == torch.float32
+        torch.testing.assert_close(lse.double(), expected[1], rtol=1e-6, atol=2e-5, equal_nan=True)
+        torch.testing.assert_close(importance.double(), expected[2], rtol=5e-5, atol=2e-5, equal_nan=True)
+        error = (out.double() - expected[0]).abs().amax(-1) / arguments[2].abs().amax().double()
+        hidden = expected[0].isnan().all(-1)  # rows without a key
+        assert torch.equal(out.isnan().all(-1), hidden)
+        close = (error <= 2 * ROUNDING[dtype]) | hidden
+        assert close.float().mean() >= (1.0 if bits is None else 0.9)
+
+
+def test_a_bias_that_hides_whole_blocks_of_keys() -> None:
+    """A block without a visible key must leave the row as it was, first or last."""
+    arguments = joint([100], 2, 16)
+    for bits in (None, 8):
+        for seen in (slice(0, 20), slice(80, 100)):
+            bias = torch.full((1, 100, 100), -math.inf)
+            bias[:, :, seen] = 0.5
+            out, lse, importance = extras(arguments, bits, PROBS, bias)
+            expected = reference.attention(*arguments, bits=bits, bias=bias, return_lse=True, importance="all")
+            torch.testing.assert_close(out, expected[0], rtol=0, atol=1e-5 if bits is None else 0.05)
+            torch.testing.assert_close(lse.double(), expected[1], rtol=1e-6, atol=1e-5)
+            torch.testing.assert_close(importance.double(), expected[2], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["all", "cls"])
+@pytest.mark.parametrize(("bits", "asymmetric"), MODES)
+def test_importance_is_the_same_bytes_in_every_batch_and_each_time(
+    bits: int | None, asymmetric: tuple, kind: str
+) -> None:
+    query, key, value, *rest = joint([6, 50, 3], 3, 16)
+    together = extras((query, key, value, *rest), bits, asymmetric, kind=kind)
+    again = extras((query, key, value, *rest), bits, asymmetric, kind=kind)
+    assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
+    middle = slice(6, 56)
+    alone = (query[middle], key[middle], value[middle], torch.tensor([0, 50], dtype=torch.int32), 50)
+    _, lse, importance = extras(alone, bits, asymmetric, kind=kind)
+    assert torch.equal(lse, together[1][:, middle]) and torch.equal(importance, together[2][middle])
+
+
+@pytest.mark.parametrize("kind", ["all", "cls"])
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_importance_of_a_sequence_sums_to_its_queries(bits: int | None, kind: str) -> None:
+    lengths = [1, 0, 41, 7]
+    query, key, value, *rest = joint(lengths, 3, 16)
+    key[:, 0, 0] = 1.0
+    # From ties to one probability of 1; scores of 10^4 have a last place of 10^-3, which is that of their exponentials.
+    for size, tolerance in ((0.0, 1e-5), (1.0, 1e-5), (1e4, 5e-3)):
+        _, _, importance = extras((query * size, key, value, *rest), bits, kind=kind)
+        sums = [part.sum().item() for part in importance.split(lengths)]
+        assert sums == pytest.approx([3.0 * (n if kind == "all" else min(n, 1)) for n in lengths], rel=tolerance)
+        if size == 0.0:
+            for part, n in zip(importance.split(lengths), lengths, strict=True):
+                assert (part == part[:1]).all() and (n == 0 or part[0] == pytest.approx(3 if kind == "all" else 3 / n))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("operand", range(3))
+def test_nan_stays_out_of_the_importance_of_others(operand: int, bits: int | None) -> None:
+    arguments = joint([5, 3, 40, 8], 2, 16)
+    clean = extras(arguments, bits)
+    arguments[operand][8, 1, 3] = float("nan")
+    _, lse, importance = extras(arguments, bits)
+    _, expected_lse, expected = reference.attention(*arguments, bits=bits, return_lse=True, importance="all")
+    assert torch.equal(importance.isnan(), expected.isnan()) and torch.equal(lse.isnan(), expected_lse.isnan())
+    assert torch.equal(lse[0], clean[1][0])
+    others = torch.ones(56, dtype=torch.bool)
+    others[8:48] = False
+    assert torch.equal(importance[others], clean[2][others])
+
+
+def test_importance_after_the_last_sequence_is_0() -> None:
+    query, key, value, _, _ = joint([20], 2, 16)
+    end = torch.tensor([0, 5, 13], dtype=torch.int32)
+    for kind in ("all", "cls"):
+        *_, importance = extras((query, key, value, end, 16), None, kind=kind)
+        *_, alone = extras((query[:13], key[:13], value[:13], end, 16), None, kind=kind)
+        assert torch.equal(importance[:13], alone) and not importance[13:].any()
+
+
+def test_only_what_is_asked_for_is_returned_and_changes_no_output() -> None:
+    tensors = [x.to(DEVICE) for x in joint([9, 20], 2, 16)[:4]]
+    for bits in (None, 8):
+        plain, *nothing = varlen_attention.launch(*tensors, 20, 0.25, bits, PROBS)
+        assert [x.numel() for x in nothing] == [0, 0]
+        for return_lse, kind in ((True, None), (False, "all"), (True, "cls")):
+            out, lse, importance = varlen_attention.launch(*tensors, 20, 0.25, bits, PROBS, None, return_lse, kind)
+            assert torch.equal(out, plain)
+            assert lse.shape == ((2, 29) if return_lse else (0,)) and importance.shape == ((29,) if kind else (0,))
+
+
+@pytest.mark.parametrize("lengths", [[], [0, 0], [3]], ids=str)
+def test_extras_of_empty(lengths: list[int]) -> None:
+    arguments = joint(lengths, 0 if lengths == [3] else 2, 16)
+    _, lse, importance = extras(arguments, None)
+    assert lse.numel() == 0 and importance.shape == (sum(lengths),) and not importance.any()
+
+
+def test_extras_cost_launches_only_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = joint([9, 20], 2, 16)
+    for bits, kernel in ((None, "_attention_kernel"), (8, "_quantized_attention_kernel")):
+        assert work_of(lambda: launch(arguments, bits), [varlen_attention], monkeypatch)[0] == [kernel]  # noqa: B023
+        importance = work_of(lambda: extras(arguments, bits), [varlen_attention], monkeypatch)[0]  # noqa: B023
+        assert importance == [kernel, "_importance_kernel", "_sum_heads_kernel"]
