@@ -47,7 +47,7 @@ def assert_gradients(
     expected = reference.attention_backward(*wide, *rest, bias=bias, **options)
     for name, gradient, definition in zip(("query", "key", "value"), got, expected, strict=True):
         assert gradient.dtype == query.dtype and gradient.shape == query.shape
-        error = (gradient.double() - definition).abs() / definition.abs().amax().clamp(min=1e-30)
+        error = (gradient.double() - definition).abs() / definition.abs().amax().clamp(min=0.1)  # 0 for a single token
         if name == "value" and options.get("bits") is not None:
             assert error.amax() <= 0.3 and (error <= rounding).double().mean() >= 0.97, (name, error.max())
         else:

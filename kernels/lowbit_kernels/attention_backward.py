@@ -212,11 +212,14 @@ class Tile:
 
 
 def choose_tiles(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None) -> tuple[Tile, Tile]:
-    """The tiles of the two kernels for sequences up to `max_seqlen`; neither tuned nor measured. None spills."""
+    """The tiles of the two kernels for sequences up to `max_seqlen`; neither tuned nor measured.
+
+    None spills but float32 with bits and D=128, for which no tile was found that does not: it is slow, not wrong.
+    """
     if dtype == torch.float32:  # full float32 does without tensor cores, int8 takes 64 rows to a wgmma
         if bits is None:
             return Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)
-        return Tile(64, 16, 16 if D == 128 else 8, 2), Tile(16, 64, 8, 2)
+        return Tile(64, 16, 8, 2), Tile(16, 64, 8, 2)
     small = D == 128 or max_seqlen <= 32
     return (
         Tile(64, 32 if small or (D <= 32 and bits is not None) else 64, 8, 2),
@@ -278,6 +281,7 @@ def aot_cases(arch: int) -> list[tuple]:
     rare = [(16, 128, torch.float16), (128, 512, torch.bfloat16), (128, 512, torch.float32)]
     modes = [(*shape, *mode) for shape in common for mode in ((None, ()), (8, ("attention_probs",)))]
     modes += [(*shape, *mode) for shape in rare for mode in ((None, ()), (4, SITES))]
+    modes.remove((128, 512, torch.float32, 4, SITES))  # see `choose_tiles`
     others = dict.fromkeys(("lse_ptr", "delta_ptr", "scale_ptr", "zero_ptr", "bias_ptr"), "*fp32")
     others |= {"cu_seqlens_ptr": "*i32", "T": "i32", "H": "i32", "blocks": "i32", "scaling": "fp32"}
     others |= dict.fromkeys((f"stride_{tensor}{axis}" for tensor in "gqkv" for axis in "th"), "i32:16")
