@@ -22,7 +22,7 @@ def joint(lengths: list[int], H: int, D: int, dtype: torch.dtype = torch.float32
 
 
 def kept(arguments: tuple, bias: torch.Tensor | None = None, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` in the dtype of the query and `lse` in float32, by the definition; NaN for tokens after the last sequence."""
+    """`out` in the dtype of the query and `lse` in float32, by the definition; NaN after the last sequence."""
     _, query, key, value, cu_seqlens, _ = arguments
     out = torch.full(query.shape, float("nan"), dtype=torch.float64)
     lse = torch.full((query.shape[1], len(query)), float("nan"), dtype=torch.float64)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import ALL, MODES, PROBS, assert_gradients, joint, kept
 
+from attention_cases import ALL, MODES, PROBS, assert_gradients, joint, kept
 from lowbit_kernels.attention_backward import attention_backward
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-5}
@@ -56,7 +56,7 @@ def test_bad_input_is_refused() -> None:
         run(grad_out=tensors[0][1:])
     with pytest.raises(ValueError, match=r"lse has shape \(8, 2\), expected \[H, T\] = \(2, 8\)"):
         run(lse=lse.T)
-    with pytest.raises(TypeError, match="lse has dtype torch.float64"):
+    with pytest.raises(TypeError, match=r"lse has dtype torch\.float64"):
         run(lse=lse.double())
     with pytest.raises(ValueError, match=r"bias has shape \(2, 4, 5\), expected \[1 or H=2, S, S\], S at least"):
         run(bias=torch.zeros(2, 4, 5))

@@ -6,8 +6,8 @@ import os
 
 import pytest
 import torch
-from attention_cases import ALL, MODES, PROBS, assert_gradients, joint, kept
 
+from attention_cases import ALL, MODES, PROBS, assert_gradients, joint, kept
 from lowbit_kernels import reference
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -51,7 +51,7 @@ def test_equals_definition(D: int, dtype: torch.dtype, bits: int | None, asymmet
 @pytest.mark.parametrize(("bits", "asymmetric"), [(None, ()), (8, PROBS), (4, ALL)])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_bias(heads: int, bits: int | None, asymmetric: tuple) -> None:
-    """One for all heads or one a head, in strides and a type of its own, with keys that are hidden from some queries."""
+    """One for all heads or one a head, in strides and a type of its own, with keys hidden from some queries."""
     arguments = joint([40, 7], 3, 16)
     bias = torch.randn(41, heads, 45).permute(1, 2, 0)[:, :41] * 2
     bias[:, :5, 3:6] = float("-inf")
