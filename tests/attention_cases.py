@@ -22,7 +22,7 @@ def joint(lengths: list[int], H: int, D: int, dtype: torch.dtype = torch.float32
 
 
 def kept(arguments: tuple, bias: torch.Tensor | None = None, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
-    """`out` in the dtype of the query and `lse` in float32, by the definition; NaN for tokens after the last sequence."""
+    """`out` in the dtype of the query and `lse` in float32, by the definition; NaN after the last sequence."""
     _, query, key, value, cu_seqlens, _ = arguments
     out = torch.full(query.shape, float("nan"), dtype=torch.float64)
     lse = torch.full((query.shape[1], len(query)), float("nan"), dtype=torch.float64)
@@ -47,7 +47,7 @@ def assert_gradients(
     expected = reference.attention_backward(*wide, *rest, bias=bias, **options)
     for name, gradient, definition in zip(("query", "key", "value"), got, expected, strict=True):
         assert gradient.dtype == query.dtype and gradient.shape == query.shape
-        error = (gradient.double() - definition).abs() / definition.abs().amax().clamp(min=1e-30)
+        error = (gradient.double() - definition).abs() / definition.abs().amax().clamp(min=0.1)  # 0 for a single token
         if name == "value" and options.get("bits") is not None:
             assert error.amax() <= 0.3 and (error <= rounding).double().mean() >= 0.97, (name, error.max())
         else:

@@ -51,7 +51,7 @@ def test_equals_definition(D: int, dtype: torch.dtype, bits: int | None, asymmet
 @pytest.mark.parametrize(("bits", "asymmetric"), [(None, ()), (8, PROBS), (4, ALL)])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_bias(heads: int, bits: int | None, asymmetric: tuple) -> None:
-    """One for all heads or one a head, in strides and a type of its own, with keys that are hidden from some queries."""
+    """One for all heads or one a head, in strides and a type of its own, with keys hidden from some queries."""
     arguments = joint([40, 7], 3, 16)
     bias = torch.randn(41, heads, 45).permute(1, 2, 0)[:, :41] * 2
     bias[:, :5, 3:6] = float("-inf")
@@ -59,23 +59,22 @@ def test_bias(heads: int, bits: int | None, asymmetric: tuple) -> None:
         assert_gradients(launch, arguments, 1e-5, x, scaling=-0.3, bits=bits, asymmetric=asymmetric)
 
 
-@pytest.mark.parametrize("asymmetric", [("query",), ("key",), ALL])
-def test_rows_far_from_zero(asymmetric: tuple) -> None:
+@pytest.mark.parametrize("operand", [1, 2, 3])
+def test_rows_far_from_zero(operand: int) -> None:
     """Large zero points, of both signs; scores of a size that float32 resolves."""
-    grad_out, query, key, value, *rest = joint([40, 25], 2, 32)
-    shift = torch.tensor([300.0, -20.0]).unsqueeze(1)
-    arguments = (grad_out, query + shift / 300, key + shift, value + shift, *rest)
-    assert_gradients(launch, arguments, 1e-3, scaling=1e-3, bits=8, asymmetric=asymmetric)
+    arguments = list(joint([40, 25], 2, 32))
+    arguments[operand] = arguments[operand] + torch.tensor([300.0, -20.0]).unsqueeze(1)
+    assert_gradients(launch, tuple(arguments), 1e-3, scaling=0.01, bits=8, asymmetric=ALL)
 
 
 @pytest.mark.parametrize(("bits", "asymmetric"), MODES)
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 def test_large_scores_of_either_sign(dtype: torch.dtype, bits: int | None, asymmetric: tuple) -> None:
-    """Most rows have one probability of 1, and exponentials without the row's log-sum-exp would overflow."""
+    """Around 150 and -150: exponentials overflow but for the row's log-sum-exp, which float32 resolves to 1e-5."""
     for sign in (1, -1):
         grad_out, query, key, value, *rest = joint([19, 70], 2, 32, dtype)
-        arguments = (grad_out, query.abs() * 30, sign * key.abs() * 30, value, *rest)
-        assert_gradients(launch, arguments, max(1e-3, ROUNDING[dtype]), scaling=0.2, bits=bits, asymmetric=asymmetric)
+        arguments = (grad_out, query.abs() * 6, sign * key.abs() * 6, value, *rest)
+        assert_gradients(launch, arguments, max(5e-4, ROUNDING[dtype]), scaling=0.2, bits=bits, asymmetric=asymmetric)
 
 
 @pytest.mark.parametrize("bits", [None, 8])
