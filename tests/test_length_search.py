@@ -27,7 +27,7 @@ def total(config: LengthConfig) -> float:
 
 
 def search(evaluate: Callable[[LengthConfig], float] = worth, layers: int = 4, **options: object) -> Front:
-    model = tiny(num_hidden_layers=layers)
+    model = tiny("BertForTokenClassification", num_hidden_layers=layers)
     return search_lengths(model, evaluate, **{"cost": total, "progress": False, "step": 0.1, **options})
 
 
@@ -97,6 +97,18 @@ def test_fields_reach_every_configuration() -> None:
         lambda config: seen.append(config) or 0.0, iterations=1, min_tokens=3, score="cls", protect=("first_segment",)
     )
     assert {(c.min_tokens, c.score, c.protect) for c in seen} == {(3, "cls", ("first_segment",))}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+def test_last_layer_is_not_searched_where_the_head_reads_the_first_token_only(layers: int) -> None:
+    def evaluate(config: LengthConfig) -> float:
+        seen.append(config)
+        return random.random()
+
+    seen: list[LengthConfig] = []
+    search_lengths(tiny(num_hidden_layers=layers), evaluate, cost=total, progress=False, iterations=2)
+    assert len(set(seen)) == len(seen) >= 20
+    assert all(len(config.keep) == layers and config.keep[-1] == config.keep[-2:][0] for config in seen)
 
 
 @pytest.mark.parametrize("step", [1, 0.5, 0.1])

@@ -26,12 +26,11 @@ import torch
 
 from .. import models
 from ..config import LengthConfig
+from ..nn import UnpaddedEncoder
+from ..unpadding import reads_first_token_only, set_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-# Heads that read the first token only: their last layer needs no other.
-_FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForNextSentencePrediction", "ForMultipleChoice")
 
 
 def kept_lengths(lengths: Sequence[int], length_config: LengthConfig) -> list[list[int]]:
@@ -50,11 +49,6 @@ def kept_lengths(lengths: Sequence[int], length_config: LengthConfig) -> list[li
     return [[min(n, max(int(keep), least)) for n in lengths] for keep in length_config.keep]
 
 
-def reads_first_token_only(model: PreTrainedModel) -> bool:
-    """Whether the model's head reads nothing but the first token of the last layer."""
-    return type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
-
-
 def macs(
     model: PreTrainedModel,
     length_config: LengthConfig | None = None,
@@ -67,8 +61,8 @@ def macs(
         model: float, prepared, packed or slimmed; its layers' own sizes count.
         length_config: None keeps all tokens.
         lengths: tokens of each sequence; None for one as long as the model takes.
-        first_token_only: the last layer computes only the first token from its query on. None: where a length_config
-            is given and the head reads no other.
+        first_token_only: the last layer's attention output and FFN compute the first token only. None: as the model
+            runs, that is where its head reads no other, and it runs without padding or a length_config is given.
 
     Raises:
         ValueError: unit "threshold", or a configuration for another number of layers.
@@ -80,22 +74,21 @@ def macs(
         _check_layers(length_config, len(sizes))
         kept = kept_lengths(lengths, length_config)
     if first_token_only is None:
-        first_token_only = length_config is not None and reads_first_token_only(model)
+        unpadded = length_config is not None or any(isinstance(m, UnpaddedEncoder) for m in model.modules())
+        first_token_only = unpadded and reads_first_token_only(model)
+    if first_token_only:
+        kept = [*kept[:-1], [min(n, 1) for n in lengths]]
     total = 0
-    for index, (size, before, after) in enumerate(zip(sizes, [lengths, *kept], kept, strict=False)):
-        last = first_token_only and index == len(sizes) - 1
+    for size, before, after in zip(sizes, [lengths, *kept], kept, strict=False):
         for n_in, n_out in zip(before, after, strict=True):
-            queries = min(n_in, 1) if last else n_in
-            n_out = min(n_out, 1) if last else n_out
-            total += queries * size.query + n_in * size.key_value + 2 * queries * n_in * size.width + n_out * size.rest
+            total += n_in * size.projections + 2 * n_in**2 * size.width + n_out * size.rest
     return total
 
 
 class _Sizes(NamedTuple):
     """Weights of one layer, as multiply-accumulates a token."""
 
-    query: int
-    key_value: int
+    projections: int  # query, key, value
     rest: int  # attention output and FFN: what dropped tokens skip
     width: int
 
@@ -109,10 +102,10 @@ def _sizes(model: PreTrainedModel) -> list[_Sizes]:
 
     result = []
     for _, layer in models.layers(model):
-        query, key, value = (weights(layer, path) for path in architecture.projections)
+        projections = sum(weights(layer, path) for path in architecture.projections)
         rest = (architecture.attention_output, architecture.ffn_input, architecture.ffn_output)
         width: Any = layer.get_submodule(architecture.projections[0]).out_features
-        result.append(_Sizes(query, key + value, sum(weights(layer, path) for path in rest), width))
+        result.append(_Sizes(projections, sum(weights(layer, path) for path in rest), width))
     return result
 
 
@@ -138,7 +131,7 @@ class LatencyTable:
         drop_ms: choosing and gathering the tokens, in each layer that drops any.
         tokens, saved_ms: kept tokens a sequence, ascending, and the time a layer's work saves by that. Between two,
             and between the last and `seq_len`, which saves 0, linear; fewer than the first save as much as the first.
-        last_share: of that, what the last layer saves.
+        last_share: of that, what the last layer saves; 0 where it computes the first token only and drops none.
     """
 
     batch_size: int
@@ -169,7 +162,8 @@ class LatencyTable:
         _check_layers(length_config, self.layers)
         kept = [n for (n,) in kept_lengths([self.seq_len], length_config)]
         saved = [self._saved(n) for n in kept]
-        drops = sum(after < before for before, after in zip([self.seq_len, *kept], kept, strict=False))
+        dropping = kept if self.last_share else kept[:-1]
+        drops = sum(after < before for before, after in zip([self.seq_len, *kept], dropping, strict=False))
         return self.full_ms + drops * self.drop_ms - sum(saved[:-1]) - self.last_share * saved[-1]
 
     def _saved(self, n: int) -> float:
@@ -205,7 +199,8 @@ def measure_latency(
 
     Measured are: all tokens kept; for each point, so many kept by all layers; and one token fewer in every layer than
     in the one before, which shows what dropping itself costs. Each is the median of `repeats` runs, which take turns,
-    so that a machine that grows slower does so for all. The model's own length configuration and mode come back.
+    so that a machine that grows slower does so for all. The model gets its own length configuration and mode back, but
+    not the CUDA graphs of `lowbit.compile_for`.
 
     Args:
         model: what `lowbit.set_length` takes, on its device.
@@ -217,8 +212,6 @@ def measure_latency(
     Raises:
         ValueError: no points, points outside of that, no batch, no room to drop, or no repeats.
     """
-    from . import set_length  # type: ignore[attr-defined]  # the package imports this module first
-
     layers = len(_sizes(model))
     if batch_size < 1 or seq_len < 2 or repeats < 1:
         raise ValueError(
@@ -277,7 +270,7 @@ def _last_share(model: PreTrainedModel) -> float:
     if reads_first_token_only(model):
         return 0.0
     last = _sizes(model)[-1]
-    return last.rest / (last.query + last.key_value + last.rest)
+    return last.rest / (last.projections + last.rest)
 
 
 @torch.inference_mode()

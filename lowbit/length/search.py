@@ -1,6 +1,6 @@
 """Evolutionary search for lengths (Length-Adaptive Transformer, Kim and Cho 2021): score against cost, no training.
 
-A gene is a tuple of whole numbers, one a layer, that never increases: steps of the ratio or of the number of tokens
+A gene is a tuple of whole numbers, one a layer, that never increases: the steps of the ratio or of the number of tokens
 that the layer keeps. The first population keeps everything, the least, or a fixed ratio of the layer before. Then, in
 each iteration, children of the Pareto front are evaluated: mutations redraw layers between their neighbours, crossovers
 are the rounded-up mean of two genes; both stay non-increasing by construction.
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from .. import models
 from ..config import Front, FrontPoint, LengthConfig
+from ..unpadding import reads_first_token_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,7 +53,8 @@ def search_lengths(
     """Configurations of the best score for their cost.
 
     Args:
-        model: says how many layers there are; it is neither run nor changed here.
+        model: says how many layers there are, and whether its head reads the first token only: then what the last layer
+            keeps has no effect, and is what the layer before keeps. The model is neither run nor changed here.
         evaluate: quality of the model with a configuration, higher is better: sets it (`lowbit.set_length`) and
             measures. Called at most 2 + population + iterations * (mutations + crossovers) times, never twice for one
             configuration.
@@ -77,19 +79,22 @@ def search_lengths(
     """
     _check(population, iterations, mutations, crossovers, mutation_probability)
     layers = sum(1 for _ in models.layers(model))
+    free = layers - 1 if layers > 1 and reads_first_token_only(model) else layers  # layers whose choice has an effect
     levels, unit_step = _grid(model, unit, step, max_tokens)
 
     def config_of(gene: Gene) -> LengthConfig:
         # A ratio is divided by the whole number of steps: 3 * 0.05 is not 0.15.
         keep = tuple(level / levels if unit == "ratio" else level * unit_step for level in gene)
+        keep += keep[-1:] * (layers - free)
         return LengthConfig(keep, unit=unit, **fields)
 
-    full = (levels,) * layers
+    full = (levels,) * free
     full_cost = _finite("cost", cost, config_of(full))
     settings = {
-        "layers": layers, "levels": levels, "config": {**config_of(full).to_dict(), "keep": None}, "seed": seed,
+        "layers": layers, "free_layers": free, "levels": levels, "step": unit_step, "seed": seed,
+        "config": {**config_of(full).to_dict(), "keep": None}, "full_cost": full_cost,
         "population": population, "mutations": mutations, "crossovers": crossovers,
-        "mutation_probability": mutation_probability, "step": unit_step, "full_cost": full_cost,
+        "mutation_probability": mutation_probability,
     }  # fmt: skip
     store = _Store(None if path is None else Path(path), settings)
     found: dict[Gene, FrontPoint] = {}
@@ -105,7 +110,7 @@ def search_lengths(
             found[gene] = FrontPoint(config, _finite("cost", cost, config), store.scores[gene])
             bar.update()
 
-        for gene in _first_population(layers, levels, population):
+        for gene in _first_population(free, levels, population):
             visit(gene)
         for _ in range(iterations):
             for gene in _children(found, levels, mutations, crossovers, mutation_probability, generator):
