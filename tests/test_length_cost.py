@@ -243,7 +243,7 @@ class Simulated:
 
 
 @pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForQuestionAnswering"])
-@pytest.mark.parametrize("layers", [2, 5])
+@pytest.mark.parametrize("layers", [3, 6])
 def test_measured_table_predicts_what_was_not_measured(monkeypatch: pytest.MonkeyPatch, head: str, layers: int) -> None:
     simulated = Simulated(monkeypatch, head, layers)
     monkeypatch.setattr(cost, "_last_share", lambda model: 0.0 if cost.reads_first_token_only(model) else 5 / 8)

@@ -128,7 +128,8 @@ class LatencyTable:
     Attributes:
         batch_size, seq_len, layers: what was measured.
         full_ms: all tokens kept.
-        drop_ms: choosing and gathering the tokens, in each layer that drops any.
+        drop_ms: choosing and gathering the tokens, on average, in each layer that drops any; part of `saved_ms`
+            where only one layer can.
         tokens, saved_ms: kept tokens a sequence, ascending, and the time a layer's work saves by that. Between two,
             and between the last and `seq_len`, which saves 0, linear; fewer than the first save as much as the first.
         last_share: of that, what the last layer saves; 0 where it computes the first token only and drops none.
@@ -197,10 +198,10 @@ def measure_latency(
 ) -> LatencyTable:
     """Time the model on random tokens, with few configurations, for `LatencyTable`.
 
-    Measured are: all tokens kept; for each point, so many kept by all layers; and one token fewer in every layer than
-    in the one before, which shows what dropping itself costs. Each is the median of `repeats` runs, which take turns,
-    so that a machine that grows slower does so for all. The model gets its own length configuration and mode back, but
-    not the CUDA graphs of `lowbit.compile_for`.
+    Measured are: all tokens kept; for each point, so many kept by all layers; and every layer keeping fewer than the
+    one before, in even steps, which shows what dropping itself costs. Each is the median of `repeats` runs, which take
+    turns, so that a machine that grows slower does so for all. The model gets its own length configuration and mode
+    back, but not the CUDA graphs of `lowbit.compile_for`.
 
     Args:
         model: what `lowbit.set_length` takes, on its device.
@@ -262,7 +263,8 @@ def _table(shape: dict[str, int], last_share: float, tokens: Sequence[int], time
 
 
 def _stairs(seq_len: int, layers: int) -> tuple[int, ...]:
-    return tuple(max(1, seq_len - 1 - index) for index in range(layers))
+    """Over the whole range: what a drop costs depends on how many tokens there are to choose from."""
+    return tuple(math.ceil(seq_len * (layers - index) / (layers + 1)) for index in range(layers))
 
 
 def _last_share(model: PreTrainedModel) -> float:
