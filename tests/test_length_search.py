@@ -13,6 +13,7 @@ import pytest
 
 from helpers import tiny
 from lowbit.length import Front, FrontPoint, LengthConfig, search_lengths
+from lowbit.length.search import _children
 
 WEIGHTS = (0.1, 0.6, 0.2, 0.1)  # of four layers: what a kept token of each is worth
 
@@ -75,6 +76,12 @@ def test_configurations_are_monotone_distinct_multiples_of_the_step_and_few() ->
     assert all(a >= b for config in seen for a, b in itertools.pairwise(config.keep))
     assert len(set(seen)) == len(seen) <= 2 + 7 + 3 * (11 + 5)
     assert len(seen) > 2 + 3 * 11
+
+
+def test_children_are_new_and_crossovers_are_rounded_up_means() -> None:
+    found = {gene: FrontPoint(LengthConfig((1,)), sum(gene), sum(gene)) for gene in ((9, 2, 1), (10, 10, 4))}
+    assert _children(found, 10, 0, 5, 0.5, random.Random(0)) == [(10, 6, 3)]
+    assert not found.keys() & set(_children(found, 10, 40, 0, 0.2, random.Random(0)))
 
 
 def test_first_population_is_evenly_spaced() -> None:
