@@ -27,6 +27,7 @@ BELOW = {
     "compiling": {"models", "nn"},
     "graphs": {"models", "nn", "unpadding"},
     "distill": {"nn", "config", "models", "unpadding"},
+    "length": {"config", "models", "nn", "unpadding"},
     "_plugin": {"hf", "nn"},
     "__init__": None,  # names everything
 }
