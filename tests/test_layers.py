@@ -28,7 +28,6 @@ BELOW = {
     "graphs": {"models", "nn", "unpadding"},
     "length": {"config", "distill", "models", "nn", "unpadding"},
     "distill": {"nn", "config", "models", "unpadding"},
-    "length": {"config", "models", "nn", "unpadding"},
     "_plugin": {"hf", "nn"},
     "__init__": None,  # names everything
 }
