@@ -1,0 +1,1 @@
+"""Dynamic sequence length: training for it."""
