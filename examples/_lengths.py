@@ -14,7 +14,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 
 import lowbit
 from _common import Run, arguments, common, distil, table, train
-from lowbit.length import Front, LengthDrop, LengthDropTrainer, macs, search_lengths
+from lowbit.length import Front, macs, search_lengths
 
 BUDGETS = ("1.5x", "2x", "3x")
 
@@ -67,9 +67,9 @@ def length_drop(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | Non
     """The sandwich: all tokens on the labels (or the teacher), fewer tokens on what the model says with all."""
     model = copy.deepcopy(model)
     args = arguments(run, "adaptive", run.options.length_steps, run.options.length_learning_rate)
-    drop = LengthDrop(ratio=run.options.drop_ratio, seed=run.options.seed)
+    drop = lowbit.LengthDrop(ratio=run.options.drop_ratio, seed=run.options.seed)
     objectives = None if teacher is None else [lowbit.LogitsLoss()]
-    trainer = LengthDropTrainer(
+    trainer = lowbit.LengthDropTrainer(
         model=model, teacher=teacher, objectives=objectives, args=args, length_drop=drop, **common(run)
     )
     return train(run, "adaptive", trainer)

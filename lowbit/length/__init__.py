@@ -1,23 +1,19 @@
-"""Dynamic sequence length: training for it, what a `LengthConfig` costs, and the search for good ones."""
+"""Dynamic sequence length: what a `LengthConfig` costs, and the search for good ones.
+
+Training for it is in `lowbit.length.training` and `lowbit.length.soft` (`lowbit.LengthDropTrainer` and its kin).
+"""
 
 from __future__ import annotations
 
 from ..config import Front, FrontPoint, LengthConfig
 from .cost import LatencyTable, kept_lengths, macs, measure_latency
 from .search import search_lengths
-from .soft import LearnedThresholds, SoftExtract
-from .training import LengthDrop, LengthDropTrainer, SoftLengthTrainer
 
 __all__ = [
     "Front",
     "FrontPoint",
     "LatencyTable",
-    "LearnedThresholds",
     "LengthConfig",
-    "LengthDrop",
-    "LengthDropTrainer",
-    "SoftExtract",
-    "SoftLengthTrainer",
     "kept_lengths",
     "macs",
     "measure_latency",

@@ -71,7 +71,8 @@ class LearnedThresholds(SoftLengths):
     Args:
         layers: of the model.
         final_threshold: layer l = 0 .. L-1 starts at final_threshold * l / L.
-        temperature: of the sigmoid; published 1e-5 to 2e-3.
+        temperature: of the sigmoid; published 1e-5 to 2e-3. Means are about 1 / n: where they all are many temperatures
+            from a threshold, as in short sequences, it does not move.
         weight: of the penalty; published 0.01 to 0.2.
         learning_rate: of the thresholds.
     """
@@ -152,7 +153,8 @@ class SoftExtract(SoftLengths):
     def forward(self, layer: int, importance: torch.Tensor, sequences: Sequences, heads: int) -> torch.Tensor:
         if sequences.max_seqlen > self.max_length:
             raise ValueError(
-                f"SoftExtract: a sequence has {sequences.max_seqlen} tokens; max_length={self.max_length} accepts no more"
+                f"SoftExtract(max_length={self.max_length}) got a sequence of {sequences.max_seqlen} tokens; "
+                "accepted: up to max_length"
             )
         return self.retention()[layer][ranks(importance.detach(), sequences.cu_seqlens)].to(importance.dtype)
 
