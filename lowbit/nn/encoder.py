@@ -66,11 +66,15 @@ class UnpaddedEncoder(nn.Module):
         self.skip: frozenset[int] = frozenset()
         self.soft_mask: SoftMask | None = None
         self.replaced_attention: str | None = None
-        self.run_layer_modules: Callable[..., tuple[torch.Tensor, Kept | None]] = self._run_layer_modules
+        # What `lowbit.compile` replaces: a layer is two parts, between them tokens are dropped.
+        self.run_attention_modules: Callable[..., Any] = self._run_attention_modules
+        self.run_rest_modules: Callable[..., torch.Tensor] = self._run_rest_modules
 
     def compile_layers(self, **options: Any) -> None:
-        """`torch.compile` what runs a layer, one compilation for all; options of `torch.compile`."""
-        self.run_layer_modules = torch.compile(self._run_layer_modules, **options)
+        """`torch.compile` the parts of a layer, the same code for all; options of `torch.compile`."""
+        options = self._compile_options(options)
+        self.run_attention_modules = torch.compile(self._run_attention_modules, **options)
+        self.run_rest_modules = torch.compile(self._run_rest_modules, **options)
 
     def forward(
         self,
@@ -117,6 +121,10 @@ class UnpaddedEncoder(nn.Module):
             last_hidden_state=with_padding(tokens, places, hidden_states.shape)
         )
 
+    def _compile_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        # Each layer that drops tokens has a shape of its own: compiled for each, they would soon be too many.
+        return options if self.lengths is None else {"dynamic": True, **options}
+
     def _is_fast(self, hidden_states: torch.Tensor) -> bool:
         """Whether `_fast` can run them."""
         return False
@@ -146,7 +154,7 @@ class UnpaddedEncoder(nn.Module):
             if number in self.skip:
                 continue
             before = tokens
-            run: Callable[..., Any] = self.run_layer_modules
+            run: Callable[..., Any] = self._run_layer_modules
             if self.training and getattr(layer, "gradient_checkpointing", False):
                 tokens, kept = layer._gradient_checkpointing_func(
                     run, number, layer, tokens, sequences, keep, protected
@@ -168,54 +176,52 @@ class UnpaddedEncoder(nn.Module):
         keep: Keep | None,
         protected: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Kept | None]:
-        paths, find = self.architecture, layer.get_submodule
-        heads = find(paths.attention).num_attention_heads
-        query, key, value = (find(path)(tokens).unflatten(-1, (heads, -1)) for path in paths.projections)
-        result = self._attend(find(paths.attention), query, key, value, sequences, keep)
-        kept = None
+        importance = "all" if self.soft_mask is not None else self._importance(keep)
+        context, received = self.run_attention_modules(layer, tokens, sequences, importance)
+        heads: Any = layer.get_submodule(self.architecture.attention).num_attention_heads
+        kept = factor = None
         if keep is not None:
-            kept = drop(result.importance, sequences, keep, tokens.shape[0], heads, protected)  # type: ignore[arg-type]
-        context, tokens = gathered(kept, result.output.flatten(1), tokens)
-        output = find(paths.attention_dropout)(find(paths.attention_output)(context))
-        tokens = find(paths.attention_norm)(output + tokens)
-        factor = None
+            kept = drop(received, sequences, keep, tokens.shape[0], heads, protected)
         if self.soft_mask is not None:
-            factor = self.soft_mask(number, result.importance, sequences, heads).unsqueeze(-1)  # type: ignore[arg-type]
+            factor = self.soft_mask(number, received, sequences, heads).unsqueeze(-1).to(tokens.dtype)  # type: ignore[arg-type]
             (factor,) = gathered(kept, factor)
-            tokens = tokens * factor.to(tokens.dtype) if self.soft_mask.place == "attention" else tokens
-        inner = find(paths.ffn_activation)(find(paths.ffn_input)(tokens))
-        tokens = find(paths.ffn_norm)(find(paths.ffn_dropout)(find(paths.ffn_output)(inner)) + tokens)
-        if factor is not None and self.soft_mask is not None and self.soft_mask.place == "ffn":
-            tokens = tokens * factor.to(tokens.dtype)
-        return tokens, kept
+        return self.run_rest_modules(layer, *gathered(kept, context, tokens), factor), kept
 
-    def _attend(
-        self,
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        sequences: Sequences,
-        keep: Keep | None,
-    ) -> AttentionOutput:
+    def _run_attention_modules(
+        self, layer: nn.Module, tokens: torch.Tensor, sequences: Sequences, importance: str | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """tokens [T, H] -> context [T, heads * head_dim], importance [T] if any."""
+        paths, find = self.architecture, layer.get_submodule
+        module: Any = find(paths.attention)
+        query, key, value = (
+            find(path)(tokens).unflatten(-1, (module.num_attention_heads, -1)) for path in paths.projections
+        )
         options: dict[str, Any] = {"scaling": module.scaling, **_attention_options(getattr(module, "quantizers", {}))}
-        importance = self._importance(keep)
         dropout = module.dropout.p if self.training else 0.0
         runs = query.dtype != torch.float64 and (not query.is_cuda or query.shape[-1] in HEAD_DIMS)
         if dropout or self.soft_mask is not None or not runs:
-            options = {"bits": None, "asymmetric": (), **options}
-            return attention_eager(
-                query, key, value, *sequences[:2], dropout_p=dropout, importance=importance, **options
-            )
-        return _attention(query, key, value, sequences, importance, options)
+            options = {"bits": None, "asymmetric": (), "dropout_p": dropout, "importance": importance, **options}
+            result = attention_eager(query, key, value, *sequences[:2], **options)
+        else:
+            result = _attention(query, key, value, sequences, importance, options)
+        return result.output.flatten(1), result.importance
+
+    def _run_rest_modules(
+        self, layer: nn.Module, context: torch.Tensor, tokens: torch.Tensor, factor: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What takes each token for itself: context and tokens [T, H], a soft mask [T, 1] or None -> tokens."""
+        paths, find = self.architecture, layer.get_submodule
+        place = None if self.soft_mask is None else self.soft_mask.place
+        output = find(paths.attention_dropout)(find(paths.attention_output)(context))
+        tokens = find(paths.attention_norm)(output + tokens)
+        tokens = tokens * factor if factor is not None and place == "attention" else tokens
+        inner = find(paths.ffn_activation)(find(paths.ffn_input)(tokens))
+        tokens = find(paths.ffn_norm)(find(paths.ffn_dropout)(find(paths.ffn_output)(inner)) + tokens)
+        return tokens * factor if factor is not None and place == "ffn" else tokens
 
     def _importance(self, keep: Keep | None) -> str | None:
-        """What `attention` calls the importance that this layer needs."""
-        if self.soft_mask is not None:
-            return "all"
-        if keep is None or keep.first_only or self.lengths is None:
-            return None
-        return self.lengths.score
+        """What `attention` calls the importance by which this layer drops tokens, if it needs any."""
+        return None if keep is None or keep.first_only or self.lengths is None else self.lengths.score
 
 
 class Product(NamedTuple):
@@ -273,11 +279,14 @@ class PackedEncoder(UnpaddedEncoder):
         self.symmetric = {site: site not in config.asymmetric for site in ("linear", "ffn_output")}
         self.attention_options = _attention_options(getattr(module, "quantizers", {}))
         # What `lowbit.compile` and `lowbit.compile_for` replace.
-        self.run_layer: Callable[..., tuple[torch.Tensor, Codes, Kept | None]] = self._run_layer
+        self.run_attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = self._run_attention
+        self.run_rest: Callable[..., tuple[torch.Tensor, Codes]] = self._run_rest
         self.run: Callable[..., torch.Tensor] = self._run
 
     def compile_layers(self, **options: Any) -> None:
-        self.run_layer = torch.compile(self._run_layer, **options)
+        options = self._compile_options(options)
+        self.run_attention = torch.compile(self._run_attention, **options)
+        self.run_rest = torch.compile(self._run_rest, **options)
 
     def _is_fast(self, hidden_states: torch.Tensor) -> bool:
         norms = [layer.get_parameter(self._norm) for layer in self.layer]
@@ -308,7 +317,7 @@ class PackedEncoder(UnpaddedEncoder):
         codes: Codes = quantize_per_token(tokens, self.bits, self.symmetric["linear"])
         for layer, keep in zip(self.layer, steps, strict=True):
             before = tokens
-            tokens, codes, kept = self.run_layer(self._weights(layer), tokens, codes, sequences, keep, protected)
+            tokens, codes, kept = self._run_layer(self._weights(layer), tokens, codes, sequences, keep, protected)
             sequences, protected = _after(before, kept, sequences, protected, survivors)
         return survivors.all(tokens)
 
@@ -318,17 +327,30 @@ class PackedEncoder(UnpaddedEncoder):
         tokens: torch.Tensor,
         codes: Codes,
         sequences: Sequences,
-        keep: Keep | None = None,
-        protected: torch.Tensor | None = None,
+        keep: Keep | None,
+        protected: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Codes, Kept | None]:
         """tokens [T, H] and their codes -> the same of the next layer, and what it keeps."""
-        symmetric, dtype, kept = self.symmetric, tokens.dtype, None
-        projections = self._multiply(weights.projections, codes, dtype)
-        query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in projections)
-        result = _attention(query, key, value, sequences, self._importance(keep), self.attention_options)
+        context, importance = self.run_attention(
+            weights.projections, codes, sequences, self._importance(keep), tokens.dtype
+        )
+        kept = None
         if keep is not None:
-            kept = drop(result.importance, sequences, keep, tokens.shape[0], self.heads, protected)
-        context, tokens = gathered(kept, result.output.flatten(1), tokens)
+            kept = drop(importance, sequences, keep, tokens.shape[0], self.heads, protected)
+        return *self.run_rest(weights, *gathered(kept, context, tokens)), kept
+
+    def _run_attention(
+        self, projections: Product, codes: Codes, sequences: Sequences, importance: str | None, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """codes [T, H] -> context [T, heads * head_dim], importance [T] if any."""
+        parts = self._multiply(projections, codes, dtype)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in parts)
+        result = _attention(query, key, value, sequences, importance, self.attention_options)
+        return result.output.flatten(1), result.importance
+
+    def _run_rest(self, weights: Weights, context: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, Codes]:
+        """What takes each token for itself: context and tokens [T, H] -> tokens of the next layer, their codes."""
+        symmetric, dtype = self.symmetric, tokens.dtype
         codes = quantize_per_token(context, self.bits, symmetric["linear"])
         (output,) = self._multiply(weights.attention_output, codes, dtype)
         tokens, *inner = add_layernorm(
@@ -340,7 +362,7 @@ class PackedEncoder(UnpaddedEncoder):
         tokens, *last = add_layernorm(
             output, tokens, *weights.ffn_norm, self.eps, bits=self.bits, symmetric=symmetric["linear"]
         )
-        return tokens, tuple(last), kept  # type: ignore[return-value]
+        return tokens, tuple(last)  # type: ignore[return-value]
 
     def _multiply(
         self, product: Product, codes: Codes, dtype: torch.dtype, activation: str | None = None
