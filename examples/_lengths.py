@@ -14,9 +14,8 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 
 import lowbit
 from _common import Run, arguments, common, distil, table, train
-from lowbit.length import Front, LengthDrop, LengthDropTrainer, macs, search_lengths
+from lowbit.length import Front, macs, search_lengths
 
-Score = Callable[[Run, PreTrainedModel], dict[str, float]]
 BUDGETS = ("1.5x", "2x", "3x")
 
 
@@ -68,27 +67,34 @@ def length_drop(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | Non
     """The sandwich: all tokens on the labels (or the teacher), fewer tokens on what the model says with all."""
     model = copy.deepcopy(model)
     args = arguments(run, "adaptive", run.options.length_steps, run.options.length_learning_rate)
-    drop = LengthDrop(ratio=run.options.drop_ratio, seed=run.options.seed)
+    drop = lowbit.LengthDrop(ratio=run.options.drop_ratio, seed=run.options.seed)
     objectives = None if teacher is None else [lowbit.LogitsLoss()]
-    trainer = LengthDropTrainer(
+    trainer = lowbit.LengthDropTrainer(
         model=model, teacher=teacher, objectives=objectives, args=args, length_drop=drop, **common(run)
     )
     return train(run, "adaptive", trainer)
 
 
-def search(run: Run, name: str, model: PreTrainedModel, score: Score, lengths: Sequence[int]) -> Front:
-    """The Pareto front of accuracy over multiply-accumulates on the examples set apart; resumes from its store.
+def search(
+    run: Run,
+    name: str,
+    model: PreTrainedModel,
+    metric: Callable[[PreTrainedModel], float],
+    lengths: Sequence[int],
+    **fields: Any,
+) -> Front:
+    """The Pareto front of a metric over multiply-accumulates on the examples set apart; resumes from its store.
 
     Args:
-        run: whose validation examples are those set apart.
         name: of the stage that `model` is.
-        score: metrics of a model; the first ranks.
-        lengths: tokens of these examples.
+        metric: of a model on these examples.
+        lengths: their tokens.
+        **fields: of every `LengthConfig`.
     """
 
     def evaluate(config: lowbit.LengthConfig) -> float:
         lowbit.set_length(model, config)
-        return next(iter(score(run, model).values()))
+        return metric(model)
 
     front = search_lengths(
         model,
@@ -102,6 +108,7 @@ def search(run: Run, name: str, model: PreTrainedModel, score: Score, lengths: S
         seed=run.options.seed,
         path=run.folder / f"search-{name}.json",
         score=run.options.score,
+        **fields,
     )
     lowbit.set_length(model, None)
     front.save(run.folder / "front.json")
@@ -113,7 +120,7 @@ def compare(
     run: Run,
     model: PreTrainedModel,
     front: Front,
-    score: Score,
+    metrics: Callable[[PreTrainedModel], Mapping[str, float]],
     examples: Sequence[Mapping[str, Any]],
     batch_size: int = 8,
     batches: int = 40,
@@ -144,7 +151,7 @@ def compare(
             "keep": "-" if config is None else " ".join(f"{k:g}" for k in config.keep),
             "gmacs": round(cost / len(lengths) / 1e9, 3),
             "fewer_macs": f"{full / cost:.2f}x",
-            **score(run, model),
+            **metrics(model),
             "ms": round(times[name], 1),
             "faster": f"{times['all tokens'] / times[name]:.2f}x",
         }

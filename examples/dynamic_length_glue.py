@@ -38,10 +38,11 @@ def main(options: LengthGlueOptions) -> None:
 
     name, model = adaptive_stages(run, run.stage("teacher", teacher_stage))
     apart = dataclasses.replace(run, task=dataclasses.replace(run.task, validation=("search",)))
-    front = search(apart, name, model, evaluate, [len(ids) for ids in run.data["search"]["input_ids"]])
+    lengths = [len(ids) for ids in run.data["search"]["input_ids"]]
+    front = search(run, name, model, lambda model: next(iter(evaluate(apart, model).values())), lengths)
     columns = run.tokenizer.model_input_names
     validation = [row for split in run.task.validation for row in run.data[split].select_columns(columns)]
-    print("\n" + compare(run, model, front, evaluate, validation))
+    print("\n" + compare(run, model, front, lambda model: evaluate(run, model), validation))
     print(f"results: {run.folder / 'results.json'}; front: {run.folder / 'front.json'}, front.png")
 
 

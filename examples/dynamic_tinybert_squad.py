@@ -1,13 +1,16 @@
-"""Question answering on SQuAD v1.1: fine-tune a teacher, then distil a student with fewer layers from it (TinyBERT).
+"""Dynamic-TinyBERT on SQuAD v1.1: a small student that answers questions on fewer and fewer tokens.
 
-The student (--layers) starts as every k-th layer of the teacher and learns its hidden states, attention scores and
-start and end logits. With --layers 0 the teacher itself goes on as the student.
+Fine-tune a teacher; distil a student with fewer layers from it (--layers, TinyBERT: every k-th layer of the teacher,
+which learns its hidden states, attention scores and start and end logits; 0: the teacher itself goes on). With
+--ternary, distil a 2-2-8 student of that. Then LengthDrop training (--length_steps 0: none, the model is used as it
+is), the search for lengths, and what 1.5, 2 and 3 times fewer multiply-accumulates lose. Tokens that a layer drops keep
+the state that they had there, so that every token of the context can still be an answer.
 
 example:
   python examples/dynamic_tinybert_squad.py --output_dir runs/squad --max_eval_samples 1000 --layers 3
 
-Finished stages in --output_dir are not repeated, and an interrupted one goes on from its last checkpoint: to resume,
-run the same command again.
+Finished stages in --output_dir are not repeated; an interrupted one goes on from its last checkpoint, the search from
+its last evaluation: to resume, run the same command again.
 """
 
 from __future__ import annotations
@@ -27,12 +30,13 @@ from transformers import (
 )
 
 from _common import Options, Run, distil, fine_tune, measure, offline_if_local, parse, start, table
+from _lengths import LengthOptions, adaptive_stages, compare, search
 from lowbit import models
 from lowbit.squad import best_answers, featurize, load_squad, score_answers
 
 
 @dataclass
-class SquadOptions(Options):
+class SquadOptions(LengthOptions, Options):
     """Options of the question answering example."""
 
     max_train_samples: int = field(
@@ -45,6 +49,10 @@ class SquadOptions(Options):
         default=0, metadata={"help": "layers of the student, a divisor of the teacher's; 0: no student"}
     )
     batch_size: int = 16
+    search_samples: int = field(
+        default=200, metadata={"help": "training questions set apart, that the search scores on"}
+    )
+    protect_question: bool = field(default=False, metadata={"help": "never drop tokens of the question"})
 
 
 def open_run(options: SquadOptions) -> Run:
@@ -57,13 +65,17 @@ def open_run(options: SquadOptions) -> Run:
         raise SystemExit(f"--layers {options.layers} does not divide the teacher's {config.num_hidden_layers} layers")
     questions = load_squad(options.data_dir)
     train = evenly(questions["train"], options.max_train_samples)
+    apart = train.select(range(max(len(train) - options.search_samples, 0), len(train)))  # of the last articles
+    train = train.select(range(len(train) - len(apart)))
     validation = evenly(questions["validation"], options.max_eval_samples)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = {
-        "train": featurize(train, tokenizer, options.max_length, options.stride).remove_columns(["example", "offsets"]),
-        "validation": featurize(validation, tokenizer, options.max_length, options.stride),
+        split: featurize(examples, tokenizer, options.max_length, options.stride)
+        for split, examples in (("train", train), ("validation", validation), ("apart", apart))
     }
-    return start(options, validation, data, tokenizer, auto=AutoModelForQuestionAnswering)
+    data["train"] = data["train"].remove_columns(["example", "offsets"])
+    questions = {"validation": validation, "apart": apart}
+    return start(options, questions, data, tokenizer, auto=AutoModelForQuestionAnswering)
 
 
 def evenly(data: Dataset, count: int) -> Dataset:
@@ -105,9 +117,9 @@ def every_kth_layer(teacher: PreTrainedModel, count: int) -> PreTrainedModel:
 
 
 @torch.inference_mode()
-def evaluate(run: Run, model: PreTrainedModel) -> dict[str, float]:
-    """Exact match and F1 (in percent) on the validation questions; windows of like length share a batch."""
-    windows = list(run.data["validation"].select_columns(run.tokenizer.model_input_names))
+def evaluate(run: Run, model: PreTrainedModel, split: str = "validation") -> dict[str, float]:
+    """Exact match and F1 (in percent) on the questions of a split; windows of like length share a batch."""
+    windows = list(run.data[split].select_columns(run.tokenizer.model_input_names))
     order = sorted(range(len(windows)), key=lambda i: len(windows[i]["input_ids"]))
     collate = DataCollatorWithPadding(run.tokenizer)
     logits: dict[int, Any] = {}
@@ -118,25 +130,37 @@ def evaluate(run: Run, model: PreTrainedModel) -> dict[str, float]:
         both = torch.stack([output.start_logits, output.end_logits], 1).float().cpu().numpy()
         logits |= dict(zip(chosen, both, strict=True))
     starts, ends = zip(*(logits[i] for i in range(len(windows))), strict=True)
-    answers = best_answers(run.task, run.data["validation"], starts, ends)
+    answers = best_answers(run.task[split], run.data[split], starts, ends)
     predictions = [best[0].text if best else "" for best in answers]
-    scores = score_answers(predictions, [given["text"] for given in run.task["answers"]])
+    scores = score_answers(predictions, [given["text"] for given in run.task[split]["answers"]])
     return {"questions": len(predictions), **{name: round(100 * value, 2) for name, value in scores.items()}}
 
 
 def main(options: SquadOptions) -> None:
     run = open_run(options)
     stages = ["teacher"]
-    teacher = teacher_stage(run)
+    model = teacher_stage(run)
     if options.layers:
-        student_stage(run, teacher)
+        model = student_stage(run, model)
         stages.append("student")
     rows = {name: measure(run, name, options.max_length, score=evaluate) for name in stages}
     print("\n" + table(rows, {key: key for key in rows["teacher"]}))
     for name, values in run.results.items():
         if "seconds_per_step" in values:
             print(f"{name}: {values['seconds_per_step']:.3f} s a step")
-    print(f"results: {run.folder / 'results.json'}; CPU latency at sequence length {options.max_length}")
+    print(f"CPU latency at sequence length {options.max_length}")
+    name, model = adaptive_stages(run, model)
+    front = search(
+        run,
+        name,
+        model,
+        lambda model: evaluate(run, model, "apart")["f1"],
+        [len(ids) for ids in run.data["apart"]["input_ids"]],
+        protect=("first_segment",) if options.protect_question else (),
+    )
+    validation = list(run.data["validation"].select_columns(run.tokenizer.model_input_names))
+    print("\n" + compare(run, model, front, lambda model: evaluate(run, model), validation))
+    print(f"results: {run.folder / 'results.json'}; front: {run.folder / 'front.json'}, front.png")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .errors import CheckpointError
     from .graphs import compile_for
     from .info import backend
+    from .length.soft import LearnedThresholds, SoftExtract
+    from .length.training import LengthDrop, LengthDropTrainer, SoftLengthTrainer
     from .slimming import slim
     from .unpadding import fuse, set_length
 
@@ -48,6 +50,11 @@ _HOME = {
     "TaskLoss": "distill",
     "CheckpointError": "errors",
     "backend": "info",
+    "LearnedThresholds": "length.soft",
+    "SoftExtract": "length.soft",
+    "LengthDrop": "length.training",
+    "LengthDropTrainer": "length.training",
+    "SoftLengthTrainer": "length.training",
     "set_length": "unpadding",
     "slim": "slimming",
 }
@@ -58,9 +65,14 @@ __all__ = [
     "CheckpointError",
     "DistillationTrainer",
     "HiddenStateLoss",
+    "LearnedThresholds",
     "LengthConfig",
+    "LengthDrop",
+    "LengthDropTrainer",
     "LogitsLoss",
     "LowbitConfig",
+    "SoftExtract",
+    "SoftLengthTrainer",
     "TaskLoss",
     "TernaryConfig",
     "backend",

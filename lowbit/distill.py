@@ -111,7 +111,7 @@ class AttentionScoreLoss:
 
 
 # What the heads of transformers call their logits; a head with two kinds gets the mean of both losses.
-_LOGITS = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits")
+LOGITS = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits")
 
 
 @dataclass
@@ -133,7 +133,7 @@ class LogitsLoss:
     needs: tuple[str, ...] = ()
 
     def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
-        names = [name for name in _LOGITS if name in student]
+        names = [name for name in LOGITS if name in student]
         if not names:
             raise ValueError("LogitsLoss: the student returns no logits; use a model with a task head")
         loss: Any = sum(self._loss(student[name], teacher[name], batch) for name in names)
@@ -223,22 +223,23 @@ class DistillationTrainer(Trainer):
     # take **kwargs, as BERT does. `model_accepts_loss_kwargs` below says the same to transformers before 5.19.
     loss_is_scaled_for_ga = False
 
+    # Subclasses that can do without a teacher say so; their objectives then get None for its outputs.
+    needs_teacher = True
+
     def __init__(
         self,
         *args: Any,
-        teacher: PreTrainedModel,
+        teacher: PreTrainedModel | None,
         objectives: Sequence[Objective] | None = None,
         stages: Sequence[tuple[float, Sequence[Objective]]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(teacher, PreTrainedModel):
+        if not isinstance(teacher, PreTrainedModel) and (teacher is not None or self.needs_teacher):
             raise ValueError(f"teacher must be a transformers model, got {type(teacher).__name__}")
         if objectives is not None and stages is not None:
             raise ValueError("pass objectives (joint) or stages (a schedule), not both")
         if stages is None:
-            logits = LogitsLoss(problem_type=getattr(teacher.config, "problem_type", None))
-            default = (HiddenStateLoss(), AttentionScoreLoss(), logits)
-            stages = [(1.0, default if objectives is None else objectives)]
+            stages = [(1.0, self._default_objectives(teacher) if objectives is None else objectives)]
         ends = [end for end, _ in stages]
         if not ends or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1.0:
             raise ValueError(f"stages end at {ends}; accepted: ascending fractions, the last one 1.0")
@@ -248,17 +249,31 @@ class DistillationTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor smooths labels, which distillation does not train on; set it to 0")
-        names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # transformers 6 and 5
-        checkpointing = next((getattr(self.args, name) for name in names if getattr(self.args, name, None)), None)
-        if self._needs_scores and (checkpointing or {}).get("use_reentrant"):
+        if self._needs_scores and self._reentrant:
             raise ValueError("attention scores get no gradient under use_reentrant=True; set it to False")
         self.model_accepts_loss_kwargs = False
-        _refuse_shared_parameters(self.model, teacher)
-        self.teacher = teacher.to(self.args.device).eval()
+        self.teacher = teacher
+        if teacher is not None:
+            _refuse_shared_parameters(self.model, teacher)
+            teacher.to(self.args.device).eval()
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
-        for model in (self.teacher, self.accelerator.unwrap_model(self.model)):
-            self._expose_scores(model)
+        for model in (teacher, self.accelerator.unwrap_model(self.model)):
+            if model is not None:
+                self._expose_scores(model)
+
+    def _default_objectives(self, teacher: PreTrainedModel | None) -> Sequence[Objective]:
+        if teacher is None:
+            return (TaskLoss(),)
+        logits = LogitsLoss(problem_type=getattr(teacher.config, "problem_type", None))
+        return (HiddenStateLoss(), AttentionScoreLoss(), logits)
+
+    @property
+    def _reentrant(self) -> bool:
+        """Whether layers are checkpointed in the way that gives no gradient to what they note on the side."""
+        names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # transformers 6 and 5
+        checkpointing = next((getattr(self.args, name) for name in names if getattr(self.args, name, None)), None)
+        return bool((checkpointing or {}).get("use_reentrant"))
 
     @property
     def _needs_scores(self) -> bool:
@@ -295,15 +310,21 @@ class DistillationTrainer(Trainer):
             **({"output_attentions": True, "output_scores": True} if "scores" in needs else {}),
         }
         student = model(**inputs, **wanted)
-        with torch.no_grad():
-            teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}, **wanted)
+        teacher = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}, **wanted)
         losses = [(objective.name, objective(student, teacher, inputs)) for objective in objectives]
+        self._note(losses)
+        loss = sum(value for _, value in losses)
+        return (loss, student) if return_outputs else loss
+
+    def _note(self, losses: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Count the named losses of a batch for the log."""
         for name, value in losses:
             self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
         for name in {name for name, _ in losses}:
             self._counts[name] = self._counts.get(name, 0) + 1
-        loss = sum(value for _, value in losses)
-        return (loss, student) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean of each named loss since the last log, over all ranks."""

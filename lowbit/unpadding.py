@@ -43,7 +43,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: not packed, already fused, or a configuration that cannot be fused (the message says what lacks).
     """
     config = hf.current_config(model)
-    architecture, encoder = models.describe(model), _encoder(model)
+    architecture, encoder = models.describe(model), encoder_of(model)
     if isinstance(encoder, PackedEncoder):
         raise ValueError("the model is already fused")
     check_fusable(model, config)
@@ -73,7 +73,7 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
         TypeError, ValueError: not a supported model; a configuration for another number of layers; a head that reads
             all tokens and `restore=False`; attention quantized per tensor or with a clip.
     """
-    architecture, encoder = models.describe(model), _encoder(model)
+    encoder = encoder_of(model)
     if config is not None:
         _check_length(model, config)
     if isinstance(encoder, UnpaddedEncoder):
@@ -85,16 +85,26 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
             quantized = hf.current_config(model).stage != "float"
             model.set_attn_implementation(lowbit_attention.NAME if quantized else encoder.replaced_attention)
     elif config is not None:
-        unpadded = UnpaddedEncoder(encoder, architecture)
-        unpadded.lengths, unpadded.replaced_attention = config, model.config._attn_implementation
-        _put(model, _path(model), unpadded)
-        hf.own_config(model)
-        _without_padding(model)
+        unpadded_encoder(model).lengths = config
     if config is not None:
         model.config.length_config = config.to_dict()
     elif hasattr(model.config, "length_config"):
         del model.config.length_config
     return model
+
+
+def unpadded_encoder(model: PreTrainedModel) -> UnpaddedEncoder:
+    """The model's encoder; where that cannot drop tokens, one that can is put in its place, with no lengths yet."""
+    encoder = encoder_of(model)
+    if isinstance(encoder, UnpaddedEncoder):
+        return encoder
+    check_quantized_attention(hf.current_config(model))
+    unpadded = UnpaddedEncoder(encoder, models.describe(model))
+    unpadded.replaced_attention = model.config._attn_implementation
+    _put(model, _path(model), unpadded)
+    hf.own_config(model)
+    _without_padding(model)
+    return unpadded
 
 
 def reads_first_token_only(model: PreTrainedModel) -> bool:
@@ -104,7 +114,7 @@ def reads_first_token_only(model: PreTrainedModel) -> bool:
 
 def attention_implementation(model: PreTrainedModel) -> str:
     """Name of the attention that the model's encoder needs, once its attention is quantized."""
-    return lowbit_attention.UNPADDED if isinstance(_encoder(model), UnpaddedEncoder) else lowbit_attention.NAME
+    return lowbit_attention.UNPADDED if isinstance(encoder_of(model), UnpaddedEncoder) else lowbit_attention.NAME
 
 
 def check_fusable(model: PreTrainedModel, config: LowbitConfig) -> None:
@@ -139,8 +149,10 @@ def _path(model: PreTrainedModel) -> str:
     return models.describe(model).layers.rpartition(".")[0]
 
 
-def _encoder(model: PreTrainedModel) -> nn.Module:
-    return model.base_model.get_submodule(_path(model))
+def encoder_of(model: PreTrainedModel) -> nn.Module:
+    """The module that runs the layers: transformers' or one of lowbit's."""
+    path = _path(model)  # TypeError for what is no supported model
+    return model.base_model.get_submodule(path)
 
 
 def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
@@ -159,14 +171,14 @@ def _without_padding(model: PreTrainedModel) -> None:
 
 def _read_first_token_only(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Head -> encoder, by keyword through the base model, which may be called without its head too."""
-    if reads_first_token_only(model) and isinstance(_encoder(model), UnpaddedEncoder):
+    if reads_first_token_only(model) and isinstance(encoder_of(model), UnpaddedEncoder):
         kwargs = {"first_token_only": True, **kwargs}
     return args, kwargs
 
 
 def _protect(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Base model -> encoder: the tokens of the first segment, where they are to be kept."""
-    lengths = getattr(_encoder(base), "lengths", None)
+    lengths = getattr(encoder_of(base), "lengths", None)
     if lengths is not None and "first_segment" in lengths.protect and "protected_tokens" not in kwargs:
         token_type_ids = args[2] if len(args) > 2 else kwargs.get("token_type_ids")
         if token_type_ids is None:

@@ -17,6 +17,7 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from helpers import batch, tiny, tiny_config
 from lowbit import sentiment
+from lowbit.length import Front
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -29,7 +30,8 @@ def run(script: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "script", ["demo.py", "ternarybert_glue.py", "binarybert_glue.py", "dynamic_tinybert_squad.py"]
+    "script",
+    ["demo.py", "ternarybert_glue.py", "binarybert_glue.py", "dynamic_length_glue.py", "dynamic_tinybert_squad.py"],
 )
 def test_help_explains_with_an_example(script: str) -> None:
     text = run(script, "--help")
@@ -85,6 +87,19 @@ def test_binarybert_runs(method: str, setup: tuple[Path, Path], tmp_path: Path) 
     assert (config["weight_bits"], config["stage"], config["split"]) == (1, "packed", method == "tws")
 
 
+@pytest.mark.parametrize("extra", [["--ternary", "True"], ["--length_steps", "0", "--score", "cls"]])
+def test_dynamic_length_runs(extra: list[str], setup: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    steps = ["--length_steps", "2", "--search_samples", "16", "--iterations", "1"]
+    text = run("dynamic_length_glue.py", *options(setup, tmp_path), *steps, *extra)
+    assert "2x fewer" in text and "all tokens" in text
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["2x fewer"]["gmacs"] < 0.51 * results["all tokens"]["gmacs"]
+    front = Front.load(tmp_path / "front.json")
+    assert front.for_budget("1.5x").score == ("cls" if "cls" in extra else "all")
+    assert (tmp_path / "front.png").stat().st_size > 1000
+
+
 @pytest.mark.parametrize("file", ["thesis.tex", "options.json"])
 def test_demo_does_not_delete_what_is_not_its_own(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / file).write_text('{"task": "sst2"}')
@@ -133,7 +148,8 @@ def questions(setup: tuple[Path, Path]) -> Path:
 
 
 def squad_options(setup: tuple[Path, Path], questions: Path, output: Path) -> list[str]:
-    return [*options((questions, setup[1]), output), "--max_length", "90", "--stride", "8", "--max_eval_samples", "7"]
+    return [*options((questions, setup[1]), output), "--max_length", "90", "--stride", "8", "--max_eval_samples", "7",
+            "--length_steps", "1", "--search_samples", "4", "--iterations", "1"]  # fmt: skip
 
 
 def test_squad_runs_and_does_not_repeat_finished_stages(
@@ -143,8 +159,8 @@ def test_squad_runs_and_does_not_repeat_finished_stages(
     text = run("dynamic_tinybert_squad.py", *arguments)
     assert "| teacher" in text and "| student" in text
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results) == {"teacher", "student"}
-    for values in results.values():
+    assert {"teacher", "student", "all tokens", "2x fewer"} <= set(results)
+    for values in (results["teacher"], results["student"], results["2x fewer"]):
         assert values["questions"] == 7 and 0 <= values["exact_match"] <= values["f1"] <= 100
     config = json.loads((tmp_path / "student/config.json").read_text())
     assert (config["num_hidden_layers"], config["architectures"]) == (1, ["BertForQuestionAnswering"])

@@ -26,6 +26,7 @@ BELOW = {
     "slimming": {"config", "models", "hf"},
     "compiling": {"models", "nn"},
     "graphs": {"models", "nn", "unpadding"},
+    "length": {"config", "distill", "models", "nn", "unpadding"},
     "distill": {"nn", "config", "models", "unpadding"},
     "_plugin": {"hf", "nn"},
     "__init__": None,  # names everything

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from typing import Any
 
 import pytest
@@ -309,3 +310,53 @@ def test_a_copy_has_lengths_of_its_own() -> None:
     inputs = batch("BertModel")
     assert not torch.equal(outputs(model, inputs)[0], outputs(copied, inputs)[0])
     assert model.config.length_config != copied.config.length_config
+
+
+PIPELINES = {
+    "text-classification": "BertForSequenceClassification",
+    "token-classification": "BertForTokenClassification",
+    "question-answering": "BertForQuestionAnswering",  # transformers 5.10 and before; later ones have no such pipeline
+}
+
+
+@pytest.mark.parametrize("task", PIPELINES)
+@pytest.mark.parametrize("stage", ["float", "fused"])
+def test_pipelines_run_unchanged(task: str, stage: str, tmp_path: Any) -> None:
+    from transformers import BertTokenizerFast, pipeline
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    if task not in PIPELINE_REGISTRY.get_supported_tasks():
+        pytest.skip(f"this transformers has no pipeline {task}")
+    words = ["the", "film", "was", "not", "very", "good", "but", "i", "liked", "it", "a", "lot"]
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    tokenizer = BertTokenizerFast.from_pretrained(tmp_path)
+    model = model_of(PIPELINES[task])
+    model = model if stage == "float" else lowbit.quantize(model, lowbit.TernaryConfig(), fused=True)
+    run = pipeline(task, model=lowbit.set_length(model, CONFIGS["ratios"]), tokenizer=tokenizer)
+    texts = ["the film was not very good", "i liked it a lot but it was not very good"]
+    if task == "question-answering":
+        assert run(question="was it good", context=texts[1])["answer"]
+        return
+    together, alone = run(texts, batch_size=2), [run(text) for text in texts]
+    assert len(together) == 2
+    for got, expected in zip(together, alone, strict=True):
+        expected = expected[0] if task == "text-classification" else expected
+        pairs = [(got, expected)] if isinstance(got, dict) else list(zip(got, expected, strict=True))
+        for one, other in pairs:
+            assert one["score"] == pytest.approx(other["score"], abs=1e-3)
+    if task == "token-classification":  # one entry for every word that is no special token
+        assert [entry["word"] for entry in alone[1]] == texts[1].split()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("stage", ["float", "fused"])
+def test_compiled(stage: str) -> None:
+    torch.compiler.reset()
+    model = stages()[stage]
+    lowbit.set_length(model, CONFIGS["ratios"])
+    compiled = lowbit.compile(copy.deepcopy(model))
+    for rows, length in ((3, 12), (2, 20)):
+        inputs = batch(rows=rows, length=length)
+        for given in (inputs, {"input_ids": inputs["input_ids"]}):
+            got, expected = outputs(compiled, given)[0], outputs(model, given)[0]
+            assert (got - expected).norm() < 0.05 * expected.norm()

@@ -324,7 +324,9 @@ def choose_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None) -
     return Tile(64 if max_seqlen <= 64 else 128, 64, 8, num_stages)
 
 
-def choose_importance_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None, importance: str) -> Tile:
+def choose_importance_tile(
+    max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None, importance: str, has_bias: bool
+) -> Tile:
     """The tile of `_importance_kernel`: block_n keys, block_m queries per step; neither tuned nor measured."""
     if importance == "cls":
         full = dtype == torch.float32 and bits is None
@@ -333,7 +335,9 @@ def choose_importance_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: in
         return Tile(32, 32, 8, 2)
     if D == 128 or max_seqlen <= 32:
         return Tile(32, 64, 4 if bits is None else 8, 2)
-    if bits is None:  # many queries a step, few warps: what is computed once a query is shared by more keys a thread
+    if (
+        bits is None and not has_bias
+    ):  # many queries a step, few warps: what is computed once a query is shared by more keys a thread
         return Tile(64 if max_seqlen <= 64 else 128, 64, 4, 2)
     return Tile(64, 64 if max_seqlen <= 64 else 128, 8, 2)
 
@@ -378,7 +382,7 @@ def launch(
         _quantized_attention_kernel[grid](*arguments, BITS=bits, **_flags(asymmetric), **extras, **shape, **options)
     if importance is not None:
         partial = torch.empty_like(lse)
-        tile = choose_importance_tile(max_seqlen, D, query.dtype, bits, importance)
+        tile = choose_importance_tile(max_seqlen, D, query.dtype, bits, importance, bias is not None)
         blocks = triton.cdiv(max_seqlen, tile.block_n)
         _importance_kernel[(blocks * (len(cu_seqlens) - 1), H)](
             query, key, bias, cu_seqlens, lse, partial, T, blocks, scaling,
@@ -432,11 +436,12 @@ def aot_cases(arch: int) -> list[tuple]:
             add(f"attention {label}, lse", kernel, tile, **flags, HAS_BIAS=False, STORE_LSE=True)
             add(f"attention {label}, lse, bias", kernel, tile, **flags, HAS_BIAS=True, STORE_LSE=True)
         flags = {"BITS": bits, "SYMMETRIC_QUERY": "query" not in asymmetric, "SYMMETRIC_KEY": "key" not in asymmetric}
-        tile = choose_importance_tile(max_seqlen, D, dtype, bits, "all")
+        tile = choose_importance_tile(max_seqlen, D, dtype, bits, "all", False)
         add(f"importance {label}", _importance_kernel, tile, **flags, HAS_BIAS=False, CLS=False)
         if some:
+            tile = choose_importance_tile(max_seqlen, D, dtype, bits, "all", True)
             add(f"importance {label}, bias", _importance_kernel, tile, **flags, HAS_BIAS=True, CLS=False)
-            tile = choose_importance_tile(max_seqlen, D, dtype, bits, "cls")
+            tile = choose_importance_tile(max_seqlen, D, dtype, bits, "cls", False)
             add(f"importance {label}, cls", _importance_kernel, tile, **flags, HAS_BIAS=False, CLS=True)
     signature = {"partial_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"}
     signature |= dict.fromkeys(("T", "H", "sequences"), "i32")

@@ -51,6 +51,7 @@ class UnpaddedEncoder(nn.Module):
 
     Attributes:
         lengths: what every layer keeps, None for all.
+        skip: layers that are left out (LayerDrop); they have to keep what the layer before them keeps.
         soft_mask: in training, a factor for every token.
         replaced_attention: the model's attention implementation before this encoder came.
     """
@@ -62,6 +63,7 @@ class UnpaddedEncoder(nn.Module):
         self._by_layer = [encoder]  # in a list: its parameters are ours already
         self.architecture = architecture
         self.lengths: LengthConfig | None = None
+        self.skip: frozenset[int] = frozenset()
         self.soft_mask: SoftMask | None = None
         self.replaced_attention: str | None = None
         self.run_layer_modules: Callable[..., tuple[torch.Tensor, Kept | None]] = self._run_layer_modules
@@ -141,6 +143,8 @@ class UnpaddedEncoder(nn.Module):
         steps = plan(self.lengths, len(self.layer), sequences, tokens.shape[0], first_token_only)
         survivors = Survivors(self._restores(first_token_only), sequences.host is not None)
         for number, (layer, keep) in enumerate(zip(self.layer, steps, strict=True)):
+            if number in self.skip:
+                continue
             before = tokens
             run: Callable[..., Any] = self.run_layer_modules
             if self.training and getattr(layer, "gradient_checkpointing", False):
@@ -177,6 +181,7 @@ class UnpaddedEncoder(nn.Module):
         factor = None
         if self.soft_mask is not None:
             factor = self.soft_mask(number, result.importance, sequences, heads).unsqueeze(-1)  # type: ignore[arg-type]
+            (factor,) = gathered(kept, factor)
             tokens = tokens * factor.to(tokens.dtype) if self.soft_mask.place == "attention" else tokens
         inner = find(paths.ffn_activation)(find(paths.ffn_input)(tokens))
         tokens = find(paths.ffn_norm)(find(paths.ffn_dropout)(find(paths.ffn_output)(inner)) + tokens)

@@ -1,0 +1,21 @@
+"""Dynamic sequence length: what a `LengthConfig` costs, and the search for good ones.
+
+Training for it is in `lowbit.length.training` and `lowbit.length.soft` (`lowbit.LengthDropTrainer` and its kin).
+"""
+
+from __future__ import annotations
+
+from ..config import Front, FrontPoint, LengthConfig
+from .cost import LatencyTable, kept_lengths, macs, measure_latency
+from .search import search_lengths
+
+__all__ = [
+    "Front",
+    "FrontPoint",
+    "LatencyTable",
+    "LengthConfig",
+    "kept_lengths",
+    "macs",
+    "measure_latency",
+    "search_lengths",
+]
