@@ -99,6 +99,24 @@ def test_attention_is_measured_and_absent_peers_say_why(ragged: bool, tmp_path: 
     results.write(gpu_attention.suite(MACHINE, {str(case): gpu_attention.compared(rows)}), tmp_path)
 
 
+def test_flex_attention_masks_other_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(gpu_attention, "_compiled_flex", lambda: flex_attention)  # compiling takes long
+    batch = gpu_attention.Batch(gpu_attention.Case("BERT-base", 5, 40, True, torch.float32), "cpu")
+    (row,) = gpu_attention.measure(batch, gpu_attention.SLOW_RUNNERS, once, once).values()
+    assert set(row) == {"us"}
+
+
+def test_attention_that_no_graph_takes_keeps_its_other_time() -> None:
+    def refuse(run: Any) -> float:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    batch = gpu_attention.Batch(gpu_attention.Case("BERT-base", 32, 5, False, torch.float32), "cpu")
+    (row,) = gpu_attention.measure(batch, {"lowbit": gpu_attention.RUNNERS["lowbit"]}, refuse, once).values()
+    assert set(row) == {"us, called", "us with gradients, called", "note"} and "capturing" in str(row["note"])
+
+
 def test_attention_is_compared_with_the_fastest_packed_flash() -> None:
     rows: dict[str, results.Row] = {
         "SDPA, padded": {"us": 40.0, "us with gradients": 90.0},
