@@ -53,7 +53,7 @@ aot: $(VENV)/.installed  ## Triton kernels compiled for sm_80, 89, 90 and 100: n
 bench: $(VENV)/.installed-bench  ## CPU benchmarks against float32, torch int8 and onnxruntime
 	$(OFFLINE) $(BIN)/python -m benchmarks.cpu --results $(RESULTS)
 
-gpu:  ## the GPU run with the current python: correctness, then linears against every peer installed
+gpu:  ## the GPU run with the current python: correctness, then attention, models and linears against every peer installed
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(ONLY),--only $(ONLY))
 
 clean:  ## remove .venv and everything generated

@@ -1,10 +1,13 @@
-"""BERT-base on the CPU: ternary and binary against float32, torch dynamic int8 and onnxruntime dynamic int8.
+"""BERT-base on the CPU: ternary and binary against float32, torch and onnxruntime dynamic int8; attention by itself.
 
 Random weights, sequence length 128, batch 1 and 8, and a batch of 8 whose sentences fill 40 % on average; "fused" is
-`lowbit.fuse`, which takes the padding out, "compiled" is `lowbit.compile` for each shape. All models sit in one
-process on the same threads and inputs, and take turns (A B C A B C ...), so that a machine whose speed drifts slows all
-of them; ratios are medians of the ratios within a turn. Each output is checked before it is timed. Writes one JSON and
-prints a table.
+`lowbit.fuse`, which takes the padding out, "compiled" is `lowbit.compile` for each shape. With "half the MACs", layer l
+(from 1) keeps 0.88^l of the tokens, and layers are compiled for any shape, since each has its own.
+
+All models sit in one process on the same threads and inputs, and take turns (A B C A B C ...), so that a machine whose
+speed drifts slows all of them; ratios are medians of the ratios within a turn. Each output is checked before it is
+timed. Attention, with and without importance, is measured in the same way on BERT-base's heads. Writes two JSON and
+prints their tables.
 
     python -m benchmarks.cpu --results benchmarks/results
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
 import platform
 import statistics
@@ -21,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -30,10 +35,16 @@ from transformers import BertConfig, BertModel
 import lowbit
 import lowbit_kernels
 
+from . import gpu_attention
+from .gpu_model import keep_per_layer
 from .report import render
 from .results import Row, write
 
 LENGTH = 128
+KEPT_PER_LAYER = 0.88
+HALF = "lowbit ternary 2-2-8, fused, compiled, half the MACs"
+ATTENTION_CASES = [gpu_attention.Case("BERT-base", 8, LENGTH, ragged, torch.float32) for ragged in (False, True)]
+ATTENTION = (gpu_attention.PADDED, "HF eager", "HF eager, importance")  # beside lowbit's
 torch._dynamo.config.recompile_limit = 64  # several models share the code of a layer; beyond 8 it would run eagerly
 Runner = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # ids and attention mask [B, S] -> [B, S, 768]
 
@@ -57,8 +68,11 @@ def models(names: list[str]) -> dict[str, Runner | None]:
     def split() -> BertModel:
         return lowbit.convert(lowbit.split(copy.deepcopy(half_width))).eval()
 
-    def compiled(model: BertModel) -> Runner:
-        return torch_runner(lowbit.compile(model, dynamic=False))
+    def compiled(model: BertModel, dynamic: bool = False) -> Runner:
+        return torch_runner(lowbit.compile(model, dynamic=dynamic))
+
+    def half_the_macs() -> BertModel:
+        return lowbit.set_length(ternary(fused=True), keep_per_layer(KEPT_PER_LAYER, base.config.num_hidden_layers))
 
     built: dict[str, Callable[[], Runner | None]] = {
         "float32 eager": lambda: torch_runner(_eager(base)),
@@ -70,6 +84,7 @@ def models(names: list[str]) -> dict[str, Runner | None]:
         "lowbit ternary 2-2-8, compiled": lambda: compiled(ternary()),
         "lowbit ternary 2-2-8, fused": lambda: torch_runner(ternary(fused=True)),
         "lowbit ternary 2-2-8, fused, compiled": lambda: compiled(ternary(fused=True)),
+        HALF: lambda: compiled(half_the_macs(), dynamic=True),
         "lowbit binary 1-1-8": lambda: torch_runner(binary()),
         "lowbit binary 1-1-8, compiled": lambda: compiled(binary()),
         "lowbit split 1-1-8, half width": lambda: torch_runner(split()),
@@ -155,27 +170,60 @@ def measure(runners: dict[str, Runner | None], case: str, turns: int) -> dict[st
     ids = torch.randint(1000, 20000, mask.shape)
     present = {name: run for name, run in runners.items() if run is not None}
     expected = next(iter(present.values()))(ids, mask)
-    times: dict[str, list[float]] = {name: [] for name in present}
     for name, run in present.items():
         check(name, run(ids, mask)[mask.bool()], expected[mask.bool()])
-        run(ids, mask)
-    for _ in tqdm(range(turns), desc=case):
-        for name, run in present.items():
-            run(ids, mask)  # untimed: lets the threads of the model before stop spinning, and warms the caches
+    times = take_turns({name: functools.partial(run, ids, mask) for name, run in present.items()}, turns, case)
+    rows = rows_of(times, ("float32 eager", "torch dynamic int8", "onnxruntime dynamic int8"))
+    if HALF in rows:
+        rows[HALF]["part of the MACs"] = round(part_of_macs(CASES[case]), 3)
+    return {name: rows.get(name, {"note": "not measured: not installed"}) for name in runners}
+
+
+def part_of_macs(lengths: list[int]) -> float:
+    """Multiply-accumulates of `HALF` over those of all tokens."""
+    from lowbit.length import macs
+
+    with torch.device("meta"):
+        model = BertModel(BertConfig(), add_pooling_layer=False)
+    keep = keep_per_layer(KEPT_PER_LAYER, model.config.num_hidden_layers)
+    return macs(model, keep, lengths) / macs(model, None, lengths)
+
+
+def attention(case: gpu_attention.Case, turns: int) -> dict[str, Row]:
+    """Attention alone, float32: milliseconds, and ratios to padded SDPA."""
+    batch = gpu_attention.Batch(case, "cpu")
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, runner in gpu_attention.RUNNERS.items():
+        if name in ATTENTION or name.startswith("lowbit"):
+            calls[name] = gpu_attention.forward(runner, batch)
+            gpu_attention.check_forward(name, runner, batch, calls[name]())
+    return rows_of(take_turns(calls, turns, str(case)), (gpu_attention.PADDED, "HF eager, importance"))
+
+
+def take_turns(calls: dict[str, Callable[[], Any]], turns: int, label: str) -> dict[str, list[float]]:
+    """Milliseconds of each call in each turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for run in calls.values():
+        run()
+    for _ in tqdm(range(turns), desc=label):
+        for name, run in calls.items():
+            run()  # untimed: lets the threads of the model before stop spinning, and warms the caches
             begin = time.perf_counter()
-            run(ids, mask)
+            run()
             times[name].append(1000 * (time.perf_counter() - begin))
+    return times
+
+
+def rows_of(times: dict[str, list[float]], peers: tuple[str, ...]) -> dict[str, Row]:
+    """Of each runner, with the ratios to those peers that were measured."""
     rows: dict[str, Row] = {}
-    for name in runners:
-        if name not in times:
-            rows[name] = {"note": "not measured: not installed"}
-            continue
+    for name in times:
         rows[name] = {
             "median_ms": round(statistics.median(times[name]), 2),
             "min_ms": round(min(times[name]), 2),
             "max_ms": round(max(times[name]), 2),
         }
-        for peer in ("float32 eager", "torch dynamic int8", "onnxruntime dynamic int8"):
+        for peer in peers:
             if peer in times:
                 ratios = [a / b for a, b in zip(times[name], times[peer], strict=True)]
                 rows[name][f"over {peer}"] = round(statistics.median(ratios), 3)
@@ -211,21 +259,37 @@ def _cpuinfo() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder for cpu-encoder.json")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder for cpu-*.json")
     parser.add_argument("--turns", type=int, default=15, help="timed rounds of each model")
-    parser.add_argument("--only", nargs="*", default=[], help="names of models, as in the table")
+    parser.add_argument("--only", nargs="*", default=[], help="names of models, as in the table; no attention then")
     options = parser.parse_args()
+    method = f"medians of {options.turns} turns"
+    if not options.only:
+        report = {
+            "suite": "cpu-attention",
+            "model": "attention of BERT-base (12 heads, 64 numbers each), float32",
+            "machine": machine(),
+            "method": method,
+            "results": {str(case): attention(case, options.turns) for case in ATTENTION_CASES},
+        }
+        show(report, options.results)
     runners = models(options.only)
     with torch.inference_mode():
         results = {case: measure(runners, case, options.turns) for case in CASES}
     report = {
         "suite": "cpu-encoder",
-        "model": f"BERT-base, random weights, sequence length {LENGTH}",
+        "model": f"BERT-base, random weights, sequence length {LENGTH}; half the MACs: layer l (from 1) keeps "
+        f"{KEPT_PER_LAYER}^l of each sequence",
         "machine": {**machine(), "int8 expansions MB": round(lowbit_kernels.expanded_bytes() / 1e6)},
-        "method": f"medians of {options.turns} turns",
+        "method": method,
         "results": results,
     }
-    path = write(report, options.results)
+    show(report, options.results)
+
+
+def show(report: dict[str, Any], folder: Path) -> None:
+    """Write and print a report."""
+    path = write(report, folder)
     print(render(report))
     print(f"written to {path}")
 

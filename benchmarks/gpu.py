@@ -1,4 +1,4 @@
-"""The GPU run: device, ceilings, correctness on the device, tuning, linears, whole models, training steps.
+"""The GPU run: device, ceilings, correctness on the device, attention, tuning, models, linears, training steps.
 
     make gpu RESULTS=DIR            all parts            make gpu ONLY=linear    one part
 
@@ -11,6 +11,7 @@ but the exit code is 1. A peer that does not run here is in the tables as not me
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import platform
@@ -25,7 +26,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from . import gpu_linear, gpu_model, gpu_training
+from . import gpu_attention, gpu_linear, gpu_model, gpu_training
 from .results import Row, read, write
 
 torch._dynamo.config.recompile_limit = 64  # several models share the code of a layer; beyond 8 it would run eagerly
@@ -107,18 +108,34 @@ def tests(folder: Path, clock: Clock) -> None:
     Raises:
         RuntimeError: a test failed, or time was up.
     """
-    command = [sys.executable, "-m", "pytest", "-q", "tests/kernels", "-k", "triton"]
+    command = [sys.executable, "-m", "pytest", "-v", "tests/kernels", "-k", "triton"]  # -v: failures as they come
+    command.append("--continue-on-collection-errors")  # of tests that need packages which are not there
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, os.cpu_count() or 1))]
+        command += ["-n", str(min(16, os.cpu_count() or 1))]
     log = folder / "gpu-tests.log"
     with log.open("w") as file:
         try:
             code = subprocess.run(command, stdout=file, stderr=file, timeout=clock.left(), check=False).returncode
         except subprocess.TimeoutExpired:
             code = "time was up"
-    print(*log.read_text().strip().splitlines()[-15:], sep="\n", flush=True)
+    lines = log.read_text().strip().splitlines()
+    print(*[line for line in lines[:-15] if "FAILED" in line][:30], *lines[-15:], sep="\n", flush=True)
     if code:
         raise RuntimeError(f"kernel tests on the device: {code}, see {log}")
+
+
+def attention(folder: Path, clock: Clock) -> None:
+    """Attention beside its peers, the batches of training first; at last the peer that compiles itself."""
+    results: dict[str, dict[str, Row]] = {}
+    for slow in (False, True):
+        for case in tqdm(gpu_attention.cases(slow), desc="attention, slow peer" if slow else "attention"):
+            if clock.left() < 0:
+                return
+            batch = gpu_attention.Batch(case)
+            runners = gpu_attention.SLOW_RUNNERS if slow else gpu_attention.RUNNERS
+            measured = gpu_attention.measure(batch, runners, replay_ms, median_ms)
+            results[str(case)] = gpu_attention.compared(results.get(str(case), {}) | measured)
+            write(gpu_attention.suite(machine(), results), folder)
 
 
 def tune(folder: Path, clock: Clock) -> None:
@@ -156,20 +173,26 @@ def linear(folder: Path, clock: Clock) -> None:
 
 
 def model(folder: Path, clock: Clock) -> None:
-    """Whole models at every shape, uniform and ragged, then BERT-large on long ragged batches."""
+    """BERT-base with and without dropped tokens, then whole models at every shape, uniform and ragged."""
     results: dict[str, dict[str, Row]] = {}
-    for slow in (False, True):
-        for size in gpu_model.SIZES:
-            built = built_models(gpu_model.models(size, slow))
-            for count, length in tqdm(gpu_model.SHAPES, desc=size):
+    stages: list[tuple[Any, ...]] = [(gpu_model.dropping, ("BERT-base",), [gpu_model.DROPPING_SHAPE])]
+    stages += [
+        (functools.partial(gpu_model.models, slow=slow), gpu_model.SIZES, gpu_model.SHAPES) for slow in (False, True)
+    ]
+    for builders, sizes, shapes in stages:
+        for size in sizes:
+            built = built_models(builders(size))
+            for count, length in tqdm(shapes, desc=size):
                 for ragged in (False, True) if count > 1 else (False,):
                     if clock.left() < 0:
                         return
                     case = f"{size}, batch {count}, length {length}{', ragged' if ragged else ''}"
+                    rows = results.get(case, {})
                     with torch.inference_mode():
                         inputs = gpu_model.batch(count, length, ragged)
-                        measured = gpu_model.measure(built, inputs, median_ms)
-                    results[case] = gpu_model.compared(results.get(case, {}) | measured)
+                        rest = {name: runner for name, runner in built.items() if name not in rows}
+                        measured = gpu_model.measure(rest, inputs, median_ms)
+                    results[case] = gpu_model.compared(rows | measured)
                     write(gpu_model.suite(machine(), results), folder)
             del built
             torch.cuda.empty_cache()
@@ -201,11 +224,12 @@ def training(folder: Path, clock: Clock) -> None:
 # Each part's share of the time; what one leaves goes to those after it.
 PARTS: dict[str, tuple[float, Callable[[Path, Clock], None]]] = {
     "ceilings": (0.02, ceilings),
-    "training": (0.06, training),
-    "tests": (0.32, tests),
-    "tune": (0.15, tune),
-    "model": (0.25, model),
-    "linear": (0.20, linear),
+    "training": (0.05, training),
+    "tests": (0.40, tests),
+    "attention": (0.12, attention),
+    "tune": (0.08, tune),
+    "model": (0.20, model),
+    "linear": (0.13, linear),
 }
 
 

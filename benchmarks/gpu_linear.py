@@ -23,7 +23,7 @@ from lowbit_kernels import (
     ternary_linear,
 )
 
-from .results import Row
+from .results import Row, reason
 
 # (N, K): query, key and value together, attention output, FFN in and out.
 BERT_BASE = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
@@ -212,7 +212,7 @@ def build(N: int, K: int, slow: bool = False, device: str = "cuda") -> tuple[Wei
         try:
             built[name] = make(weight)
         except Exception as error:  # a peer that is not installed, say
-            built[name] = _reason(error)
+            built[name] = reason(error)
     return weight, built
 
 
@@ -233,14 +233,14 @@ def measure(
             run = bind(x)
             output = run()
         except Exception as error:  # a shape that a peer does not take, say
-            rows[name] = {"note": _reason(error)}
+            rows[name] = {"note": reason(error)}
             continue
         check(name, weight, x, output)
         rows[name] = {"us, called": round(1000 * eager(run), 2)}
         try:
             microseconds = 1000 * replay(run)
         except Exception as error:  # a peer that waits for the device, say
-            rows[name]["note"] = f"no graph: {_reason(error)}"
+            rows[name]["note"] = f"no graph: {reason(error)}"
             continue
         rows[name]["us"] = round(microseconds, 2)
         floor = roofline_us(name, M, weight.N, weight.K, ceilings)
@@ -256,11 +256,6 @@ def compared(rows: dict[str, Row]) -> dict[str, Row]:
         if "us" in row and isinstance(base, float):
             row["times as fast as bf16"] = round(base / float(row["us"]), 2)
     return rows
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"not measured: {type(error).__name__}: {lines[0][:120]}"
 
 
 def suite(machine: dict[str, Any], results: dict[str, dict[str, Row]]) -> dict[str, Any]:

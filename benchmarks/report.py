@@ -11,7 +11,7 @@ from .results import read
 
 RESULTS = Path("benchmarks/results")
 DOCS = Path("docs")
-GPU_SUITES = ("gpu-ceilings", "gpu-linear", "gpu-model", "gpu-training")
+GPU_SUITES = ("gpu-attention", "gpu-ceilings", "gpu-linear", "gpu-model", "gpu-training")
 
 Report = dict[str, Any]
 

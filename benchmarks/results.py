@@ -60,3 +60,9 @@ def read(path: Path) -> dict[str, Any]:
         return validate(json.loads(path.read_text()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def reason(error: Exception) -> str:
+    """The note of a runner that an error kept from running."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"not measured: {type(error).__name__}: {lines[0][:120]}"

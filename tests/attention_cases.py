@@ -1,4 +1,4 @@
-"""Random inputs of the gradient of attention, with what the forward pass would have kept for it."""
+"""Random inputs of attention and its gradient, on any device, with what the forward pass would have kept for it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ def joint(lengths: list[int], H: int, D: int, dtype: torch.dtype = torch.float32
     x = torch.randn(sum(lengths), 4, H, D).to(dtype)
     cu_seqlens = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     return *x.unbind(1), cu_seqlens, max(lengths, default=0)
+
+
+def moved(x: torch.Tensor, device: str) -> torch.Tensor:
+    """`x.to(device)` with the strides of x, in place of which `.to` gives a slice those of a dense tensor."""
+    whole = x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+    return whole.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def kept(arguments: tuple, bias: torch.Tensor | None = None, **options: object) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_linear, gpu_model, gpu_training, report, results
+from benchmarks import cpu, gpu, gpu_attention, gpu_linear, gpu_model, gpu_training, report, results
 
 SMALL = {
     "vocab_size": 20001,
@@ -85,6 +86,174 @@ def test_models_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         rows = gpu_model.compared(gpu_model.measure(built, gpu_model.batch(4, 24, True, "cpu"), once))
     assert "ms" in rows["lowbit ternary, fused"] and "CUDA" in rows["lowbit ternary, fused, graphs"]["note"]
     results.write(gpu_model.suite(MACHINE, {"BERT-base, batch 4, length 24, ragged": rows}), tmp_path)
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_attention_is_measured_and_absent_peers_say_why(ragged: bool, tmp_path: Path) -> None:
+    case = gpu_attention.Case("BERT-base", 32, 9, ragged, torch.bfloat16)
+    rows = gpu_attention.measure(gpu_attention.Batch(case, "cpu"), gpu_attention.RUNNERS, once, once)
+    assert list(rows) == list(gpu_attention.RUNNERS)
+    here = [name for name in rows if name.startswith(("HF", "lowbit", "SDPA, padded"))]
+    assert len(here) == 10 and all({"us", "us with gradients"} == set(rows[name]) for name in here)
+    assert all("us" in row or str(row["note"]).startswith("not measured: ") for row in rows.values())
+    results.write(gpu_attention.suite(MACHINE, {str(case): gpu_attention.compared(rows)}), tmp_path)
+
+
+def test_flex_attention_masks_other_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(gpu_attention, "_compiled_flex", lambda: flex_attention)  # compiling takes long
+    batch = gpu_attention.Batch(gpu_attention.Case("BERT-base", 5, 40, True, torch.float32), "cpu")
+    (row,) = gpu_attention.measure(batch, gpu_attention.SLOW_RUNNERS, once, once).values()
+    assert set(row) == {"us"}
+
+
+def test_attention_that_no_graph_takes_keeps_its_other_time() -> None:
+    def refuse(run: Any) -> float:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    batch = gpu_attention.Batch(gpu_attention.Case("BERT-base", 32, 5, False, torch.float32), "cpu")
+    (row,) = gpu_attention.measure(batch, {"lowbit": gpu_attention.RUNNERS["lowbit"]}, refuse, once).values()
+    assert set(row) == {"us, called", "us with gradients, called", "note"} and "capturing" in str(row["note"])
+
+
+def test_attention_is_compared_with_the_fastest_packed_flash() -> None:
+    rows: dict[str, results.Row] = {
+        "SDPA, padded": {"us": 40.0, "us with gradients": 90.0},
+        "torch varlen_attn": {"us": 20.0, "us with gradients": 60.0},
+        "SDPA flash, jagged": {"us, called": 1.0, "note": "no graph"},
+        "flash-attn varlen": {"us": 10.0},
+        "lowbit": {"us": 15.0, "us with gradients": 45.0},
+    }
+    assert gpu_attention.compared(rows)["lowbit"] == {
+        "us": 15.0,
+        "us with gradients": 45.0,
+        "us over packed flash": 1.5,
+        "us over padded SDPA": 0.38,
+        "us with gradients over packed flash": 0.75,
+        "us with gradients over padded SDPA": 0.5,
+    }
+    del rows["torch varlen_attn"], rows["flash-attn varlen"], rows["lowbit"]["us over packed flash"]
+    assert "us over packed flash" not in gpu_attention.compared(rows)["lowbit"]
+
+
+@pytest.mark.parametrize("name", ["SDPA, padded", "lowbit 8 bits, importance", "lowbit, importance of cls"])
+def test_wrong_attention_stops_the_benchmark(name: str) -> None:
+    batch = gpu_attention.Batch(gpu_attention.Case("BERT-base", 32, 11, True, torch.float32), "cpu")
+    right = gpu_attention.RUNNERS[name]
+
+    def wrong(part: str) -> gpu_attention.Runner:
+        def bind(batch: gpu_attention.Batch) -> gpu_attention.Attend:
+            def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+                output, importance = right.bind(batch)(*tensors)
+                if part == "importance" and importance is not None:
+                    importance = torch.full_like(importance, float(importance.mean()))  # sums to the same
+                # Right but for the gradient.
+                other = output * 1.2 - 0.2 * output.detach() if part == "gradients" else output
+                return other * 1.2 if part == "output" else other, importance
+
+            return run
+
+        return gpu_attention.Runner(bind, right.padded)
+
+    gpu_attention.measure(batch, {name: wrong("nothing")}, once, once)
+    parts = {"output": "output", "gradients": "query", "importance": "cls" if name.endswith("cls") else "all"}
+    for part, told in parts.items():
+        if part == "importance" and "importance" not in name:
+            continue
+        with pytest.raises(RuntimeError, match=f"{name} is wrong in BERT-base, batch 32.*: {told} has"):
+            gpu_attention.measure(batch, {name: wrong(part)}, once, once)
+
+
+def test_the_attention_part_measures_every_case(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert all(len(gpu_attention.cases(slow)) == len(set(gpu_attention.cases(slow))) for slow in (False, True))
+    assert set(gpu_attention.cases(True)) < set(gpu_attention.cases(False))  # so that ratios have all their peers
+    small = gpu_attention.Case("BERT-base", 2, 7, True, torch.float32)
+    monkeypatch.setattr(gpu_attention, "cases", lambda slow: [small, small._replace(ragged=False)][: 1 if slow else 2])
+    monkeypatch.setattr(gpu_attention, "Batch", functools.partial(gpu_attention.Batch, device="cpu"))
+    monkeypatch.setattr(gpu_attention, "SLOW_RUNNERS", {"slow": gpu_attention.RUNNERS["lowbit"]})
+    monkeypatch.setattr(gpu_attention, "RUNNERS", {"SDPA, padded": gpu_attention.RUNNERS["SDPA, padded"]})
+    monkeypatch.setattr(gpu, "machine", dict)
+    monkeypatch.setattr(gpu, "replay_ms", once)
+    gpu.attention(tmp_path, gpu.Clock(5))
+    measured = results.read(tmp_path / "gpu-attention.json")["results"]
+    assert list(measured) == [
+        "BERT-base, batch 2, length 7, ragged, float32",
+        "BERT-base, batch 2, length 7, float32",
+    ]
+    slow, other = measured.values()
+    assert slow["slow"]["us over padded SDPA"] > 0 and list(other) == ["SDPA, padded"]
+
+
+def test_models_that_drop_tokens_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    similar: dict[str, float] = {}
+
+    def cosine(name: str, inputs: gpu_model.Batch, output: torch.Tensor, expected: torch.Tensor) -> None:
+        tokens = inputs["attention_mask"].bool()
+        similar[name] = float(torch.nn.functional.cosine_similarity(output[tokens], expected[tokens], dim=-1).mean())
+
+    monkeypatch.setattr(gpu_model, "check", cosine)
+    built = gpu.built_models(gpu_model.dropping("BERT-base", "cpu", **SMALL))
+    with torch.inference_mode():
+        rows = gpu_model.compared(gpu_model.measure(built, gpu_model.batch(4, 24, True, "cpu"), once))
+    row = rows["lowbit ternary, fused, dropping tokens"]
+    assert float(row["times as fast as with all tokens"]) > 0 and 0.7 < float(row["part of the MACs"]) < 0.9
+    assert all("CUDA" in str(rows[name]["note"]) for name in rows if "graphs" in name)
+    assert list(similar) == ["lowbit ternary, fused", "lowbit ternary, fused, dropping tokens"]
+    assert min(similar.values()) > 0.9
+
+
+def test_the_model_part_begins_with_dropped_tokens_and_measures_nothing_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    calls: list[str] = []
+
+    def builders(names: list[str]) -> dict[str, Callable[[], gpu_model.Built]]:
+        def build(name: str) -> gpu_model.Built:
+            def run(inputs: gpu_model.Batch) -> torch.Tensor:
+                calls.append(name)
+                return torch.zeros(1)
+
+            return gpu_model.Built(run)
+
+        return {name: functools.partial(build, name) for name in names}
+
+    usual = {False: ["HF SDPA", "lowbit"], True: ["compiled"]}
+    monkeypatch.setattr(gpu_model, "dropping", lambda size: builders(["lowbit", "lowbit, dropping tokens"]))
+    monkeypatch.setattr(gpu_model, "models", lambda size, slow: builders(usual[slow]))
+    monkeypatch.setattr(gpu_model, "batch", functools.partial(gpu_model.batch, device="cpu"))
+    monkeypatch.setattr(gpu_model, "SHAPES", [(32, 384), (1, 16)])
+    monkeypatch.setattr(gpu, "median_ms", lambda run: 1.0)
+    monkeypatch.setattr(gpu, "machine", dict)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    gpu.model(tmp_path, gpu.Clock(5))
+    measured = results.read(tmp_path / "gpu-model.json")["results"]
+    first = "BERT-base, batch 32, length 384"
+    assert list(measured)[:2] == [first, f"{first}, ragged"] and len(measured) == 6
+    assert set(measured[first]) == {"HF SDPA", "lowbit", "lowbit, dropping tokens", "compiled"}
+    assert measured[first]["lowbit, dropping tokens"]["times as fast as with all tokens"] == 1.0
+    assert calls.count("lowbit") == 6 and calls.count("lowbit, dropping tokens") == 2
+
+
+def test_the_cpu_script_writes_both_tables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    def model(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return ids.unsqueeze(-1).float()
+
+    runners = {"float32 eager": model, cpu.HALF: model, "onnxruntime dynamic int8": None}
+    monkeypatch.setattr(cpu, "models", lambda names: runners)
+    small = [case._replace(count=2, length=9) for case in cpu.ATTENTION_CASES]
+    monkeypatch.setattr(cpu, "ATTENTION_CASES", small)
+    monkeypatch.setattr("sys.argv", ["cpu", "--results", str(tmp_path), "--turns", "2"])
+    cpu.main()
+    encoder, attention = (results.read(tmp_path / f"cpu-{name}.json")["results"] for name in ("encoder", "attention"))
+    for rows in encoder.values():
+        assert list(rows) == list(runners) and "not measured" in rows["onnxruntime dynamic int8"]["note"]
+        assert rows[cpu.HALF]["part of the MACs"] == pytest.approx(0.5, abs=0.02)
+    assert list(attention) == [str(case) for case in small]
+    for rows in attention.values():
+        assert rows["SDPA, padded"]["over SDPA, padded"] == 1.0
+        assert {"HF eager, importance", "lowbit", "lowbit, importance", "lowbit 8 bits, importance"} <= set(rows)
+    assert "| lowbit, importance |" in capsys.readouterr().out
 
 
 def test_ragged_batches_fill_about_40_percent() -> None:
@@ -182,4 +351,7 @@ def test_plots_and_the_page_of_gpu_results(tmp_path: Path) -> None:
     assert [path.name for path in written] == ["gpu-speed-up.png", "gpu-roofline.png"]
     assert all(path.stat().st_size > 1000 for path in written)
     page = report.page([REPORT], {"gpu-linear": written})
-    assert "Not measured yet: gpu-ceilings, gpu-model, gpu-training" in page and "| b |  |  |  | no |" in page
+    assert (
+        "Not measured yet: gpu-attention, gpu-ceilings, gpu-model, gpu-training" in page
+        and "| b |  |  |  | no |" in page
+    )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from attention_cases import moved
 from lowbit.nn.attention import attention_forward
 from lowbit.quantizers import ActivationQuantizer
 from lowbit_kernels import attention, attention_cpu, attention_eager, reference, varlen_attention
@@ -424,3 +425,12 @@ def test_offsets_that_do_not_fit_are_refused(offsets: list[int]) -> None:
     for function in (attention, attention_eager):
         with pytest.raises(ValueError, match="expected 0 to T=8 in steps of 0 to max_seqlen=5"):
             function(query, key, value, torch.tensor(offsets, dtype=torch.int32), max_seqlen)
+
+
+def test_what_the_kernels_are_tested_with_keeps_its_strides_on_a_device() -> None:
+    """`.to` makes slices dense, and kernels tested on a device would never see other strides."""
+    query, key, _, *_ = joint([3, 5], 2, 8)
+    for x in (query, key, key[:0], query.transpose(0, 1), query[:1, :1].expand_as(query)):
+        on_device = moved(x, "meta")
+        assert (on_device.shape, on_device.stride()) == (x.shape, x.stride())
+    assert torch.equal(moved(key, "cpu"), key)

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from attention_cases import ALL, MODES, PROBS, assert_gradients, joint, kept
+from attention_cases import ALL, MODES, PROBS, assert_gradients, joint, kept, moved
 from lowbit_kernels import reference
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
@@ -28,8 +28,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 def launch(*tensors, scaling=0.25, bits=None, asymmetric=PROBS, bias=None) -> tuple[torch.Tensor, ...]:
     *tensors, max_seqlen = tensors
-    tensors = (x.to(DEVICE) for x in tensors)
-    bias = None if bias is None else bias.to(DEVICE)
+    tensors = (moved(x, DEVICE) for x in tensors)
+    bias = None if bias is None else moved(bias, DEVICE)
     return attention_backward.launch(*tensors, max_seqlen, scaling, bits, asymmetric, bias).cpu().unbind(0)
 
 

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 
+from attention_cases import moved
 from launches import work_of
 from lowbit_kernels import reference
 
@@ -40,7 +41,7 @@ def joint(lengths: list[int], H: int, D: int, dtype: torch.dtype = torch.float32
 def launch(arguments: tuple, bits: int | None, asymmetric: tuple = PROBS, scaling: float | None = None) -> torch.Tensor:
     *tensors, max_seqlen = arguments
     scaling = tensors[0].shape[2] ** -0.5 if scaling is None else scaling
-    return varlen_attention.launch(*(x.to(DEVICE) for x in tensors), max_seqlen, scaling, bits, asymmetric)[0].cpu()
+    return varlen_attention.launch(*(moved(x, DEVICE) for x in tensors), max_seqlen, scaling, bits, asymmetric)[0].cpu()
 
 
 def assert_attends(
@@ -159,8 +160,8 @@ def extras(
 ) -> tuple:
     """(out, lse, importance) of the kernels."""
     *tensors, max_seqlen = arguments
-    given = (x.to(DEVICE) for x in tensors)
-    bias = None if bias is None else bias.to(DEVICE)
+    given = (moved(x, DEVICE) for x in tensors)
+    bias = None if bias is None else moved(bias, DEVICE)
     D = tensors[0].shape[2]
     return tuple(
         x.cpu() for x in varlen_attention.launch(*given, max_seqlen, D**-0.5, bits, asymmetric, bias, True, kind)
@@ -271,7 +272,7 @@ def test_importance_after_the_last_sequence_is_0() -> None:
 
 
 def test_only_what_is_asked_for_is_returned_and_changes_no_output() -> None:
-    tensors = [x.to(DEVICE) for x in joint([9, 20], 2, 16)[:4]]
+    tensors = [moved(x, DEVICE) for x in joint([9, 20], 2, 16)[:4]]
     for bits in (None, 8):
         plain, *nothing = varlen_attention.launch(*tensors, 20, 0.25, bits, PROBS)
         assert [x.numel() for x in nothing] == [0, 0]
