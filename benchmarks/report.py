@@ -82,8 +82,19 @@ def roofline(report: Report, axes: Any) -> None:
     axes.legend()
 
 
+def speed_against_accuracy(report: Report, axes: Any) -> None:
+    """Each run's metric over its speed beside all tokens kept."""
+    for case, rows in report["results"].items():
+        points = sorted((row["times_as_fast"], row.get("f1", row.get("accuracy"))) for row in rows.values())
+        axes.plot(*zip(*points, strict=True), marker="o", label=case)
+    axes.set_xlabel("times as fast as with all tokens")
+    axes.set_ylabel("accuracy or F1, %")
+    axes.legend(fontsize=7)
+
+
 PLOTS: dict[str, dict[str, Callable[[Report, Any], None]]] = {
     "cpu-encoder": {"cpu-latency": lambda report, axes: latency_bars(report, axes, "median_ms")},
+    "cpu-lengths": {"cpu-lengths": speed_against_accuracy},
     "gpu-linear": {"gpu-speed-up": speed_up_by_tokens, "gpu-roofline": roofline},
     "gpu-model": {"gpu-latency": lambda report, axes: latency_bars(report, axes, "ms")},
 }

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import cpu, gpu, gpu_attention, gpu_linear, gpu_model, gpu_training, report, results
+from benchmarks import cpu, gpu, gpu_attention, gpu_linear, gpu_model, gpu_training, lengths, report, results
 
 SMALL = {
     "vocab_size": 20001,
@@ -355,3 +355,18 @@ def test_plots_and_the_page_of_gpu_results(tmp_path: Path) -> None:
         "Not measured yet: gpu-attention, gpu-ceilings, gpu-model, gpu-training" in page
         and "| b |  |  |  | no |" in page
     )
+
+
+def test_runs_of_the_length_examples_become_a_suite(tmp_path: Path) -> None:
+    options = {"task": "sst2", "model": "/somewhere/minilm", "ternary": True, "length_steps": 3, "max_train_samples": 0}
+    (tmp_path / "options.json").write_text(json.dumps(options))
+    with pytest.raises(ValueError, match="no finished run"):
+        lengths.report([tmp_path])
+    rows = {
+        "all tokens": {"accuracy": 90.0, "times_as_fast": 1.0},
+        "2x fewer": {"accuracy": 89.0, "times_as_fast": 1.7},
+    }
+    (tmp_path / "results.json").write_text(json.dumps({"teacher": {"accuracy": 91.0}, **rows}))
+    written = results.read(results.write(lengths.report([tmp_path]), tmp_path))
+    assert written["results"] == {"sst2, minilm, ternary 2-2-8, 3 steps of LengthDrop, all examples": rows}
+    assert report.plot(written, tmp_path)[0].stat().st_size > 1000

@@ -1,0 +1,64 @@
+"""Speed against accuracy of models that drop tokens, from finished runs of the dynamic length examples.
+
+    python -m benchmarks.lengths runs/length runs/squad --results benchmarks/results
+
+One case a run, one row a budget, as `examples/_lengths.py` measured it; what is said of the machine is of this one, so
+run it where the examples ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from . import cpu, results
+
+ROWS = ("without lengths", "all tokens", "1.5x fewer", "2x fewer", "3x fewer")
+
+
+def case(folder: Path) -> tuple[str, dict[str, results.Row]]:
+    """What was run, in words, and its rows.
+
+    Raises:
+        ValueError: a folder without a finished run of a dynamic length example.
+    """
+    try:
+        options = json.loads((folder / "options.json").read_text())
+        found = json.loads((folder / "results.json").read_text())
+        rows = {name: found[name] for name in ROWS if name in found}
+        what = "ternary 2-2-8" if options["ternary"] else "float"
+        words = [options.get("task", "SQuAD v1.1"), Path(options["model"]).name, what]
+        words.append(f"{options['length_steps']} steps of LengthDrop, {options['max_train_samples'] or 'all'} examples")
+        if not rows:
+            raise KeyError(ROWS[1])
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder} holds no finished run of a dynamic length example ({error!r})") from error
+    return ", ".join(words), rows
+
+
+def report(folders: list[Path]) -> dict[str, Any]:
+    return {
+        "suite": "cpu-lengths",
+        "model": "layers that drop tokens: accuracy and time by budget",
+        "machine": cpu.machine(),
+        "method": (
+            "configurations searched on training examples set apart, metrics on validation examples; milliseconds a "
+            "batch of 8 validation examples in a fixed random order, median of 3 turns of each batch, mean of 40; "
+            "fewer and faster are so beside 'all tokens', which has no padding either"
+        ),
+        "results": dict(map(case, folders)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="--output_dir of finished examples")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    arguments = parser.parse_args()
+    print(results.write(report(arguments.runs), arguments.results))
+
+
+if __name__ == "__main__":
+    main()
