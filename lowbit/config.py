@@ -189,6 +189,8 @@ class LengthConfig:
     restore: bool = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.keep, str | int | float) or isinstance(self.protect, str):
+            raise ValueError(f"LengthConfig: keep={self.keep!r}, protect={self.protect!r}; accepted: tuples")
         object.__setattr__(self, "keep", tuple(self.keep))
         object.__setattr__(self, "protect", tuple(self.protect))
         for name, accepted in (("unit", ("ratio", "tokens", "threshold")), ("score", ("all", "cls"))):

@@ -23,7 +23,7 @@ from .config import LowbitConfig, names
 from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from .nn.linear import JointProjection, attention_quantizers
 from .quantizers import check_weight_quantizer
-from .unpadding import attention_implementation, check_fusable, check_quantized_attention, fuse
+from .unpadding import attention_implementation, check_fusable, check_quantized_attention, encoder_of, fuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,10 +53,13 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     check_weight_quantizer(config.weight_quantizer, config.weight_bits)
     _check_names(model, config)
     _check_finite(model)
-    if getattr(model.config, "length_config", None):
+    drops = getattr(encoder_of(model), "lengths", None) is not None
+    if drops:
         check_quantized_attention(config)
     modules = _quantized(model, config)
     hf.own_config(model)
+    if not drops and hasattr(model.config, "length_config"):
+        del model.config.length_config  # of a float checkpoint: the lengths were never set on this model
     _swap(model, modules)
     _add_attention_quantizers(model, config)
     model.set_attn_implementation(attention_implementation(model))

@@ -67,12 +67,19 @@ def compile_for(
         The same model.
 
     Raises:
-        ValueError: not fused, not on CUDA, or sizes that are not positive.
+        ValueError: not fused, not on CUDA, sizes that are not positive, or lengths by threshold or with protected
+            tokens.
     """
     models.describe(model)
     encoder = next((module for module in model.modules() if isinstance(module, PackedEncoder)), None)
     if encoder is None:
         raise ValueError("compile_for takes a fused model; call lowbit.fuse(model) first")
+    lengths = encoder.lengths
+    if lengths is not None and (lengths.unit == "threshold" or lengths.protect):
+        raise ValueError(
+            "a CUDA graph needs to know how many tokens are kept, and by importance alone: lengths of unit 'ratio' or "
+            f"'tokens' without protect, got unit={lengths.unit!r}, protect={lengths.protect}"
+        )
     if model.device.type != "cuda":
         raise ValueError(f"compile_for captures CUDA graphs, the model is on {model.device}; use lowbit.compile there")
     available, width = shapes(batch_sizes, seq_lens), model.config.hidden_size

@@ -229,12 +229,10 @@ def exact_match(prediction: str, answer: str) -> float:
 
 
 def f1_score(prediction: str, answer: str) -> float:
-    """F1 of the bags of normalized words; where one of them is empty, `exact_match` (SQuAD v2's rule)."""
+    """F1 of the bags of normalized words; 0 where they have none in common, as in the official script for v1.1."""
     predicted, words = normalize_answer(prediction).split(), normalize_answer(answer).split()
-    if not predicted or not words:
-        return float(predicted == words)
     common = (Counter(predicted) & Counter(words)).total()
-    return 2 * common / (len(predicted) + len(words))
+    return 0.0 if not common else 2 * common / (len(predicted) + len(words))
 
 
 def score_answers(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -75,13 +75,17 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
     """
     encoder = encoder_of(model)
     if config is not None:
+        if not isinstance(config, LengthConfig):
+            raise TypeError(f"config must be a LengthConfig or None, got {type(config).__name__}")
         _check_length(model, config)
     if isinstance(encoder, UnpaddedEncoder):
         encoder.lengths = config
         if isinstance(encoder, PackedEncoder):
             encoder.run = encoder._run  # CUDA graphs were captured with the lengths before
         elif config is None:
-            _put(model, _path(model), encoder._by_layer[0])
+            original = encoder._by_layer[0]
+            original.config = encoder.config  # `hf.own_config` reaches what is in the model
+            _put(model, _path(model), original)
             quantized = hf.current_config(model).stage != "float"
             model.set_attn_implementation(lowbit_attention.NAME if quantized else encoder.replaced_attention)
     elif config is not None:
@@ -108,8 +112,13 @@ def unpadded_encoder(model: PreTrainedModel) -> UnpaddedEncoder:
 
 
 def reads_first_token_only(model: PreTrainedModel) -> bool:
-    """Whether the model's head reads nothing but the first token's last hidden state."""
-    return type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
+    """Whether the model's head reads nothing but the first token's last hidden state.
+
+    Known of transformers' own heads and poolers; a class derived from one may read more.
+    """
+    head, pooler = type(model), type(getattr(model.base_model, "pooler", None))
+    own = all(part.__module__.startswith("transformers.models.") for part in (head, pooler))
+    return own and head.__name__.endswith(_FIRST_TOKEN_HEADS)
 
 
 def attention_implementation(model: PreTrainedModel) -> str:
@@ -157,7 +166,7 @@ def encoder_of(model: PreTrainedModel) -> nn.Module:
 
 def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
     base = model.base_model
-    module.train(base.get_submodule(path).training)
+    module.training = base.get_submodule(path).training  # not of its children, which stay as they are
     base.set_submodule(path, module)
 
 

@@ -231,10 +231,10 @@ class Simulated:
         rows = 3 * sum(before) + 5 * sum(after)
         return 7 + rows / 10 + 2 * sum(a < b for a, b in zip(after, before, strict=False))
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, token_type_ids: torch.Tensor) -> None:
         assert not self.model.training
         assert not torch.is_grad_enabled()
-        assert attention_mask.all()
+        assert attention_mask.all() and not token_type_ids.any()
         assert input_ids.min() >= 0
         assert input_ids.max() < 101
         self.shapes.add(tuple(input_ids.shape))
@@ -284,7 +284,7 @@ def test_last_share_is_the_weights_behind_the_drop() -> None:
 def test_measured_model_gets_its_own_configuration_back(monkeypatch: pytest.MonkeyPatch) -> None:
     simulated = Simulated(monkeypatch, "BertForQuestionAnswering", 2)
     own = LengthConfig((1, 0.5), restore=False)
-    simulated.model.config.length_config = own.to_dict()
+    lowbit.set_length(simulated.model, own)
     measure_latency(simulated.model, 1, 16, points=[4], repeats=1)
     assert simulated.configs[-1] == own
     monkeypatch.setattr(simulated.model, "forward", lambda **_: 1 / 0)

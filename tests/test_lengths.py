@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import pickle
 import shutil
 from typing import Any
 
 import pytest
 import torch
+from transformers import BertForSequenceClassification, BertModel
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import lowbit
-from helpers import HEADS, batch, outputs, tiny
+from helpers import HEADS, batch, outputs, tiny, tiny_config
 from lowbit.nn import PackedEncoder, UnpaddedEncoder
 from lowbit.nn.pruning import plan
 from lowbit.nn.sequences import Sequences
+from lowbit_kernels import attention, attention_eager
 
 LAYERS = 4
 
@@ -260,6 +265,8 @@ def test_bounds_hold_for_any_lengths() -> None:
         ({"keep": (1.0,), "unit": "percent"}, "unit='percent'"),
         ({"keep": (1.0,), "score": "max"}, "score='max'"),
         ({"keep": (1.0,), "protect": ("sep",)}, "first_segment"),
+        ({"keep": (1.0,), "protect": "first_segment"}, "accepted: tuples"),
+        ({"keep": 0.5}, "accepted: tuples"),
         ({"keep": (1.0,), "min_tokens": 0}, "min_tokens"),
     ],
 )
@@ -274,6 +281,8 @@ def test_what_does_not_fit_is_refused_before_anything_changes() -> None:
         lowbit.set_length(model, lowbit.LengthConfig((1.0, 0.5)))
     with pytest.raises(ValueError, match=r"reads all tokens: it needs LengthConfig\(restore=True\)"):
         lowbit.set_length(model, lowbit.LengthConfig((1.0,) * LAYERS, restore=False))
+    with pytest.raises(TypeError, match="must be a LengthConfig or None, got float"):
+        lowbit.set_length(model, 0.5)
     with pytest.raises(TypeError, match="expected a transformers model"):
         lowbit.set_length(torch.nn.Linear(2, 2), CONFIGS["ratios"])
     per_tensor = lowbit.prepare(model_of(), lowbit.TernaryConfig(activation_granularity="per_tensor"))
@@ -310,6 +319,104 @@ def test_a_copy_has_lengths_of_its_own() -> None:
     inputs = batch("BertModel")
     assert not torch.equal(outputs(model, inputs)[0], outputs(copied, inputs)[0])
     assert model.config.length_config != copied.config.length_config
+
+
+def test_autocast_chooses_the_same_tokens() -> None:
+    """Importance is summed in float32 whatever the linears run in; a batch with padding used to fail."""
+    model, inputs = lowbit.set_length(model_of(), CONFIGS["ratios"]), batch("BertModel", rows=3, length=12)
+    with torch.autocast("cpu", torch.bfloat16):
+        states = outputs(model, inputs)[0]
+    assert states[inputs["attention_mask"].bool()].isfinite().all()
+    q, k, v = torch.randn(3, 40, 2, 16).unbind(0)
+    cu_seqlens = torch.tensor([0, 30, 40], dtype=torch.int32)
+    for run in (attention, attention_eager):
+        expected = run(q, k, v, cu_seqlens, 30, importance="all").importance
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(run(q, k, v, cu_seqlens, 30, importance="all").importance, expected)
+
+
+class MeanBertForSequenceClassification(BertForSequenceClassification):
+    """Reads all tokens, whatever its name says."""
+
+    def forward(self, input_ids: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        states = self.bert(input_ids, attention_mask, **kwargs).last_hidden_state
+        return SequenceClassifierOutput(logits=self.classifier(states.mean(1)))
+
+
+class MeanPooler(torch.nn.Module):
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states.mean(1)
+
+
+@pytest.mark.parametrize("what", ["head", "pooler"])
+def test_heads_that_are_not_known_get_all_tokens(what: str) -> None:
+    model = model_of("BertForSequenceClassification")
+    if what == "head":
+        model = MeanBertForSequenceClassification(model.config).eval()
+    else:
+        model.bert.pooler = MeanPooler()
+    inputs = {"input_ids": torch.randint(1, 101, (2, 9))}
+    expected = outputs(model, inputs)[0]
+    torch.testing.assert_close(outputs(lowbit.set_length(model, CONFIGS["nothing dropped"]), inputs)[0], expected)
+
+
+def test_what_the_configuration_asks_for_is_seen() -> None:
+    config = tiny_config(num_hidden_layers=LAYERS)
+    teacher, student = BertModel(config).eval(), BertModel(config).eval()
+    lowbit.set_length(student, CONFIGS["ratios"])
+    inputs = batch("BertModel")
+    teacher.config.output_hidden_states = True
+    student(**inputs)  # has a configuration of its own
+    student.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="output_hidden_states=True asks"):
+        student(**inputs)
+    lowbit.set_length(student, None)
+    assert student.encoder.config is student.config and len(student(**inputs).hidden_states) == LAYERS + 1
+
+
+def test_lengths_of_a_float_checkpoint_are_not_in_force_until_they_are_set(tmp_path: Any) -> None:
+    lowbit.set_length(model_of("BertForSequenceClassification"), CONFIGS["tokens"]).save_pretrained(tmp_path / "float")
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "float").eval()
+    inputs = batch()
+    expected = outputs(lowbit.quantize(loaded, lowbit.TernaryConfig()), inputs)[0]
+    loaded.save_pretrained(tmp_path / "packed")
+    again = BertForSequenceClassification.from_pretrained(tmp_path / "packed").eval()
+    assert torch.equal(outputs(again, inputs)[0], expected)
+
+
+def test_ratios_survive_half_precision_and_other_lengths() -> None:
+    model, inputs = lowbit.set_length(model_of(), lowbit.LengthConfig((0.7,) * LAYERS)), batch("BertModel")
+    before = outputs(model, inputs)[0]
+    zeros = (lowbit.set_length(model, dataclasses.replace(lowbit.LengthConfig((0.7,) * LAYERS), restore=False)), inputs)
+    kept = (outputs(*zeros)[0] != 0).any(-1)
+    half = (outputs(model.bfloat16().float(), inputs)[0] != 0).any(-1)
+    assert torch.equal(kept.sum(1), half.sum(1)) and before.any()
+
+
+def test_copies_of_compiled_models_are_not_compiled() -> None:
+    model = lowbit.set_length(lowbit.quantize(model_of(), lowbit.TernaryConfig(), fused=True), CONFIGS["ratios"])
+    copied = copy.deepcopy(lowbit.compile(model))
+    for name in copied.encoder._replaced:
+        assert getattr(copied.encoder, name).__self__ is copied.encoder
+    pickle.loads(pickle.dumps(copied.encoder))
+
+
+def test_a_model_made_from_the_configuration_of_one_with_lengths_masks_its_padding() -> None:
+    donor = lowbit.set_length(model_of(), CONFIGS["ratios"])
+    model = BertModel(donor.config).eval()
+    ids, mask = torch.randint(1, 101, (5, 5)), torch.arange(5) < torch.tensor([[5], [3], [2], [4], [1]])
+    states = outputs(model, {"input_ids": ids, "attention_mask": mask.long()})[0]
+    for row, own in enumerate(mask):
+        alone = outputs(model, {"input_ids": ids[row : row + 1, own]})[0][0]
+        torch.testing.assert_close(states[row, own], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_are_computed_again_for_the_gradient_drop_what_they_dropped() -> None:
+    model = lowbit.set_length(model_of("BertForSequenceClassification"), CONFIGS["ratios"]).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = model(**batch(), labels=torch.tensor([0, 1, 2])).loss
+    lowbit.set_length(model, None)
+    loss.backward()
 
 
 PIPELINES = {

@@ -61,7 +61,7 @@ def _with_bias(scores, bias_ptr, head, row, column, length, stride_head, stride_
     return scores + bias.to(tl.float32) * 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "blocks"])
 def _query_gradient_kernel(
     grad_out_ptr, query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, bias_ptr, cu_seqlens_ptr,
     grad_query_ptr, delta_ptr, scale_ptr, zero_ptr, T, H, blocks, scaling,
@@ -138,7 +138,7 @@ def _query_gradient_kernel(
     _store(grad_query_ptr, acc * scaling, start, row, length, H, head, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "blocks"])
 def _key_gradient_kernel(
     grad_out_ptr, query_ptr, key_ptr, value_ptr, lse_ptr, bias_ptr, cu_seqlens_ptr, delta_ptr, scale_ptr, zero_ptr,
     grad_key_ptr, grad_value_ptr, T, H, blocks, scaling,

@@ -59,6 +59,16 @@ class _StraightThrough(torch.autograd.Function):
 def _padded(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, own: torch.Tensor | None, mode: Mode
 ) -> _Results:
+    """`_padded_in_float32` whatever torch.autocast says, as the kernels do: it would round importance too."""
+    if not torch.is_autocast_enabled(query.device.type):
+        return _padded_in_float32(query, key, value, own, mode)
+    with torch.autocast(query.device.type, enabled=False):
+        return _padded_in_float32(query, key, value, own, mode)
+
+
+def _padded_in_float32(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, own: torch.Tensor | None, mode: Mode
+) -> _Results:
     """Sequences side by side, [b, S, H, D] to the same; `own` [b, S] says which tokens are real, None that all are.
 
     Not torch's scaled_dot_product_attention, which on the CPU makes 0 of a row whose scores are all NaN.
@@ -89,7 +99,7 @@ def _padded(
     importance = _received(probs, own, mode.importance)
     if mode.dropout_p:
         probs = torch.dropout(probs, mode.dropout_p, True)
-    if own is not None:
+    if own is not None and mode.bits is not None:
         # Keys that are not real meet values of 0; they take a probability that is in the row's range already.
         probs = stored(torch.where(hidden == 0, probs, probs.amax(-1, keepdim=True)))
         v = torch.where(hidden.transpose(2, 3) == 0, v, 0.0)
@@ -260,7 +270,7 @@ def check_arguments(
     importance: str | None,
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    """What `attention` and `attention_eager` accept."""
+    """What `attention` and `attention_eager` accept, of query and bias `dtypes`."""
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_tensor(name, tensor, dtypes, ndim=3)
         if tensor.shape != query.shape or tensor.dtype != query.dtype:
@@ -280,7 +290,7 @@ def check_arguments(
             f"cu_seqlens has {cu_seqlens.shape[0]} entries and max_seqlen={max_seqlen}, expected B + 1 and at least 0"
         )
     if bias is not None:
-        check_tensor("bias", bias, FLOATS, ndim=3)
+        check_tensor("bias", bias, dtypes, ndim=3)
         heads, rows, columns = bias.shape
         if heads not in (1, query.shape[1]) or rows != columns or rows < max_seqlen:
             raise ValueError(

@@ -27,7 +27,7 @@ import torch
 from .. import models
 from ..config import LengthConfig
 from ..nn import UnpaddedEncoder
-from ..unpadding import reads_first_token_only, set_length
+from ..unpadding import encoder_of, reads_first_token_only, set_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -226,11 +226,12 @@ def measure_latency(
         raise ValueError(f"points={list(points)}; accepted: at least one, each from 1 to seq_len - 1 = {seq_len - 1}")
     keeps = [(seq_len,) * layers, _stairs(seq_len, layers), *((n,) * layers for n in tokens)]
     configs = [LengthConfig(keep, unit="tokens", **fields) for keep in keeps]
-    before, training = getattr(model.config, "length_config", None), model.training
+    before, training = getattr(encoder_of(model), "lengths", None), model.training
     times: list[list[float]] = [[] for _ in configs]
     random = torch.Generator().manual_seed(0)
     input_ids = torch.randint(model.config.vocab_size, (batch_size, seq_len), generator=random).to(model.device)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    inputs["token_type_ids"] = torch.zeros_like(input_ids)
     model.eval()
     try:
         for _ in range(repeats):
@@ -239,7 +240,7 @@ def measure_latency(
                 _milliseconds(model, inputs)  # the first run after a change may prepare buffers or kernels
                 measured.append(_milliseconds(model, inputs))
     finally:
-        set_length(model, None if before is None else LengthConfig.from_dict(before))
+        set_length(model, before)
         model.train(training)
     shape = {"batch_size": batch_size, "seq_len": seq_len, "layers": layers}
     return _table(shape, _last_share(model), tokens, [statistics.median(measured) for measured in times])

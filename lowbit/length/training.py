@@ -138,6 +138,9 @@ class LengthDropTrainer(_LengthTrainer):
         self.length_drop = LengthDrop() if length_drop is None else length_drop
         self._full_logits: dict[str, torch.Tensor] = {}
         super().__init__(*args, **kwargs)
+        if self.length_drop.layer_drop and self.args.world_size > 1 and self.args.gradient_checkpointing:
+            raise ValueError("layer_drop leaves parameters unused, which DistributedDataParallel cannot follow through "
+                             "gradient checkpointing; set one of them off")  # fmt: skip
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         inputs = self._prepare_inputs(inputs)
@@ -145,7 +148,12 @@ class LengthDropTrainer(_LengthTrainer):
         encoder = unpadded_encoder(student)
         subs = self._sub_lengths(encoder)
         # Gradients meet other ranks' once, in the last backward pass.
-        with _unsynchronized(self, model, bool(subs)), _run_with(encoder, None):
+        needs = any(objective.needs for objective in self.current_objectives())
+        # Without padding like the sub-models, unless states of every layer are compared.
+        whole = (
+            None if needs else dataclasses.replace(self._own(encoder), keep=(1.0,) * len(encoder.layer), unit="ratio")
+        )
+        with _unsynchronized(self, model, bool(subs)), _run_with(encoder, whole):
             total = super().training_step(model, dict(inputs), num_items_in_batch)
         full, divergences = self._full_logits, []
         for number, (lengths, skip) in enumerate(subs, 1):
@@ -173,9 +181,12 @@ class LengthDropTrainer(_LengthTrainer):
 
     def _sub_lengths(self, encoder: UnpaddedEncoder) -> list[tuple[LengthConfig, frozenset[int]]]:
         drawn = self.length_drop.draw(len(encoder.layer), self.state.global_step)
-        own = encoder.lengths or LengthConfig((1.0,))
+        own = self._own(encoder)
         least = max(own.min_tokens, 2)  # as published
         return [(dataclasses.replace(own, keep=keep, unit="ratio", min_tokens=least), skip) for keep, skip in drawn]
+
+    def _own(self, encoder: UnpaddedEncoder) -> LengthConfig:
+        return encoder.lengths or LengthConfig((1.0,))
 
     def _divergence(
         self, full: dict[str, torch.Tensor], sub: dict[str, torch.Tensor], student: PreTrainedModel, batch: Batch

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 NAME = "lowbit"
-UNPADDED = "lowbit_unpadded"  # of a model with a `PackedEncoder`, which wants the padding mask itself
+UNPADDED = "lowbit_unpadded"  # of a model with an `UnpaddedEncoder`, which wants the padding mask itself
 
 
 def attention_forward(
@@ -35,7 +35,7 @@ def attention_forward(
     Args:
         module: the self-attention module; its `quantizers` child, if any, quantizes the four operands.
         query, key, value: float [B, H, S, D].
-        attention_mask: additive float, or bool (True: seen) [B, 1, S, S], or None.
+        attention_mask: additive float, or bool (True: seen) [B, 1, S, S], or a padding mask [B, S], or None.
         output_scores: return the scaled scores before mask and softmax in place of the probabilities.
 
     Returns:
@@ -46,6 +46,9 @@ def attention_forward(
         scaling = query.shape[-1] ** -0.5
     if quantizers:
         query, key, value = quantizers["query"](query), quantizers["key"](key), quantizers["value"](value)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        # A padding mask as it came: of a model made from the configuration of one that wants it so (`UNPADDED`).
+        attention_mask = attention_mask[:, None, None, :].bool()
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     masked = scores
     if attention_mask is not None:

@@ -56,19 +56,45 @@ class UnpaddedEncoder(nn.Module):
         replaced_attention: the model's attention implementation before this encoder came.
     """
 
+    _replaced: tuple[str, ...] = ("run_attention_modules", "run_rest_modules")  # by `lowbit.compile`, `compile_for`
+
     def __init__(self, encoder: nn.Module, architecture: Architecture) -> None:
         super().__init__()
         layers: Any = encoder.get_submodule("layer")
         self.layer: Any = layers
         self._by_layer = [encoder]  # in a list: its parameters are ours already
+        self.config = encoder.config
         self.architecture = architecture
-        self.lengths: LengthConfig | None = None
+        self.lengths = None
         self.skip: frozenset[int] = frozenset()
         self.soft_mask: SoftMask | None = None
         self.replaced_attention: str | None = None
         # What `lowbit.compile` replaces: a layer is two parts, between them tokens are dropped.
         self.run_attention_modules: Callable[..., Any] = self._run_attention_modules
         self.run_rest_modules: Callable[..., torch.Tensor] = self._run_rest_modules
+
+    @property
+    def lengths(self) -> LengthConfig | None:
+        return self._lengths
+
+    @lengths.setter
+    def lengths(self, lengths: LengthConfig | None) -> None:
+        self._lengths = lengths
+        with torch.inference_mode(False):
+            keep = torch.tensor(() if lengths is None else lengths.keep, dtype=torch.float64)
+            device = next(self.layer.parameters()).device
+            # Their bits, which `.half()` leaves alone.
+            self.register_buffer("_keep_bits", keep.view(torch.int64).to(device), persistent=False)
+
+    def _plan(self, sequences: Sequences, num_tokens: int, first_token_only: bool) -> list[Keep | None]:
+        bits: Any = self._keep_bits
+        keep = bits.to(sequences.cu_seqlens.device).view(torch.float64)
+        return plan(self.lengths, len(self.layer), sequences, num_tokens, first_token_only, keep)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are not compiled, and have no graphs: what these hold on to is this encoder."""
+        parts = {name: getattr(self, f"_{name}") for name in self._replaced}
+        return {**self.__dict__, **parts}
 
     def compile_layers(self, **options: Any) -> None:
         """`torch.compile` the parts of a layer, the same code for all; options of `torch.compile`."""
@@ -111,7 +137,7 @@ class UnpaddedEncoder(nn.Module):
         tokens, sequences, places = without_padding(hidden_states, attention_mask)
         protected = None
         if protected_tokens is not None and self.lengths is not None:
-            protected = protected_tokens.bool().flatten()
+            protected = protected_tokens.bool().expand(hidden_states.shape[:2]).flatten()
             protected = protected if places is None else protected[places]
         if len(tokens):
             run = self._fast() if self._is_fast(hidden_states) else self._run_modules
@@ -134,9 +160,8 @@ class UnpaddedEncoder(nn.Module):
 
     def _obstacle(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
         """What of this call only the layers as they are can do."""
-        config = self._by_layer[0].config
         for name in ("output_attentions", "output_hidden_states", "output_scores"):
-            if kwargs.get(name, getattr(config, name, False)):
+            if kwargs.get(name, getattr(self.config, name, False)):
                 return f"{name}=True asks for the states of all tokens in every layer"
         if mask is not None and mask.dim() != 2:
             return f"an attention mask of shape {tuple(mask.shape)} is no padding mask [B, S]"
@@ -148,7 +173,7 @@ class UnpaddedEncoder(nn.Module):
         self, tokens: torch.Tensor, sequences: Sequences, first_token_only: bool, protected: torch.Tensor | None
     ) -> torch.Tensor:
         """All layers by their modules: tokens [T, H] -> [T, H]."""
-        steps = plan(self.lengths, len(self.layer), sequences, tokens.shape[0], first_token_only)
+        steps = self._plan(sequences, tokens.shape[0], first_token_only)
         survivors = Survivors(self._restores(first_token_only), sequences.host is not None)
         for number, (layer, keep) in enumerate(zip(self.layer, steps, strict=True)):
             if number in self.skip:
@@ -176,7 +201,7 @@ class UnpaddedEncoder(nn.Module):
         keep: Keep | None,
         protected: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Kept | None]:
-        importance = "all" if self.soft_mask is not None else self._importance(keep)
+        importance = "all" if self.soft_mask is not None else keep and keep.score
         context, received = self.run_attention_modules(layer, tokens, sequences, importance)
         heads: Any = layer.get_submodule(self.architecture.attention).num_attention_heads
         kept = factor = None
@@ -219,10 +244,6 @@ class UnpaddedEncoder(nn.Module):
         tokens = find(paths.ffn_norm)(find(paths.ffn_dropout)(find(paths.ffn_output)(inner)) + tokens)
         return tokens * factor if factor is not None and place == "ffn" else tokens
 
-    def _importance(self, keep: Keep | None) -> str | None:
-        """What `attention` calls the importance by which this layer drops tokens, if it needs any."""
-        return None if keep is None or keep.first_only or self.lengths is None else self.lengths.score
-
 
 class Product(NamedTuple):
     """Weights of linears that share an input: packed codes, scales, biases."""
@@ -262,6 +283,8 @@ class PackedEncoder(UnpaddedEncoder):
     Raises:
         ValueError: a configuration that does not run without padding (`check`).
     """
+
+    _replaced = (*UnpaddedEncoder._replaced, "run_attention", "run_rest", "run")
 
     def __init__(self, encoder: nn.Module, architecture: Architecture, config: LowbitConfig) -> None:
         super().__init__(encoder, architecture)
@@ -311,7 +334,7 @@ class PackedEncoder(UnpaddedEncoder):
         protected: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """All layers: tokens [T, H] -> [T, H]. Tokens after the last sequence belong to none and do not matter."""
-        steps = plan(self.lengths, len(self.layer), sequences, tokens.shape[0], first_token_only)
+        steps = self._plan(sequences, tokens.shape[0], first_token_only)
         survivors = Survivors(self._restores(first_token_only), sequences.host is not None)
         sequences = sequences._replace(host=None)  # a layer compiled with it would be compiled again without
         codes: Codes = quantize_per_token(tokens, self.bits, self.symmetric["linear"])
@@ -332,7 +355,7 @@ class PackedEncoder(UnpaddedEncoder):
     ) -> tuple[torch.Tensor, Codes, Kept | None]:
         """tokens [T, H] and their codes -> the same of the next layer, and what it keeps."""
         context, importance = self.run_attention(
-            weights.projections, codes, sequences, self._importance(keep), tokens.dtype
+            weights.projections, codes, sequences, keep and keep.score, tokens.dtype
         )
         kept = None
         if keep is not None:

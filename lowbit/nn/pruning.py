@@ -7,7 +7,6 @@ has to look at the importance first.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -25,7 +24,7 @@ class Keep(NamedTuple):
 
     sequences: Sequences | None  # None: decided by the threshold
     num_tokens: int  # in all; at least so many where only bounds are known
-    first_only: bool = False
+    score: str | None  # what `attention` calls the importance to choose by; None: the first token only
     threshold: float = 0.0
     min_tokens: int = 1
 
@@ -38,7 +37,12 @@ class Kept(NamedTuple):
 
 
 def plan(
-    config: LengthConfig | None, layers: int, sequences: Sequences, num_tokens: int, first_token_only: bool
+    config: LengthConfig | None,
+    layers: int,
+    sequences: Sequences,
+    num_tokens: int,
+    first_token_only: bool,
+    keep: torch.Tensor | None = None,
 ) -> list[Keep | None]:
     """For each layer what it keeps, None where nothing is dropped.
 
@@ -48,22 +52,27 @@ def plan(
         sequences: as they enter the first layer.
         num_tokens: that enter the first layer.
         first_token_only: only the first token of each sequence is read afterwards: the last layer drops the rest.
+        keep: `config.keep` as float64 on the device of `sequences`; None makes it, which a CUDA graph must not.
     """
     steps: list[Keep | None] = [None] * layers
     if config is not None and config.unit == "threshold":
-        steps = [Keep(None, 0, False, k, config.min_tokens) if k > 0 else None for k in config.keep]
+        steps = [Keep(None, 0, config.score, k, config.min_tokens) if k > 0 else None for k in config.keep]
     elif config is not None:
-        steps = _by_length(config, sequences, num_tokens)
+        steps = _by_length(config, sequences, num_tokens, keep)
     if first_token_only:
         batch = sequences.cu_seqlens.numel() - 1
         each = torch.arange(batch + 1, dtype=torch.int32, device=sequences.cu_seqlens.device)
-        steps[-1] = Keep(Sequences(each, 1), batch, first_only=True)
+        steps[-1] = Keep(Sequences(each, 1), batch, None)
     return steps
 
 
-def _by_length(config: LengthConfig, sequences: Sequences, num_tokens: int) -> list[Keep | None]:
+def _by_length(
+    config: LengthConfig, sequences: Sequences, num_tokens: int, keep: torch.Tensor | None
+) -> list[Keep | None]:
     cu_seqlens, longest, host = sequences
-    table = kept_cu_seqlens(cu_seqlens, _keep(config.keep, cu_seqlens.device), config.unit, config.min_tokens)
+    on_host = torch.tensor(config.keep, dtype=torch.float64)
+    keep = on_host.to(cu_seqlens.device) if keep is None else keep
+    table = kept_cu_seqlens(cu_seqlens, keep, config.unit, config.min_tokens)
     if host is None:
         batch = cu_seqlens.numel() - 1
         bounds = [_bounds(config, k, num_tokens, longest, batch) for k in config.keep]
@@ -71,14 +80,14 @@ def _by_length(config: LengthConfig, sequences: Sequences, num_tokens: int) -> l
         kept = [min(k, none_dropped) for k in config.keep]
         drops = [after < before for before, after in itertools.pairwise([none_dropped, *kept])]
     else:
-        on_host = table
+        known = table
         if table.device != host.device:
-            on_host = kept_cu_seqlens(host, _keep(config.keep, host.device), config.unit, config.min_tokens)
-        totals = on_host[:, -1].tolist()
-        bounds = list(zip(totals, on_host.diff().amax(1).tolist(), strict=True))
+            known = kept_cu_seqlens(host, on_host, config.unit, config.min_tokens)
+        totals = known[:, -1].tolist()
+        bounds = list(zip(totals, known.diff().amax(1).tolist(), strict=True))
         drops = [after < before for before, after in itertools.pairwise([num_tokens, *totals])]
     return [
-        Keep(Sequences(cu, longest), total) if dropped else None
+        Keep(Sequences(cu, longest), total, config.score) if dropped else None
         for cu, (total, longest), dropped in zip(table, bounds, drops, strict=True)
     ]
 
@@ -90,12 +99,6 @@ def _bounds(config: LengthConfig, keep: float, num_tokens: int, longest: int, ba
         return min(num_tokens, most), min(longest, max(math.ceil(keep * longest), config.min_tokens))
     most = max(int(keep), config.min_tokens)
     return min(num_tokens, batch * most), min(longest, most)
-
-
-@functools.lru_cache(maxsize=64)
-def _keep(keep: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(keep, dtype=torch.float64, device=device)
 
 
 def drop(
@@ -117,7 +120,7 @@ def drop(
         protected: bool [T] or None.
     """
     cu_seqlens, longest, _ = sequences
-    if keep.first_only:
+    if keep.score is None:
         assert keep.sequences is not None
         # An empty sequence gets some token; it has no place to be read from.
         return Kept(cu_seqlens[:-1].clamp(max=num_tokens - 1).long(), keep.sequences)
