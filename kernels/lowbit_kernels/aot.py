@@ -137,9 +137,12 @@ def compile_kernel(
 
 def _products(ttir: str, arch: int) -> tuple[str, ...]:
     """The instructions that the products in Triton's intermediate code should become."""
-    _, int8, floats = ARCHITECTURES[arch]
-    dots = re.findall(r"tt\.dot (.*) : tensor<\d+x\d+x(\w+)> \*", ttir)
-    found = {int8 if dtype == "i8" else floats for attributes, dtype in dots if dtype != "f32" or "tf32" in attributes}
+    dots = re.findall(r"tt\.dot (.*) : tensor<(\d+)x\d+x(\w+)> \*", ttir)
+    found = set()
+    for attributes, rows, dtype in dots:
+        _, int8, floats = ARCHITECTURES[arch if int(rows) >= 64 else 80]  # the later instructions take 64 rows
+        if dtype != "f32" or "tf32" in attributes:
+            found.add(int8 if dtype == "i8" else floats)
     return tuple(sorted(found | ({"IDP"} if "dp4a" in ttir else set())))
 
 

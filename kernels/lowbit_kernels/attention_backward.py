@@ -212,14 +212,13 @@ class Tile:
 
 
 def choose_tiles(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None) -> tuple[Tile, Tile]:
-    """The tiles of the two kernels for sequences up to `max_seqlen`; neither tuned nor measured.
-
-    None spills but float32 with bits and D=128, for which no tile was found that does not: it is slow, not wrong.
-    """
+    """The tiles of the two kernels for sequences up to `max_seqlen`; neither tuned nor measured. None spills."""
     if dtype == torch.float32:  # full float32 does without tensor cores, int8 takes 64 rows to a wgmma
         if bits is None:
             return Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)
-        return Tile(64, 16, 8, 2), Tile(16, 64, 8, 2)
+        if D == 128:  # more than 16 queries spill: the product with the values holds rows and columns whole
+            return Tile(16, 16, 8, 2), Tile(16, 64, 8, 2)
+        return Tile(64, 16, 8, 2), Tile(16, 64, 4, 2)
     small = D == 128 or max_seqlen <= 32
     return (
         Tile(64, 32 if small or (D <= 32 and bits is not None) else 64, 8, 2),
@@ -276,25 +275,26 @@ def launch(
 def aot_cases(arch: int) -> list[tuple]:
     """What `python -m lowbit_kernels.aot` compiles: (label, kernel, signature, constants, warps, stages)."""
     types = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
-    common = [(64, 128, torch.float16), (64, 128, torch.bfloat16), (64, 128, torch.float32), (64, 64, torch.float16)]
-    common += [(32, 32, torch.bfloat16), (32, 512, torch.float16)]
+    usual, full = (64, 128, torch.float16), (64, 128, torch.float32)
     rare = [(16, 128, torch.float16), (128, 512, torch.bfloat16), (128, 512, torch.float32)]
-    modes = [(*shape, *mode) for shape in common for mode in ((None, ()), (8, ("attention_probs",)))]
-    modes += [(*shape, *mode) for shape in rare for mode in ((None, ()), (4, SITES))]
-    modes.remove((128, 512, torch.float32, 4, SITES))  # see `choose_tiles`
+    none, probs = (None, ()), (8, ("attention_probs",))
+    modes = [(*shape, *mode, False) for shape in (usual, full) for mode in (none, probs)]
+    modes += [(*usual, *mode, True) for mode in (none, probs)] + [(32, 32, torch.bfloat16, *none, False)]
+    # The rare shapes take the longest code.
+    modes += [(*shape, *mode, True) for shape in rare for mode in (none, (4, SITES))]
     others = dict.fromkeys(("lse_ptr", "delta_ptr", "scale_ptr", "zero_ptr", "bias_ptr"), "*fp32")
     others |= {"cu_seqlens_ptr": "*i32", "T": "i32", "H": "i32", "blocks": "i32", "scaling": "fp32"}
     others |= dict.fromkeys((f"stride_{tensor}{axis}" for tensor in "gqkv" for axis in "th"), "i32:16")
     others |= dict.fromkeys(("stride_bh", "stride_bq", "stride_bk"), "i32")
     cases = []
-    for D, max_seqlen, dtype, bits, asymmetric in modes:
+    for D, max_seqlen, dtype, bits, asymmetric, has_bias in modes:
         tensors = ("grad_out", "query", "key", "value", "out", "grad_query", "grad_key", "grad_value")
         signature = dict.fromkeys((f"{tensor}_ptr" for tensor in tensors), types[dtype]) | others
         label = f"{types[dtype]} D={D} up to {max_seqlen}"
         if bits is not None:
             label += f", {bits} bits{' asymmetric' if asymmetric == SITES else ''}"
-        # The rare shapes take the longest code, with a bias.
-        flags = {"HAS_BIAS": (D, max_seqlen, dtype) in rare, "BITS": bits or 0, **_flags(asymmetric), "D": D}
+        label += ", bias" if has_bias else ""
+        flags = {"HAS_BIAS": has_bias, "BITS": bits or 0, **_flags(asymmetric), "D": D}
         tiles = choose_tiles(max_seqlen, D, dtype, bits)
         for name, kernel, tile in (
             ("query", _query_gradient_kernel, tiles[0]),

@@ -23,6 +23,7 @@ product instead of two or three. Every sum is that of one program in one order: 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -309,16 +310,18 @@ class Tile:
     num_stages: int
 
 
-def choose_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None) -> Tile:
+def choose_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None, has_bias: bool) -> Tile:
     """The tile for sequences up to `max_seqlen`; neither tuned nor measured.
 
-    None spills (but 16 bytes with Triton 3.6: float D=128 on sm_80 and 89, 8 bits D=32 on sm_100).
+    None spills (but 8 to 24 bytes with Triton 3.6: with a bias D=128 on sm_80 and 89 and float32 D=64 on sm_80; 8 bits
+    with D=32 on sm_100).
 
     Hopper's wgmma takes 64 rows or more; full float32 does without tensor cores and holds its operands in registers.
     """
     if dtype == torch.float32:
-        return Tile(32, 32, 8, 2) if bits is None else Tile(64, 16 if D == 128 else 32, 8, 2)
-    num_stages = 3 if bits is None else 2
+        return Tile(64, 16, 8, 2)
+    # Three stages of a float32 bias exceed the shared memory of sm_89.
+    num_stages = 3 if bits is None and not has_bias else 2
     if D == 128 or max_seqlen <= 32:
         return Tile(64, 32, 8, num_stages)
     return Tile(64 if max_seqlen <= 64 else 128, 64, 8, num_stages)
@@ -335,11 +338,10 @@ def choose_importance_tile(
         return Tile(32, 32, 8, 2)
     if D == 128 or max_seqlen <= 32:
         return Tile(32, 64, 4 if bits is None else 8, 2)
-    if (
-        bits is None and not has_bias
-    ):  # many queries a step, few warps: what is computed once a query is shared by more keys a thread
+    if bits is None and not has_bias:
+        # Many queries a step, few warps: what is computed once a query is shared by more keys a thread.
         return Tile(64 if max_seqlen <= 64 else 128, 64, 4, 2)
-    return Tile(64, 64 if max_seqlen <= 64 else 128, 8, 2)
+    return Tile(64, 64 if max_seqlen <= 64 or has_bias else 128, 8, 2)
 
 
 def launch(
@@ -364,7 +366,7 @@ def launch(
     cu_seqlens = cu_seqlens.contiguous()
     if importance is not None and not return_lse:
         lse = query.new_empty(H, T, dtype=torch.float32)
-    tile = choose_tile(max_seqlen, D, query.dtype, bits)
+    tile = choose_tile(max_seqlen, D, query.dtype, bits, bias is not None)
     blocks = triton.cdiv(max_seqlen, tile.block_m)
     scaling *= math.log2(math.e)
     bias_strides = (0, 0, 0) if bias is None else (bias.stride(0) if bias.shape[0] > 1 else 0, *bias.stride()[1:])
@@ -408,11 +410,11 @@ def aot_cases(arch: int) -> list[tuple]:
     bias_strides = {"stride_bh": "i32:16", "stride_bi": "i32", "stride_bj": "i32"}
     others = {"cu_seqlens_ptr": "*i32", "lse_ptr": "*fp32", "partial_ptr": "*fp32", "bias_ptr": "*fp32"}
     others |= {"T": "i32", "H": "i32", "blocks": "i32", "scaling": "fp32", **strides, **bias_strides}
-    common = [(64, 128, torch.float16), (64, 128, torch.bfloat16), (64, 128, torch.float32), (64, 64, torch.float16)]
-    common += [(32, 32, torch.bfloat16), (32, 512, torch.float16)]
-    rare = [(16, 128, torch.float16), (128, 512, torch.bfloat16), (128, 512, torch.float32)]
-    modes = [(*shape, *mode) for shape in common for mode in ((None, ()), (8, ("attention_probs",)))]
-    modes += [(*shape, *mode) for shape in rare for mode in ((None, ()), (4, SITES))]
+    # Every kernel with the shapes that are common, where flags make the code longest, and every tile of the choosers.
+    usual, short, full = (64, 128, torch.float16), (64, 64, torch.float16), (64, 128, torch.float32)
+    widest, widest_full = (128, 512, torch.bfloat16), (128, 512, torch.float32)
+    narrow, narrow_short = (16, 128, torch.float16), (32, 32, torch.bfloat16)
+    rare = (widest, widest_full, narrow)
     cases: list[tuple] = []
 
     def add(label: str, kernel: Any, tile: Tile, **constants: Any) -> None:
@@ -422,27 +424,31 @@ def aot_cases(arch: int) -> list[tuple]:
 
     tensors = ("query_ptr", "key_ptr", "value_ptr", "out_ptr")
     known = (*tensors, *others)
-    for D, max_seqlen, dtype, bits, asymmetric in modes:
+    for shape, quantizes in itertools.product((usual, short, full, *rare, narrow_short), (False, True)):
+        D, max_seqlen, dtype = shape
         floats = types[dtype]
+        bits, asymmetric = (None, ()) if not quantizes else (4, SITES) if shape in rare else (8, ("attention_probs",))
         label = f"{floats} D={D} up to {max_seqlen}"
         if bits is not None:
             label += f", {bits} bits{' asymmetric' if asymmetric == SITES else ''}"
         kernel = _attention_kernel if bits is None else _quantized_attention_kernel
-        flags = {} if bits is None else {"BITS": bits, **_flags(asymmetric)}
-        some = D == 128 or (D, max_seqlen) == (64, 128)  # the largest and the most usual
-        tile = choose_tile(max_seqlen, D, dtype, bits)
-        add(f"attention {label}", kernel, tile, **flags, HAS_BIAS=False, STORE_LSE=False)
-        if some:
-            add(f"attention {label}, lse", kernel, tile, **flags, HAS_BIAS=False, STORE_LSE=True)
+        flags: dict[str, Any] = {} if bits is None else {"BITS": bits, **_flags(asymmetric)}
+        if shape in (usual, short, narrow, narrow_short):
+            tile = choose_tile(max_seqlen, D, dtype, bits, False)
+            add(f"attention {label}", kernel, tile, **flags, HAS_BIAS=False, STORE_LSE=False)
+        if shape in (usual, full, widest, widest_full):
+            tile = choose_tile(max_seqlen, D, dtype, bits, True)
             add(f"attention {label}, lse, bias", kernel, tile, **flags, HAS_BIAS=True, STORE_LSE=True)
         flags = {"BITS": bits, "SYMMETRIC_QUERY": "query" not in asymmetric, "SYMMETRIC_KEY": "key" not in asymmetric}
-        tile = choose_importance_tile(max_seqlen, D, dtype, bits, "all", False)
-        add(f"importance {label}", _importance_kernel, tile, **flags, HAS_BIAS=False, CLS=False)
-        if some:
+        if shape in (usual, short, narrow_short):
+            tile = choose_importance_tile(max_seqlen, D, dtype, bits, "all", False)
+            add(f"importance {label}", _importance_kernel, tile, **flags, HAS_BIAS=False, CLS=False)
+        if shape in (usual, full, widest, widest_full):
             tile = choose_importance_tile(max_seqlen, D, dtype, bits, "all", True)
             add(f"importance {label}, bias", _importance_kernel, tile, **flags, HAS_BIAS=True, CLS=False)
-            tile = choose_importance_tile(max_seqlen, D, dtype, bits, "cls", False)
-            add(f"importance {label}, cls", _importance_kernel, tile, **flags, HAS_BIAS=False, CLS=True)
+        if shape in (usual, widest, widest_full):
+            tile = choose_importance_tile(max_seqlen, D, dtype, bits, "cls", True)
+            add(f"importance {label}, bias, cls", _importance_kernel, tile, **flags, HAS_BIAS=True, CLS=True)
     signature = {"partial_ptr": "*fp32", "cu_seqlens_ptr": "*i32", "out_ptr": "*fp32"}
     signature |= dict.fromkeys(("T", "H", "sequences"), "i32")
     return [*cases, ("importance summed over heads", _sum_heads_kernel, signature, {"BLOCK": 256}, 4, 1)]
