@@ -313,7 +313,7 @@ class Tile:
 def choose_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None, has_bias: bool) -> Tile:
     """The tile for sequences up to `max_seqlen`; neither tuned nor measured.
 
-    None spills (but 8 to 24 bytes with Triton 3.6: bias with D=128 on sm_80 and 89 and with float32 D=64 on sm_80; 8 bits
+    None spills (but 8 to 24 bytes with Triton 3.6: with a bias D=128 on sm_80 and 89 and float32 D=64 on sm_80; 8 bits
     with D=32 on sm_100).
 
     Hopper's wgmma takes 64 rows or more; full float32 does without tensor cores and holds its operands in registers.
@@ -432,7 +432,7 @@ def aot_cases(arch: int) -> list[tuple]:
         if bits is not None:
             label += f", {bits} bits{' asymmetric' if asymmetric == SITES else ''}"
         kernel = _attention_kernel if bits is None else _quantized_attention_kernel
-        flags = {} if bits is None else {"BITS": bits, **_flags(asymmetric)}
+        flags: dict[str, Any] = {} if bits is None else {"BITS": bits, **_flags(asymmetric)}
         if shape in (usual, short, narrow, narrow_short):
             tile = choose_tile(max_seqlen, D, dtype, bits, False)
             add(f"attention {label}", kernel, tile, **flags, HAS_BIAS=False, STORE_LSE=False)
