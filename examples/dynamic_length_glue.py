@@ -7,6 +7,9 @@ distilled to 2-2-8 first, and what is searched and measured is packed and fused.
 example:
   python examples/dynamic_length_glue.py --task sst2 --data_dir DIR --output_dir runs/length --max_train_samples 40000
 
+The search scores on --search_samples training examples of 9 tokens or more that training does not get and that are not
+among what it gets (parts of them may be: SST-2 trains on phrases). It never sees the validation examples.
+
 Finished stages in --output_dir are not repeated; an interrupted one goes on from its last checkpoint, the search from
 its last evaluation: to resume, run the same command again.
 """
@@ -16,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from _common import GlueOptions, evaluate, fine_tune, load_teacher, parse
+from _common import GlueOptions, Run, evaluate, fine_tune, load_teacher, parse
 from _lengths import LengthOptions, adaptive_stages, compare, search
 from ternarybert_glue import open_run
 
@@ -26,11 +29,21 @@ class LengthGlueOptions(LengthOptions, GlueOptions):
     """Options of this example."""
 
 
+def set_apart(run: Run, count: int) -> None:
+    """Split `run.data["train"]`: its last `4 * count` examples are not trained on, and of these come those to search on."""
+    train = run.data["train"]
+    begin = max(len(train) - 4 * count, len(train) // 2)
+    known = {tuple(ids) for ids in train.select(range(begin))["input_ids"]}
+    ids = train["input_ids"]
+    chosen = [i for i in range(begin, len(train)) if len(ids[i]) >= 9 and tuple(ids[i]) not in known]
+    if not chosen:
+        raise SystemExit("no training example is fit to search lengths on; use more of them (--max_train_samples)")
+    run.data["train"], run.data["search"] = train.select(range(begin)), train.select(chosen[:count])
+
+
 def main(options: LengthGlueOptions) -> None:
     run = open_run(options)
-    train = run.data["train"]
-    count = max(len(train) - options.search_samples, 1)
-    run.data["train"], run.data["search"] = train.select(range(count)), train.select(range(count, len(train)))
+    set_apart(run, options.search_samples)
 
     def teacher_stage() -> object:
         model, _ = load_teacher(options, run.task)

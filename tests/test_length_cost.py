@@ -283,7 +283,7 @@ def test_last_share_is_the_weights_behind_the_drop() -> None:
 
 def test_measured_model_gets_its_own_configuration_back(monkeypatch: pytest.MonkeyPatch) -> None:
     simulated = Simulated(monkeypatch, "BertForQuestionAnswering", 2)
-    own = LengthConfig((1, 0.5), restore=False)
+    own = LengthConfig((1, 0.5), restore=True)
     lowbit.set_length(simulated.model, own)
     measure_latency(simulated.model, 1, 16, points=[4], repeats=1)
     assert simulated.configs[-1] == own

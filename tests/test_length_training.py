@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -218,7 +219,8 @@ def test_the_forwards_of_a_step(tmp_path: Path) -> None:
     expected = []
     for step in (0, 1):
         subs = [(LengthConfig(keep, min_tokens=3), skip, False) for keep, skip in drop.draw(LAYERS, step)]
-        expected += 2 * [(None, frozenset(), True), *subs]
+        whole = dataclasses.replace(OWN, keep=(1.0,) * LAYERS, unit="ratio")  # without padding, as it will be used
+        expected += 2 * [(whole, frozenset(), True), *subs]
     assert seen == expected
     assert any(skip for _, skip, _ in seen)
 
@@ -229,7 +231,7 @@ def test_sub_models_choose_tokens_as_the_model_itself_will(tmp_path: Path) -> No
     model.register_forward_pre_hook(lambda *_: seen.append(encoder(model).lengths))
     data = [{**row, "token_type_ids": torch.arange(9) // 5} for row in dataset()]
     drop_trainer(tmp_path, model, data, LengthDrop(sub_models=1), arguments={"max_steps": 1}).train()
-    assert seen[0] is None
+    assert seen[0].keep == (1.0,) * LAYERS
     assert (seen[1].score, seen[1].protect, seen[1].unit, seen[1].min_tokens) == ("cls", ("first_segment",), "ratio", 2)
 
 
@@ -274,7 +276,7 @@ def test_the_model_is_as_before_also_after_a_failure(tmp_path: Path, own: Length
     with pytest.raises(RuntimeError, match="out of memory"):
         drop_trainer(tmp_path, model, dataset(), LengthDrop()).train()
     hook.remove()
-    assert calls[0] is None and calls[1] is not None  # it failed in a sub-model
+    assert calls[0].keep == (1.0,) * LAYERS and min(calls[2].keep) < 1  # it failed in a sub-model
     assert type(encoder(model)) is kind and model.config._attn_implementation == attention
     assert getattr(encoder(model), "lengths", None) == own
     assert torch.equal(outputs(model.eval(), inputs)[0], before)
