@@ -30,7 +30,7 @@ class LengthGlueOptions(LengthOptions, GlueOptions):
 
 
 def set_apart(run: Run, count: int) -> None:
-    """Split `run.data["train"]`: its last `4 * count` examples are not trained on, and of these come those to search on."""
+    """Split `run.data["train"]`: its last `4 * count` examples are not trained on; of these some are searched on."""
     train = run.data["train"]
     begin = max(len(train) - 4 * count, len(train) // 2)
     known = {tuple(ids) for ids in train.select(range(begin))["input_ids"]}
