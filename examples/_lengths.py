@@ -15,7 +15,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 
 import lowbit
 from _common import Run, arguments, common, distil, table, train
-from lowbit.length import Front, macs, search_lengths
+from lowbit.length import Front, LatencyTable, macs, measure_latency, search_lengths
 
 BUDGETS = ("1.5x", "2x", "3x")
 
@@ -35,6 +35,9 @@ class LengthOptions:
         default=1000, metadata={"help": "training examples set apart, that the search scores on"}
     )
     iterations: int = field(default=5, metadata={"help": "of the search, of 10 mutations and 10 crossovers each"})
+    cost: str = field(
+        default="macs", metadata={"help": "what the search saves: macs, or latency by a table that it measures first"}
+    )
     score: str = field(default="all", metadata={"help": "importance: attention from all queries, or from [CLS] (cls)"})
     ternary: bool = field(default=False, metadata={"help": "quantize to 2-2-8 before LengthDrop, and pack"})
 
@@ -84,7 +87,7 @@ def search(
     lengths: Sequence[int],
     **fields: Any,
 ) -> Front:
-    """The Pareto front of a metric over multiply-accumulates on the examples set apart; resumes from its store.
+    """The Pareto front of a metric over cost on the examples set apart; resumes from its store.
 
     Args:
         name: of the stage that `model` is.
@@ -93,6 +96,8 @@ def search(
         **fields: of every `LengthConfig`.
     """
 
+    cost, unit = cost_of(run, name, model, lengths)
+
     def evaluate(config: lowbit.LengthConfig) -> float:
         lowbit.set_length(model, config)
         return metric(model)
@@ -100,8 +105,8 @@ def search(
     front = search_lengths(
         model,
         evaluate,
-        cost=lambda config: macs(model, config, lengths),
-        cost_unit="MACs",
+        cost=cost,
+        cost_unit=unit,
         population=10,
         iterations=run.options.iterations,
         mutations=10,
@@ -112,11 +117,26 @@ def search(
         **fields,
     )
     lowbit.set_length(model, None)
-    # Budgets count what the last layer saves where only the first token is read.
-    front = dataclasses.replace(front, full_cost=macs(model, None, lengths, first_token_only=False))
+    if run.options.cost == "macs":
+        # Budgets count what the last layer saves where only the first token is read.
+        front = dataclasses.replace(front, full_cost=macs(model, None, lengths, first_token_only=False))
     front.save(run.folder / "front.json")
     front.plot(run.folder / "front.png")
     return front
+
+
+def cost_of(
+    run: Run, name: str, model: PreTrainedModel, lengths: Sequence[int]
+) -> tuple[Callable[[lowbit.LengthConfig], float], str]:
+    """What a configuration costs, and in what: multiply-accumulates, or milliseconds of a batch of 8 by a table."""
+    if run.options.cost == "macs":
+        return lambda config: macs(model, config, lengths), "MACs"
+    if run.options.cost != "latency":
+        raise SystemExit(f"--cost {run.options.cost}: accepted are macs and latency")
+    path = run.folder / f"latency-{name}.json"
+    if not path.is_file():  # measured once: a search that is resumed needs the same costs
+        measure_latency(model, 8, round(statistics.mean(lengths)), score=run.options.score).save(path)
+    return LatencyTable.load(path).latency, "ms"
 
 
 def compare(

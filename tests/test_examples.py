@@ -87,16 +87,21 @@ def test_binarybert_runs(method: str, setup: tuple[Path, Path], tmp_path: Path) 
     assert (config["weight_bits"], config["stage"], config["split"]) == (1, "packed", method == "tws")
 
 
-@pytest.mark.parametrize("extra", [["--ternary", "True"], ["--length_steps", "0", "--score", "cls"]])
+@pytest.mark.parametrize(
+    "extra", [["--ternary", "True"], ["--length_steps", "0", "--score", "cls", "--cost", "latency"]]
+)
 def test_dynamic_length_runs(extra: list[str], setup: tuple[Path, Path], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     steps = ["--length_steps", "2", "--search_samples", "16", "--iterations", "1"]
     text = run("dynamic_length_glue.py", *options(setup, tmp_path), *steps, *extra)
-    assert "2x fewer" in text and "all tokens" in text
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["2x fewer"]["gmacs"] < 0.51 * results["all tokens"]["gmacs"]
+    assert "all tokens" in text
     front = Front.load(tmp_path / "front.json")
-    assert front.for_budget("1.5x").score == ("cls" if "cls" in extra else "all")
+    if "latency" in extra:  # of random times there may be no front
+        assert front.cost_unit == "ms" and front.points[0].config.score == "cls"
+    else:
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert results["2x fewer"]["gmacs"] < 0.51 * results["without lengths"]["gmacs"]
+        assert front.for_budget("1.5x").score == "all"
     assert (tmp_path / "front.png").stat().st_size > 1000
 
 
