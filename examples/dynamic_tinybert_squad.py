@@ -65,8 +65,9 @@ def open_run(options: SquadOptions) -> Run:
         raise SystemExit(f"--layers {options.layers} does not divide the teacher's {config.num_hidden_layers} layers")
     questions = load_squad(options.data_dir)
     train = evenly(questions["train"], options.max_train_samples)
-    apart = train.select(range(max(len(train) - options.search_samples, 0), len(train)))  # of the last articles
-    train = train.select(range(len(train) - len(apart)))
+    begin = max(len(train) - options.search_samples, len(train) // 2)
+    apart = train.select(range(begin, len(train)))  # of the last articles
+    train = train.select(range(begin))
     validation = evenly(questions["validation"], options.max_eval_samples)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     data = {
