@@ -15,6 +15,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ._files import write_text
+
 FORMAT_VERSION = 2  # of ternary weights in files: 1 had 2 bits each, 2 has 1.6
 
 # (field, accepted values); None means "left in float".
@@ -278,7 +280,7 @@ class Front:
         values = {
             "full_cost": self.full_cost, "full_score": self.full_score, "cost_unit": self.cost_unit, "points": points
         }  # fmt: skip
-        Path(path).write_text(json.dumps(values, indent=1) + "\n")
+        write_text(path, json.dumps(values, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Front:

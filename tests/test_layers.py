@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 # module -> lowbit modules it may import (docs/architecture.md)
 BELOW = {
     "errors": set(),
-    "config": set(),
+    "_files": set(),
+    "config": {"_files"},
     "models": set(),
     "sentiment": set(),
     "info": set(),
@@ -26,7 +27,7 @@ BELOW = {
     "slimming": {"config", "models", "hf"},
     "compiling": {"models", "nn"},
     "graphs": {"models", "nn", "unpadding"},
-    "length": {"config", "distill", "models", "nn", "unpadding"},
+    "length": {"_files", "config", "distill", "models", "nn", "unpadding"},
     "distill": {"nn", "config", "models", "unpadding"},
     "_plugin": {"hf", "nn"},
     "__init__": None,  # names everything

@@ -303,3 +303,18 @@ def test_plot_without_matplotlib_says_what_to_install(tmp_path: Path, monkeypatc
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         front().plot(tmp_path / "front.png")
+
+
+def test_a_front_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    front = Front((FrontPoint(LengthConfig((0.5,)), 1.0, 90.0),), 2.0, 91.0, "ms")
+    front.save(tmp_path / "front.json")
+
+    def full_disk(self: Path, text: str) -> None:
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        Front((), 3.0, 91.0, "ms").save(tmp_path / "front.json")
+    assert Front.load(tmp_path / "front.json") == front

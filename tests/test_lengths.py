@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
 import shutil
 from typing import Any
@@ -384,13 +383,11 @@ def test_lengths_of_a_float_checkpoint_are_not_in_force_until_they_are_set(tmp_p
     assert torch.equal(outputs(again, inputs)[0], expected)
 
 
-def test_ratios_survive_half_precision_and_other_lengths() -> None:
-    model, inputs = lowbit.set_length(model_of(), lowbit.LengthConfig((0.7,) * LAYERS)), batch("BertModel")
-    before = outputs(model, inputs)[0]
-    zeros = (lowbit.set_length(model, dataclasses.replace(lowbit.LengthConfig((0.7,) * LAYERS), restore=False)), inputs)
-    kept = (outputs(*zeros)[0] != 0).any(-1)
-    half = (outputs(model.bfloat16().float(), inputs)[0] != 0).any(-1)
-    assert torch.equal(kept.sum(1), half.sum(1)) and before.any()
+def test_ratios_survive_half_precision() -> None:
+    """0.7 as float16 is 0.7002, by which a sentence of 10 tokens would keep 8."""
+    model = lowbit.set_length(model_of(), lowbit.LengthConfig((0.7,) * LAYERS, restore=False))
+    states = outputs(model.half().float(), {"input_ids": torch.randint(1, 101, (2, 10))})[0]
+    assert (states != 0).any(-1).sum(1).tolist() == [7, 7]
 
 
 def test_copies_of_compiled_models_are_not_compiled() -> None:

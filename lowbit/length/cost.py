@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .. import models
+from .._files import write_text
 from ..config import LengthConfig
 from ..nn import UnpaddedEncoder
 from ..unpadding import encoder_of, reads_first_token_only, set_length
@@ -177,7 +178,7 @@ class LatencyTable:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a JSON file."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+        write_text(path, json.dumps(dataclasses.asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> LatencyTable:

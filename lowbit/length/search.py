@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 from collections.abc import Callable
 from os import PathLike
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from .. import models
+from .._files import write_text
 from ..config import Front, FrontPoint, LengthConfig
 from ..unpadding import reads_first_token_only
 
@@ -257,6 +257,4 @@ class _Store:
         if self.path is None:
             return
         scores = {" ".join(map(str, gene)): score for gene, score in self.scores.items()}
-        aside = self.path.with_name(f".{self.path.name}.tmp")
-        aside.write_text(json.dumps({"settings": self.settings, "scores": scores}, indent=1))
-        os.replace(aside, self.path)
+        write_text(self.path, json.dumps({"settings": self.settings, "scores": scores}, indent=1))

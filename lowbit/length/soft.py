@@ -11,6 +11,7 @@ The first token of a sequence is never dropped, so its factor is 1 in both.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ..config import LengthConfig
 from ..nn.sequences import Sequences
 
 
-class SoftLengths(nn.Module):
+class SoftLengths(nn.Module, ABC):
     """What both have in common; a `lowbit.nn.encoder.SoftMask`.
 
     While a model trains this is a module of its encoder, so that devices, gradients and other ranks take care of its
@@ -43,16 +44,16 @@ class SoftLengths(nn.Module):
                 raise ValueError(f"{name}: {option}={value}; accepted: 0 or above")
         self.layers, self.weight, self.learning_rate = layers, weight, learning_rate
 
+    @abstractmethod
     def penalty(self) -> torch.Tensor:
         """What the loss gets for tokens kept in the last forward pass: a scalar, differentiable."""
-        raise NotImplementedError
 
     def clip_(self) -> None:
         """Bring the parameters back to where they may be; called after every optimizer step."""
 
+    @abstractmethod
     def length_config(self) -> LengthConfig:
         """What has been learned, for `lowbit.set_length`."""
-        raise NotImplementedError
 
     def _save_to_state_dict(self, *args: Any) -> None:
         pass

@@ -131,7 +131,8 @@ class LengthDropTrainer(_LengthTrainer):
     of them divided. At most one graph is in memory at a time.
 
     Raises:
-        ValueError: as `DistillationTrainer`; DeepSpeed, FSDP or DataParallel.
+        ValueError: as `DistillationTrainer`; DeepSpeed, FSDP or DataParallel; `layer_drop` with gradient checkpointing
+            on several ranks.
     """
 
     def __init__(self, *args: Any, length_drop: LengthDrop | None = None, **kwargs: Any) -> None:
@@ -147,12 +148,12 @@ class LengthDropTrainer(_LengthTrainer):
         student = self.accelerator.unwrap_model(model)
         encoder = unpadded_encoder(student)
         subs = self._sub_lengths(encoder)
-        # Gradients meet other ranks' once, in the last backward pass.
         needs = any(objective.needs for objective in self.current_objectives())
         # Without padding like the sub-models, unless states of every layer are compared.
         whole = (
             None if needs else dataclasses.replace(self._own(encoder), keep=(1.0,) * len(encoder.layer), unit="ratio")
         )
+        # Gradients meet other ranks' once, in the last backward pass.
         with _unsynchronized(self, model, bool(subs)), _run_with(encoder, whole):
             total = super().training_step(model, dict(inputs), num_items_in_batch)
         full, divergences = self._full_logits, []

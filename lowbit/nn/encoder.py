@@ -132,7 +132,8 @@ class UnpaddedEncoder(nn.Module):
             raise ValueError(
                 f"{obstacle}, which a model that drops tokens cannot give; lowbit.set_length(model, None) keeps all"
             )
-        if obstacle or not (drops or self._is_fast(hidden_states)):
+        fast = self._fast(hidden_states)
+        if obstacle or not (drops or fast):
             return self._by_layer[0](hidden_states, additive(attention_mask, hidden_states.dtype), **kwargs)
         tokens, sequences, places = without_padding(hidden_states, attention_mask)
         protected = None
@@ -140,9 +141,7 @@ class UnpaddedEncoder(nn.Module):
             protected = protected_tokens.bool().expand(hidden_states.shape[:2]).flatten()
             protected = protected if places is None else protected[places]
         if len(tokens):
-            run = self._fast() if self._is_fast(hidden_states) else self._run_modules
-            # What is not read need not be restored, nor computed in the last layer.
-            tokens = run(tokens, sequences, first_token_only, protected)
+            tokens = (fast or self._run_modules)(tokens, sequences, first_token_only, protected)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=with_padding(tokens, places, hidden_states.shape)
         )
@@ -151,12 +150,9 @@ class UnpaddedEncoder(nn.Module):
         # Each layer that drops tokens has a shape of its own: compiled for each, they would soon be too many.
         return options if self.lengths is None else {"dynamic": True, **options}
 
-    def _is_fast(self, hidden_states: torch.Tensor) -> bool:
-        """Whether `_fast` can run them."""
-        return False
-
-    def _fast(self) -> Callable[..., torch.Tensor]:
-        raise NotImplementedError
+    def _fast(self, hidden_states: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+        """What runs all layers faster than their modules, where there is such a thing and it can take this call."""
+        return None
 
     def _obstacle(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
         """What of this call only the layers as they are can do."""
@@ -311,9 +307,9 @@ class PackedEncoder(UnpaddedEncoder):
         self.run_attention = torch.compile(self._run_attention, **options)
         self.run_rest = torch.compile(self._run_rest, **options)
 
-    def _is_fast(self, hidden_states: torch.Tensor) -> bool:
+    def _fast(self, hidden_states: torch.Tensor) -> Callable[..., torch.Tensor] | None:
         norms = [layer.get_parameter(self._norm) for layer in self.layer]
-        return not (
+        needs_modules = (
             self.training
             or self.soft_mask is not None
             or (torch.is_grad_enabled() and any(p.requires_grad for p in (hidden_states, *self.layer.parameters())))
@@ -323,8 +319,7 @@ class PackedEncoder(UnpaddedEncoder):
             or any(norm.device != hidden_states.device for norm in norms)
         )
 
-    def _fast(self) -> Callable[..., torch.Tensor]:
-        return self.run
+        return None if needs_modules else self.run
 
     def _run(
         self,
