@@ -75,8 +75,8 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     hf.own_config(model)
     if not drops and hasattr(model.config, "length_config"):
         del model.config.length_config  # of a float checkpoint: the lengths were never set on this model
-    _swap(model, modules)
     _set_attention(model, config)
+    _swap(model, modules)
     _tell(model, modules)
     return hf.attach(model, config)
 
@@ -341,11 +341,18 @@ def _set_attention(model: PreTrainedModel, config: LowbitConfig) -> None:
     """Give attention that can be quantized its quantizers, if any, and its implementation."""
     if not models.has_plain_attention(model):
         return
+    name = attention_implementation(model)
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:  # transformers only warns
+        raise ValueError(
+            f"transformers cannot set the attention of {type(model).__name__}: its module has to call "
+            "ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward). To leave it in float, "
+            f"give lowbit.models.ARCHITECTURES[{model.config.model_type!r}] own_attention=True"
+        )
     for _, layer in models.layers(model):
         quantizers = attention_quantizers(config)
         if quantizers is not None:
             layer.get_submodule(models.describe(model).attention).quantizers = quantizers
-    model.set_attn_implementation(attention_implementation(model))
 
 
 def _fuse_linears(model: PreTrainedModel) -> None:

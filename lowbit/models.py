@@ -49,8 +49,10 @@ class Architecture:
     Attributes:
         layers: list of the layers, in the base model; its parent runs them and calls the list `layer`.
         word_embeddings: in the base model.
-        attention: in a layer; the module that calls transformers' attention interface. It has `attention_head_size`
-            and a `torch.nn.Dropout` called `dropout`; its `scaling`, if it has one, multiplies the scores.
+        attention: in a layer; the module that calls transformers' attention interface, as all of transformers does,
+            through `ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)`. It has
+            `attention_head_size` and a `torch.nn.Dropout` called `dropout`; its `scaling`, if it has one, multiplies
+            the scores.
         projections: query, key and value, in a layer, in the order in which they are called.
         attention_output, attention_norm: in a layer.
         ffn_input, ffn_activation, ffn_output, ffn_norm: in a layer; the activation is a module too.
