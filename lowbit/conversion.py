@@ -154,15 +154,15 @@ def split(model: PreTrainedModel) -> PreTrainedModel:
 
 def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     """Give a freshly constructed model (usually on the meta device) the modules of a checkpoint with `config`."""
-    if config.num_attention_heads is not None:
-        from .slimming import resize
-
-        resize(model, config.num_attention_heads, models.intermediate_size(model))
     if config.quantize_attention and config.stage != "float" and not models.has_plain_attention(model):
         raise CheckpointError(
             f"the checkpoint was saved with lowbit.models.ARCHITECTURES[{model.config.model_type!r}], an entry that is "
             "not there now; add it before loading"
         )
+    if config.num_attention_heads is not None:
+        from .slimming import resize
+
+        resize(model, config.num_attention_heads, models.intermediate_size(model))
     if config.stage == "float":
         return
     if config.stage == "prepared":
