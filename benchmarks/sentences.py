@@ -33,9 +33,7 @@ from . import cpu, results
 # What is measured right after quantization.
 CONFIGS = {
     "8-bit embeddings, rest float": lowbit.LowbitConfig(weight_bits=None, embedding_bits=8, activation_bits=None),
-    "ternary linears, float activations, 8-bit embeddings": lowbit.TernaryConfig(
-        embedding_bits=8, activation_bits=None
-    ),
+    "ternary 2-8-32 (float activations)": lowbit.TernaryConfig(embedding_bits=8, activation_bits=None),
     "ternary 2-8-8": lowbit.TernaryConfig(embedding_bits=8),
     "ternary 2-2-8": lowbit.TernaryConfig(),
 }
@@ -68,9 +66,8 @@ def embed(model: Any, tokenizer: Any, sentences: list[str], batch_size: int = 32
     embeddings = torch.empty(len(sentences), model.config.hidden_size)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        inputs = tokenizer(
-            [sentences[i] for i in rows], padding=True, truncation=True, max_length=128, return_tensors="pt"
-        )
+        texts = [sentences[i] for i in rows]
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
         embeddings[rows] = pooled(model.eval()(**inputs).last_hidden_state, inputs["attention_mask"])
     return embeddings
 
@@ -145,10 +142,10 @@ def main() -> None:
         "model": f"{Path(arguments.model).name}: sentence embeddings of packed models",
         "machine": cpu.machine(),
         "method": (
-            f"Spearman's correlation (x 100) with the gold scores of {len(pairs['label'])} STS-B validation pairs; mean "
-            f"cosine similarity of the embeddings with the float model's; size of model.safetensors; distilled: "
-            f"{arguments.steps} steps of {arguments.batch_size} sentences of STS-B's and SST-2's training splits, AdamW, "
-            f"learning rate 2e-4 with linear decay, one seed ({arguments.seed})"
+            f"Spearman's correlation (x 100) with the gold scores of {len(pairs['label'])} STS-B validation pairs; "
+            "mean cosine similarity of the embeddings with the float model's; size of model.safetensors; distilled: "
+            f"{arguments.steps} steps of {arguments.batch_size} sentences of STS-B's and SST-2's training splits, "
+            f"AdamW, learning rate 2e-4 with linear decay, one seed ({arguments.seed})"
         ),
         "results": {f"STS-B validation, {Path(arguments.model).name}": rows},
     }
