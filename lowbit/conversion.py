@@ -226,7 +226,7 @@ def _not_called(model: PreTrainedModel) -> list[str]:
     try:
         base.eval()
         with torch.no_grad():
-            base(**{name: value.to(base.device) for name, value in base.dummy_inputs.items()})
+            base(**{name: x.to(base.device) for name, x in base.dummy_inputs.items() if torch.is_tensor(x)})
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be run on token ids, to see which linears it calls ({error!r}); describe "
@@ -374,8 +374,9 @@ def _fuse_linears(model: PreTrainedModel) -> None:
 
 def _untie(model: PreTrainedModel) -> None:
     """Give a decoder that shares the word embedding's table its own float weight (packed codes cannot be shared)."""
-    decoder, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if decoder is None or decoder.weight is not table.weight or not isinstance(table, QuantEmbedding):
+    decoder = model.get_output_embeddings()
+    table = None if decoder is None else model.get_input_embeddings()
+    if not isinstance(table, QuantEmbedding) or decoder.weight is not table.weight:
         return
     decoder.weight = nn.Parameter(decoder.weight.detach().clone())
     if decoder.bias is not None:

@@ -169,6 +169,8 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[s
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; save_pretrained needs a directory")
     target.mkdir(parents=True, exist_ok=True)
+    # Names are the modules' own: those of other libraries, which transformers writes for some types, say other shapes.
+    kwargs.setdefault("save_original_format", False)
     if kwargs.get("push_to_hub"):
         kwargs.setdefault("repo_id", target.name)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
