@@ -67,8 +67,10 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     drops = models.is_known(model) and getattr(encoder_of(model), "lengths", None) is not None
     if drops:
         check_quantized_attention(config)
-    if not models.has_plain_attention(model):
+    if config.quantize_attention and not models.has_plain_attention(model):
         config = config.replace(quantize_attention=False)
+        if models.is_known(model) and config.activation_bits is not None:
+            logger.warning("%s does not call transformers' attention: it stays float", type(model).__name__)
     if not models.is_known(model):
         config = config.replace(modules_to_not_convert=[*config.modules_to_not_convert, *_not_called(model)])
     modules = _quantized(model, config)
@@ -77,7 +79,14 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
         del model.config.length_config  # of a float checkpoint: the lengths were never set on this model
     _set_attention(model, config)
     _swap(model, modules)
-    _tell(model, modules)
+    if not models.is_known(model):
+        logger.warning(
+            "%s (model_type %r) is not in lowbit.models.ARCHITECTURES: %d modules quantized, in float attention and %s",
+            type(model).__name__,
+            model.config.model_type,
+            len(modules),
+            ", ".join(f"{name} ({kind})" for name, kind in left_in_float(model).items()) or "no module",
+        )
     return hf.attach(model, config)
 
 
@@ -192,21 +201,6 @@ def left_in_float(model: PreTrainedModel) -> dict[str, str]:
         if not isinstance(module, QuantLinear | QuantEmbedding) and any(True for _ in matrices):
             found[name] = type(module).__name__
     return found
-
-
-def _tell(model: PreTrainedModel, swapped: dict[str, nn.Module]) -> None:
-    """Say what a user who knows BERT would not expect."""
-    kind = f"{type(model).__name__} (model_type {model.config.model_type!r})"
-    if models.is_known(model):
-        if not models.has_plain_attention(model):
-            logger.warning("%s: attention does not go through transformers' interface and stays float", kind)
-        return
-    logger.warning(
-        "%s is not in lowbit.models.ARCHITECTURES: %d modules are quantized, attention stays float, and so do %s",
-        kind,
-        len(swapped),
-        ", ".join(f"{name} ({cls})" for name, cls in left_in_float(model).items()) or "no others",
-    )
 
 
 def _not_called(model: PreTrainedModel) -> list[str]:
