@@ -11,6 +11,7 @@ leaves the model as it was.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -81,11 +82,11 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     _swap(model, modules)
     if not models.is_known(model):
         logger.warning(
-            "%s (model_type %r) is not in lowbit.models.ARCHITECTURES: %d modules quantized, in float attention and %s",
+            "%s (model_type %r) is not in lowbit.models.ARCHITECTURES: %d modules quantized, attention float, and left: %s",
             type(model).__name__,
             model.config.model_type,
             len(modules),
-            ", ".join(f"{name} ({kind})" for name, kind in left_in_float(model).items()) or "no module",
+            ", ".join(f"{name} ({kind})" for name, kind in left_in_float(model).items()) or "none",
         )
     return hf.attach(model, config)
 
@@ -220,7 +221,9 @@ def _not_called(model: PreTrainedModel) -> list[str]:
     try:
         base.eval()
         with torch.no_grad():
-            base(**{name: x.to(base.device) for name, x in base.dummy_inputs.items() if torch.is_tensor(x)})
+            ids = base.dummy_inputs["input_ids"].to(base.device)
+            takes_mask = "attention_mask" in inspect.signature(base.forward).parameters
+            base(ids, **({"attention_mask": torch.ones_like(ids)} if takes_mask else {}))
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be run on token ids, to see which linears it calls ({error!r}); describe "
