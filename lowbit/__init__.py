@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from . import nn
     from .compiling import compile
     from .config import BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
-    from .conversion import convert, prepare, quantize, split
+    from .conversion import convert, left_in_float, prepare, quantize, split
     from .distill import AttentionScoreLoss, DistillationTrainer, HiddenStateLoss, LogitsLoss, TaskLoss
     from .errors import CheckpointError
     from .graphs import compile_for
@@ -40,6 +40,7 @@ _HOME = {
     "compile_for": "graphs",
     "convert": "conversion",
     "fuse": "unpadding",
+    "left_in_float": "conversion",
     "prepare": "conversion",
     "quantize": "conversion",
     "split": "conversion",
@@ -80,6 +81,7 @@ __all__ = [
     "compile_for",
     "convert",
     "fuse",
+    "left_in_float",
     "nn",
     "prepare",
     "quantize",

@@ -128,9 +128,9 @@ def current_config(model: PreTrainedModel) -> LowbitConfig:
     Raises:
         TypeError, ValueError: not a supported model, or quantized by another method.
     """
-    from .models import describe
+    from .models import check
 
-    describe(model)
+    check(model)
     config = getattr(model.config, "quantization_config", None)
     if config is None or not isinstance(getattr(model, "hf_quantizer", None), HfQuantizer):
         return LowbitConfig(stage="float")
@@ -268,12 +268,12 @@ def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype | N
 
     A float pooler may be missing, as in files of heads that have none: transformers initializes it and says so.
     """
-    from .models import describe
+    from .models import is_pooler
 
     expected: dict[str, tuple[torch.dtype | None, torch.Size]] = {
         name: (None, tensor.shape)
         for name, tensor in model.base_model.state_dict().items()
-        if not name.startswith(f"{describe(model).pooler}.")
+        if not is_pooler(model, name)
     }
     for name, module in _packed_modules(model).items():
         bare = _bare(model, name)

@@ -22,7 +22,7 @@ BELOW = {
     "quantizers": set(),
     "nn": {"config", "models", "quantizers", "nn"},
     "hf": {"config", "errors", "models", "conversion", "nn", "unpadding"},
-    "conversion": {"config", "models", "nn", "quantizers", "hf", "slimming", "unpadding"},
+    "conversion": {"config", "errors", "models", "nn", "quantizers", "hf", "slimming", "unpadding"},
     "unpadding": {"config", "models", "nn", "hf"},
     "slimming": {"config", "models", "hf"},
     "compiling": {"models", "nn"},

@@ -48,6 +48,7 @@ class UnpaddedEncoder(nn.Module):
     Args:
         encoder: Hugging Face encoder with its layers in its child `layer`.
         architecture: where a layer keeps what.
+        model_config: of the model.
 
     Attributes:
         lengths: what every layer keeps, None for all.
@@ -58,12 +59,12 @@ class UnpaddedEncoder(nn.Module):
 
     _replaced: tuple[str, ...] = ("run_attention_modules", "run_rest_modules")  # by `lowbit.compile`, `compile_for`
 
-    def __init__(self, encoder: nn.Module, architecture: Architecture) -> None:
+    def __init__(self, encoder: nn.Module, architecture: Architecture, model_config: Any) -> None:
         super().__init__()
         layers: Any = encoder.get_submodule("layer")
         self.layer: Any = layers
         self._by_layer = [encoder]  # in a list: its parameters are ours already
-        self.config = encoder.config
+        self.config = model_config
         self.architecture = architecture
         self.lengths = None
         self.skip: frozenset[int] = frozenset()
@@ -199,7 +200,7 @@ class UnpaddedEncoder(nn.Module):
     ) -> tuple[torch.Tensor, Kept | None]:
         importance = "all" if self.soft_mask is not None else keep and keep.score
         context, received = self.run_attention_modules(layer, tokens, sequences, importance)
-        heads: Any = layer.get_submodule(self.architecture.attention).num_attention_heads
+        heads = self.architecture.heads(layer)
         kept = factor = None
         if keep is not None:
             kept = drop(received, sequences, keep, tokens.shape[0], heads, protected)
@@ -214,10 +215,9 @@ class UnpaddedEncoder(nn.Module):
         """tokens [T, H] -> context [T, heads * head_dim], importance [T] if any."""
         paths, find = self.architecture, layer.get_submodule
         module: Any = find(paths.attention)
-        query, key, value = (
-            find(path)(tokens).unflatten(-1, (module.num_attention_heads, -1)) for path in paths.projections
-        )
-        options: dict[str, Any] = {"scaling": module.scaling, **_attention_options(getattr(module, "quantizers", {}))}
+        heads = paths.heads(layer)
+        query, key, value = (find(path)(tokens).unflatten(-1, (heads, -1)) for path in paths.projections)
+        options = _attention_options(paths, layer)
         dropout = module.dropout.p if self.training else 0.0
         runs = query.dtype != torch.float64 and (not query.is_cuda or query.shape[-1] in HEAD_DIMS)
         if dropout or self.soft_mask is not None or not runs:
@@ -233,11 +233,13 @@ class UnpaddedEncoder(nn.Module):
         """What takes each token for itself: context and tokens [T, H], a soft mask [T, 1] or None -> tokens."""
         paths, find = self.architecture, layer.get_submodule
         place = None if self.soft_mask is None else self.soft_mask.place
-        output = find(paths.attention_dropout)(find(paths.attention_output)(context))
+        output = find(paths.attention_output)(context)
+        output = output if paths.attention_dropout is None else find(paths.attention_dropout)(output)
         tokens = find(paths.attention_norm)(output + tokens)
         tokens = tokens * factor if factor is not None and place == "attention" else tokens
-        inner = find(paths.ffn_activation)(find(paths.ffn_input)(tokens))
-        tokens = find(paths.ffn_norm)(find(paths.ffn_dropout)(find(paths.ffn_output)(inner)) + tokens)
+        output = find(paths.ffn_output)(find(paths.ffn_activation)(find(paths.ffn_input)(tokens)))
+        output = output if paths.ffn_dropout is None else find(paths.ffn_dropout)(output)
+        tokens = find(paths.ffn_norm)(output + tokens)
         return tokens * factor if factor is not None and place == "ffn" else tokens
 
 
@@ -274,7 +276,8 @@ class PackedEncoder(UnpaddedEncoder):
     Args:
         encoder: Hugging Face encoder with packed linears in its child `layer`.
         architecture: where a layer keeps what.
-        config: of the packed model.
+        model_config: of the model.
+        config: of its quantization.
 
     Raises:
         ValueError: a configuration that does not run without padding (`check`).
@@ -282,21 +285,20 @@ class PackedEncoder(UnpaddedEncoder):
 
     _replaced = (*UnpaddedEncoder._replaced, "run_attention", "run_rest", "run")
 
-    def __init__(self, encoder: nn.Module, architecture: Architecture, config: LowbitConfig) -> None:
-        super().__init__(encoder, architecture)
+    def __init__(self, encoder: nn.Module, architecture: Architecture, model_config: Any, config: LowbitConfig) -> None:
+        super().__init__(encoder, architecture, model_config)
         check(config)
         assert config.activation_bits is not None  # check said so
         self.bits = config.activation_bits
         first = self.layer[0]
-        module = first.get_submodule(architecture.attention)
-        self.heads, self.head_dim = module.num_attention_heads, module.attention_head_size
+        self.heads, self.head_dim = architecture.heads(first), architecture.head_dim(first)
         self.layout = first.get_submodule(architecture.ffn_input).layout
         self.gelu = first.get_submodule(architecture.ffn_input).activation
         self.activation = first.get_submodule(architecture.ffn_activation)
         self._norm = f"{architecture.ffn_norm}.weight"
         self.eps = first.get_submodule(architecture.attention_norm).eps
         self.symmetric = {site: site not in config.asymmetric for site in ("linear", "ffn_output")}
-        self.attention_options = _attention_options(getattr(module, "quantizers", {}))
+        self.attention_options = _attention_options(architecture, first)
         # What `lowbit.compile` and `lowbit.compile_for` replace.
         self.run_attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = self._run_attention
         self.run_rest: Callable[..., tuple[torch.Tensor, Codes]] = self._run_rest
@@ -418,12 +420,15 @@ def check(config: LowbitConfig) -> None:
         raise ValueError(f"a fused encoder needs {' and '.join(missing)}; run the model without fused=True")
 
 
-def _attention_options(quantizers: Any) -> dict[str, Any]:
-    """Of `attention`, for the quantizers of an attention module (empty: a float one)."""
-    if not quantizers:
-        return {}
-    asymmetric = tuple(site for site in _SITES if not quantizers[site].symmetric)
-    return {"bits": quantizers["query"].bits, "asymmetric": asymmetric}
+def _attention_options(architecture: Architecture, layer: nn.Module) -> dict[str, Any]:
+    """Of `attention`, for a layer: how it scales its scores, and its quantizers (none: float)."""
+    module: Any = layer.get_submodule(architecture.attention)
+    options: dict[str, Any] = {"scaling": getattr(module, "scaling", architecture.head_dim(layer) ** -0.5)}
+    quantizers = getattr(module, "quantizers", None)
+    if quantizers:
+        options["bits"] = quantizers["query"].bits
+        options["asymmetric"] = tuple(site for site in _SITES if not quantizers[site].symmetric)
+    return options
 
 
 def _attention(
