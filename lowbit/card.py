@@ -12,8 +12,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
+from typing import TYPE_CHECKING
 
 from .config import LengthConfig, LowbitConfig
 from .nn._packed import Packed
@@ -90,7 +89,7 @@ def model_card(
         f"# {_title(config, parent, head)}",
         _description(model, config, parent),
         _sizes(model, config),
-        _usage(head, config),
+        _usage(head),
         _measured(results, teacher_results, task),
         f"## Training\n\n```bash\n{command}\n```" if command else "",
     ]
@@ -145,9 +144,7 @@ def _description(model: PreTrainedModel, config: LowbitConfig, parent: str | Non
     else:
         kind = {2: "ternary (2-bit)", 1: "binary (1-bit)", None: "float"}[config.weight_bits]
         pairs = ", each the sum of a pair of binary matrices" if config.split else ""
-        packed = (
-            "packed" if config.stage == "packed" else "prepared for training (fake-quantized; the file holds floats)"
-        )
+        packed = "packed" if config.stage == "packed" else "prepared for training (the file holds floats)"
         lines = [
             f"`{type(model).__name__}`{source}, quantized with lowbit, {packed}. Bits of weights, embeddings and "
             f"activations: **{_bits(config)}**.",
@@ -202,11 +199,10 @@ def _sizes(model: PreTrainedModel, config: LowbitConfig) -> str:
     )
 
 
-def _usage(head: str, config: LowbitConfig) -> str:
-    fused = "\nlowbit.fuse(model)  # optional: faster" if config.stage == "packed" else ""
+def _usage(head: str) -> str:
     return (
         "## Use\n\n```bash\npip install lowbit\n```\n\n```python\nimport lowbit  # registers with transformers\n"
-        f'from transformers import {head}\n\nmodel = {head}.from_pretrained("folder or Hub id"){fused}\n```'
+        f'from transformers import {head}\n\nmodel = {head}.from_pretrained("folder or Hub id")\n```'
     )
 
 
@@ -235,7 +231,5 @@ def _measured(results: Mapping[str, float] | None, teacher: Mapping[str, float] 
         f"| {metric} | {value:.4g} | {f'{teacher[metric]:.4g}' if metric in teacher else 'not measured'} |"
         for metric, value in results.items()
     ]
-    return (
-        f"## Results\n\nOn the validation split of {task}:\n\n| | this model | teacher |\n| --- | --- | --- |\n"
-        + "\n".join(rows)
-    )
+    head = f"## Results\n\nOn the validation split of {task}:\n\n| | this model | teacher |\n| --- | --- | --- |"
+    return "\n".join([head, *rows])

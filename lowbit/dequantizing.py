@@ -39,11 +39,14 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
         The same model, float.
 
     Raises:
-        ValueError: the model is float already.
+        ValueError: the model is float already, or weights are offloaded.
     """
     config = hf.current_config(model)
     if config.stage == "float":
         raise ValueError("the model is float already; dequantize takes a prepared or packed one")
+    offloaded = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+    if offloaded is not None:
+        raise ValueError(f"{offloaded} is offloaded (device_map) and cannot be dequantized; load without offloading")
     hf.own_config(model)
     _untie(model)
     restore_padding(model)
@@ -51,15 +54,24 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     own = model.dtype
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear | QuantLinear):
-            model.set_submodule(name, _linear(module, own))
+            _swap(model, name, _linear(module, own))
         elif isinstance(module, PackedEmbedding | QuantEmbedding):
-            model.set_submodule(name, _embedding(module, own))
+            _swap(model, name, _embedding(module, own))
         module._modules.pop("quantizers", None)  # of attention
     hf.detach(model)
     model.set_attn_implementation(model.get_correct_attn_implementation(None))
     if config.num_attention_heads is not None:
         hf.attach(model, LowbitConfig(stage="float", num_attention_heads=config.num_attention_heads))
     return model if dtype is None else model.to(dtype)
+
+
+def _swap(model: PreTrainedModel, name: str, module: nn.Module) -> None:
+    old = model.get_submodule(name)
+    if hasattr(old, "_hf_hook"):  # of accelerate, where a device map spreads the model
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(module, old._hf_hook)  # type: ignore[arg-type]
+    model.set_submodule(name, module.train(old.training))
 
 
 @torch.no_grad()
@@ -69,8 +81,9 @@ def _linear(module: PackedLinear | QuantLinear, dtype: torch.dtype) -> nn.Linear
     else:
         weight = weight_values(*weight_codes(module.weight, module.quantizer, module.granularity), torch.float32)
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    linear.weight, linear.bias = nn.Parameter(weight.to(dtype)), module.bias
-    return linear.train(module.training)
+    linear.weight = nn.Parameter(weight.to(dtype))
+    linear.register_parameter("bias", module.bias)
+    return linear
 
 
 @torch.no_grad()
@@ -83,7 +96,7 @@ def _embedding(module: PackedEmbedding | QuantEmbedding, dtype: torch.dtype) -> 
         weight = weight_values(*table_codes(module.weight, module.bits, module.granularity), torch.float32)
     table = nn.Embedding(rows, columns, module.padding_idx, device="meta")
     table.weight = nn.Parameter(weight.to(dtype))
-    return table.train(module.training)
+    return table
 
 
 def _restore_activations(model: PreTrainedModel) -> None:

@@ -92,12 +92,13 @@ def attend_without_padding(
         [B, S, H, D]; at padding, something finite.
     """
     B, _, S, _ = query.shape
-    tokens = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if mask is None:
         cu_seqlens = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=query.device)
-        return attention(*tokens, cu_seqlens, S, scaling=scaling).unflatten(0, (B, S))
+        return attention(query, key, value, cu_seqlens, S, scaling=scaling).unflatten(0, (B, S))
     order, cu_seqlens = _tokens_first(mask)
-    output = attention(*(x[order] for x in tokens), cu_seqlens, S, scaling=scaling)
+    query, key, value = (x.index_select(0, order) for x in (query, key, value))
+    output = attention(query, key, value, cu_seqlens, S, scaling=scaling)
     return torch.empty_like(output).index_copy(0, order, output).unflatten(0, (B, S))
 
 
@@ -112,7 +113,7 @@ def _tokens_first(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     B, S = mask.shape
     padding = ~mask.bool()
     begins = torch.arange(0, B * S, S, device=mask.device)
-    order = (padding.to(torch.uint8).argsort(1, stable=True) + begins[:, None]).flatten()
+    order = (padding.to(torch.uint8).argsort(stable=True, dim=1) + begins[:, None]).flatten()
     ends = torch.stack([begins + S - padding.sum(1), begins + S], 1).flatten()
     result = order, nn.functional.pad(ends, (1, 0)).int()
     if not torch.compiler.is_compiling():
@@ -158,14 +159,17 @@ def _refuse_decoders(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
 def padding_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     """transformers' mask interface: the padding mask [B, S] or None, a mask [B, 1, S, S] where more is hidden.
 
-    Not None for a mask without padding, as others: only the device knows that there is none.
+    On the GPU a mask that hides nothing stays, where others look whether it does: that is to wait for the device.
     """
     from transformers.masking_utils import bidirectional_mask_function, eager_mask
+    from transformers.utils.import_utils import is_tracing
 
     if kwargs.get("mask_function") is not bidirectional_mask_function:
         return eager_mask(*args, **kwargs)
     mask = kwargs.get("attention_mask")
-    return None if mask is None else mask.detach()  # a tensor of our own, see `_tokens_first`
+    if mask is None or (not mask.is_cuda and not is_tracing(mask) and bool(mask.all())):
+        return None
+    return mask.detach()  # a tensor of our own, see `_tokens_first`
 
 
 def register() -> None:
