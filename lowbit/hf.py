@@ -262,18 +262,22 @@ def _upload(
 
     transformers' own upload would put an empty card in place of ours.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.errors import EntryNotFoundError
+    from transformers.utils.hub import hf_api
 
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    api = hf_api()
+    repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    if api.file_exists(repo_id, card.FILE, revision=revision):
+        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    try:
+        api.hf_hub_download(repo_id, card.FILE, revision=revision, token=token)
         files = files - {card.FILE}
+    except EntryNotFoundError:
+        pass
     options = {"commit_message": "Upload model", **{name: value for name, value in options.items() if value}}
-    return api.upload_folder(
-        repo_id=repo_id, folder_path=folder, revision=revision, allow_patterns=sorted(files), **options
-    )
+    operations = [CommitOperationAdd(name, folder / name) for name in sorted(files) if (folder / name).is_file()]
+    return api.create_commit(repo_id, operations, revision=revision, token=token, **options)
 
 
 def _complete(model: PreTrainedModel, staging: Path, target: Path, self_contained: bool) -> None:
