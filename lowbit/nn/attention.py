@@ -55,7 +55,7 @@ def attention_forward(
     _refuse_decoders(module, query, key, kwargs)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    if query.is_cuda and _fits_kernel(module, query, attention_mask, dropout, output_scores, kwargs):
+    if _fits_kernel(module, query, attention_mask, dropout, output_scores, kwargs):
         return attend_without_padding(query, key, value, attention_mask, scaling), None
     quantizers = getattr(module, "quantizers", {})
     if quantizers:
@@ -133,7 +133,8 @@ def _fits_kernel(
     maps = kwargs.get("output_attentions")
     maps = getattr(getattr(module, "config", None), "output_attentions", False) if maps is None else maps
     return (
-        not getattr(module, "quantizers", None)
+        query.is_cuda
+        and not getattr(module, "quantizers", None)
         and not (maps or output_scores or (dropout and module.training))
         and (mask is None or mask.dim() == 2)
         and query.shape[-1] in HEAD_DIMS
