@@ -11,7 +11,7 @@ from lowbit_kernels import quantized_embedding
 
 from . import hf, models
 from .config import LowbitConfig
-from .conversion import FUSED_ACTIVATIONS, _untie
+from .conversion import FUSED_ACTIVATIONS, _swap, _untie
 from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from .nn.embedding import table_codes
 from .quantizers import weight_codes, weight_values
@@ -54,24 +54,15 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     own = model.dtype
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear | QuantLinear):
-            _swap(model, name, _linear(module, own))
+            _swap(model, {name: _linear(module, own)})
         elif isinstance(module, PackedEmbedding | QuantEmbedding):
-            _swap(model, name, _embedding(module, own))
+            _swap(model, {name: _embedding(module, own)})
         module._modules.pop("quantizers", None)  # of attention
     hf.detach(model)
     model.set_attn_implementation(model.get_correct_attn_implementation(None))
     if config.num_attention_heads is not None:
         hf.attach(model, LowbitConfig(stage="float", num_attention_heads=config.num_attention_heads))
     return model if dtype is None else model.to(dtype)
-
-
-def _swap(model: PreTrainedModel, name: str, module: nn.Module) -> None:
-    old = model.get_submodule(name)
-    if hasattr(old, "_hf_hook"):  # of accelerate, where a device map spreads the model
-        from accelerate.hooks import add_hook_to_module
-
-        add_hook_to_module(module, old._hf_hook)  # type: ignore[arg-type]
-    model.set_submodule(name, module.train(old.training))
 
 
 @torch.no_grad()

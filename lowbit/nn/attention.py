@@ -165,7 +165,8 @@ def padding_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     from transformers.masking_utils import bidirectional_mask_function, eager_mask
     from transformers.utils.import_utils import is_tracing
 
-    if kwargs.get("mask_function") is not bidirectional_mask_function:
+    plain = kwargs.get("mask_function") is bidirectional_mask_function
+    if not plain or not kwargs.get("allow_is_bidirectional_skip", True):  # the model goes on to work with the mask
         return eager_mask(*args, **kwargs)
     mask = kwargs.get("attention_mask")
     if mask is None or (not mask.is_cuda and not is_tracing(mask) and bool(mask.all())):
