@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from . import _plugin
 
 if TYPE_CHECKING:
-    from . import nn
+    from . import card, nn
     from .compiling import compile
     from .config import BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
     from .conversion import convert, left_in_float, prepare, quantize, split
@@ -77,6 +77,7 @@ __all__ = [
     "TaskLoss",
     "TernaryConfig",
     "backend",
+    "card",
     "compile",
     "compile_for",
     "convert",
@@ -92,8 +93,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "nn":
-        return importlib.import_module(".nn", __name__)
+    if name in ("card", "nn"):
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

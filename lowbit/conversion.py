@@ -333,7 +333,12 @@ def _expect(model: PreTrainedModel, name: str, kind: type) -> Any:
 
 def _swap(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
     for name, module in modules.items():
-        module.train(model.get_submodule(name).training)
+        old = model.get_submodule(name)
+        module.train(old.training)
+        if hasattr(old, "_hf_hook"):  # of accelerate, where a device map spreads the model
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(module, old._hf_hook)  # type: ignore[arg-type]
         model.set_submodule(name, module)
 
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,13 +31,19 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trits
 
+from . import card
 from .config import FORMAT_VERSION, LengthConfig, LowbitConfig
 from .errors import CheckpointError
+from .nn import attention
 from .nn._packed import Packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_log = logging.getLogger("lowbit")
+
+_OWN_ATTENTION = (attention.NAME, attention.UNPADDED)
+_HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 _CHECKSUMS = "lowbit.crc32"  # key in the safetensors header
 _WEIGHTS = re.compile(
     r"model(?:\.(?!safetensors)([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json"
@@ -86,6 +94,12 @@ class LowbitQuantizer(HfQuantizer):
         if not self.pre_quantized:
             from .conversion import quantize
 
+            offloaded = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+            if offloaded is not None:
+                raise ValueError(
+                    f"{offloaded} is offloaded (device_map) and cannot be quantized while loading; "
+                    "load with a device_map that keeps all weights on devices, or device_map='cpu'"
+                )
             # transformers has already noted the wanted config on the model, which is still float.
             wanted, model.config.quantization_config = self.quantization_config, None
             return quantize(model, wanted)
@@ -105,8 +119,10 @@ class LowbitQuantizer(HfQuantizer):
                 state[f"{name}.weight"] = pack_trits(unpack_ternary(state[f"{name}.weight"], module.row_length))
         return state, {_CHECKSUMS: json.dumps({name: _crc32(tensor) for name, tensor in state.items()})}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        raise ValueError("a lowbit model cannot be dequantized in place; load the float checkpoint it came from")
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from .dequantizing import dequantize
+
+        return dequantize(model, dtype)
 
 
 def _set_saved_length(model: PreTrainedModel) -> PreTrainedModel:
@@ -154,12 +170,38 @@ def attach(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     # transformers refuses .half() and .float() on models marked quantized; lowbit modules survive both.
     model.is_quantized = False
     model.config._is_quantized = config.stage == "packed"
-    model.save_pretrained = functools.partial(_save_pretrained, model)  # unlike a method, it can be pickled
+    for each in {model, model.base_model}:
+        for name, method in _METHODS.items():
+            setattr(each, name, functools.partial(method, each))  # unlike a method, it can be pickled
     return model
 
 
-def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`: what `model` holds are float modules again."""
+    for each in {model, model.base_model}:
+        for name in (*_METHODS, "hf_quantizer", "quantization_method"):
+            each.__dict__.pop(name, None)
+    model.is_quantized = False
+    del model.config.quantization_config
+    model.config.__dict__.pop("_is_quantized", None)
+
+
+def _save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    *,
+    push_to_hub: bool = False,
+    self_contained: bool = False,
+    **kwargs: Any,
+) -> None:
     """`PreTrainedModel.save_pretrained`, with files written aside and renamed: a failure leaves the old ones intact.
+
+    A model card is written too, but never over one that a person wrote (`lowbit.card`).
+
+    Args:
+        save_directory, push_to_hub, **kwargs: as transformers has them.
+        self_contained: add a small modeling file, so that `from_pretrained(..., trust_remote_code=True)` loads the
+            folder in a program that does not import lowbit (which must be installed still).
 
     Raises:
         NotADirectoryError: `save_directory` is a file.
@@ -169,12 +211,15 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[s
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; save_pretrained needs a directory")
     target.mkdir(parents=True, exist_ok=True)
-    if kwargs.get("push_to_hub"):
-        kwargs.setdefault("repo_id", target.name)
+    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
+    quantizer = getattr(model, "hf_quantizer", None)  # the base model of a head has none
+    model.hf_quantizer = LowbitQuantizer(model.config.quantization_config, pre_quantized=True)
     model.hf_quantizer.given_state = kwargs.get("state_dict")
     try:
         type(model).save_pretrained(model, staging, **kwargs)
+        if (staging / "config.json").exists():  # not on the other ranks
+            _complete(model, staging, target, self_contained)
         written = {path.name for path in staging.iterdir()}
         # config.json last: until then a reader sees the old configuration, and mismatches are refused by the checks.
         for name in sorted(written, key=lambda name: (name == "config.json", name)):
@@ -184,8 +229,137 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[s
             if path.name not in written and _variant(path.name) in variants:
                 path.unlink()  # shards of the checkpoint before
     finally:
-        model.hf_quantizer.given_state = None
+        if quantizer is None:
+            del model.hf_quantizer
+        else:
+            model.hf_quantizer = quantizer
         shutil.rmtree(staging, ignore_errors=True)
+    if push_to_hub and written:
+        _upload(target, written | {card.FILE}, hub.pop("repo_id", target.name), **hub)
+
+
+def _push_to_hub(model: PreTrainedModel, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
+    """`PreTrainedModel.push_to_hub`: what `save_pretrained` writes; a card that the repository has is left alone."""
+    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **kwargs)
+        if tags:
+            card.model_card(model, tags=tags).save(Path(folder) / card.FILE)
+        return _upload(Path(folder), set(os.listdir(folder)), repo_id, **hub)
+
+
+def _upload(
+    folder: Path,
+    files: set[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    **options: Any,
+) -> Any:
+    """Commit these files of a folder to the Hub; not a model card where the repository has one.
+
+    transformers' own upload would put an empty card in place of ours.
+    """
+    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub.errors import EntryNotFoundError
+    from transformers.utils.hub import hf_api
+
+    api = hf_api()
+    repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None and not revision.startswith("refs/pr"):
+        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    try:
+        api.hf_hub_download(repo_id, card.FILE, revision=revision, token=token)
+        files = files - {card.FILE}
+    except EntryNotFoundError:
+        pass
+    options = {"commit_message": "Upload model", **{name: value for name, value in options.items() if value}}
+    operations = [CommitOperationAdd(name, folder / name) for name in sorted(files) if (folder / name).is_file()]
+    return api.create_commit(repo_id, operations, revision=revision, token=token, **options)
+
+
+def _complete(model: PreTrainedModel, staging: Path, target: Path, self_contained: bool) -> None:
+    """Add to a saved model what transformers does not write."""
+    if card.may_write(target / card.FILE):
+        card.model_card(model).save(staging / card.FILE)
+    if self_contained:
+        (staging / "modeling_lowbit.py").write_text(_modeling_file(model))
+        path = staging / "config.json"
+        auto_map = {auto: f"modeling_lowbit.{name}" for auto, name in _auto_classes(model).items()}
+        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto_map}, indent=2) + "\n")
+
+
+def _auto_classes(model: PreTrainedModel) -> dict[str, str]:
+    """Names of transformers' Auto classes -> names of the model classes that they have for this architecture."""
+    from transformers.models.auto import modeling_auto
+
+    found = {}
+    for name, auto in vars(modeling_auto).items():
+        if name.startswith("AutoModel") and type(model.config) in getattr(auto, "_model_mapping", {}):
+            found[name] = auto._model_mapping[type(model.config)].__name__
+    return found
+
+
+def _modeling_file(model: PreTrainedModel) -> str:
+    """Python source of classes that are transformers' own, but cannot be imported without registering lowbit."""
+    lines = ['"""Loads lowbit with the model (trust_remote_code=True); the classes are those of transformers."""', ""]
+    lines += ["import lowbit  # noqa: F401", "import transformers", ""]
+    for name in sorted(set(_auto_classes(model).values())):
+        lines += ["", f"class {name}(transformers.{name}):", "    pass", ""]
+    return "\n".join(lines)
+
+
+def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | dict[str, str], **kwargs: Any) -> None:
+    """`PreTrainedModel.set_attn_implementation`, which would leave out the quantization of attention unasked.
+
+    "lowbit" is right at every stage. "eager", by which programs ask for attention maps, stays "lowbit" where attention
+    is quantized: that gives maps too.
+
+    Raises:
+        ValueError: another one, and the model's attention is quantized.
+    """
+    from .unpadding import attention_implementation
+
+    wanted: Any = attn_implementation
+    if isinstance(wanted, dict):
+        wanted = wanted.get("", model.config._attn_implementation)
+    if wanted in _OWN_ATTENTION:
+        wanted = attention_implementation(model)
+    elif any(getattr(module, "quantizers", None) for module in model.modules()):
+        if wanted != "eager":
+            raise ValueError(
+                f"attn_implementation={wanted!r} would leave out the quantization of this model's attention; accepted: "
+                "'lowbit'. For float attention quantize with quantize_attention=False, or call model.dequantize()"
+            )
+        _log.warning("attn_implementation='eager': kept 'lowbit', which quantizes attention and returns its maps too")
+        wanted = attention_implementation(model)
+    type(model).set_attn_implementation(model, wanted, **kwargs)
+
+
+def _resize_token_embeddings(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """`PreTrainedModel.resize_token_embeddings`, for float tables.
+
+    Raises:
+        ValueError: the table is quantized.
+    """
+    table = model.get_input_embeddings()
+    if not isinstance(table, torch.nn.Embedding) and (args or kwargs):
+        raise ValueError(
+            f"the word embedding is quantized ({type(table).__name__}) and cannot be resized; resize the float model "
+            "before quantizing it, or call model.dequantize() first"
+        )
+    return type(model).resize_token_embeddings(model, *args, **kwargs)
+
+
+# What `attach` puts in place of transformers' methods.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "save_pretrained": _save_pretrained,
+    "push_to_hub": _push_to_hub,
+    "set_attn_implementation": _set_attn_implementation,
+    "resize_token_embeddings": _resize_token_embeddings,
+}
 
 
 def _variant(file_name: str) -> str | None:

@@ -119,6 +119,31 @@ def unpadded_encoder(model: PreTrainedModel) -> UnpaddedEncoder:
     return unpadded
 
 
+def restore_padding(model: PreTrainedModel) -> None:
+    """Put transformers' own encoder and embeddings back: the inverse of `fuse` and `set_length`, whatever was called.
+
+    Parameters that `fuse` froze want gradients again. Attention keeps its name.
+    """
+    encoder, path = encoder_of(model), models.describe(model).embeddings
+    embeddings: Any = model.base_model.get_submodule(path)
+    if isinstance(embeddings, FusedEmbeddings):
+        original: Any = embeddings._by_module[0]
+        original._buffers.update(dict(embeddings.named_buffers(recurse=False)))  # these have followed `.to(device)`
+        _put(model, path, original)
+    if isinstance(encoder, PackedEncoder):
+        model.base_model.requires_grad_(True)
+    if isinstance(encoder, UnpaddedEncoder):
+        original = encoder._by_layer[0]
+        original.config = encoder.config
+        _put(model, _path(model), original)
+    for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
+        for key in [key for key, other in module._forward_pre_hooks.items() if other is hook]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    if hasattr(model.config, "length_config"):
+        del model.config.length_config
+
+
 def reads_first_token_only(model: PreTrainedModel) -> bool:
     """Whether the model's head reads nothing but the first token's last hidden state.
 

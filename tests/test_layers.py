@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 BELOW = {
     "errors": set(),
     "_files": set(),
-    "config": {"_files"},
+    "config": {"length"},  # `LengthConfig.for_budget`, when it is called
     "models": set(),
     "sentiment": set(),
     "info": set(),
@@ -21,7 +21,9 @@ BELOW = {
     "squad": {"tasks"},
     "quantizers": set(),
     "nn": {"config", "models", "quantizers", "nn"},
-    "hf": {"config", "errors", "models", "conversion", "nn", "unpadding"},
+    "card": {"config", "nn"},
+    "hf": {"card", "config", "errors", "models", "conversion", "dequantizing", "nn", "unpadding"},
+    "dequantizing": {"config", "models", "nn", "quantizers", "hf", "conversion", "unpadding"},
     "conversion": {"config", "errors", "models", "nn", "quantizers", "hf", "slimming", "unpadding"},
     "unpadding": {"config", "models", "nn", "hf"},
     "slimming": {"config", "models", "hf"},
@@ -30,6 +32,9 @@ BELOW = {
     "length": {"_files", "config", "distill", "models", "nn", "unpadding"},
     "distill": {"nn", "config", "models", "unpadding"},
     "_plugin": {"hf", "nn"},
+    "recipes": {"_files", "length", "models", "tasks"},
+    "cli": {"__init__", "config", "conversion", "errors", "info", "nn", "quantizers", "recipes", "tasks"},
+    "__main__": {"cli"},
     "__init__": None,  # names everything
 }
 
