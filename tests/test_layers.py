@@ -30,6 +30,9 @@ BELOW = {
     "length": {"_files", "config", "distill", "models", "nn", "unpadding"},
     "distill": {"nn", "config", "models", "unpadding"},
     "_plugin": {"hf", "nn"},
+    "recipes": {"_files", "length", "models", "tasks"},
+    "cli": {"__init__", "config", "conversion", "errors", "info", "nn", "quantizers", "recipes", "tasks"},
+    "__main__": {"cli"},
     "__init__": None,  # names everything
 }
 
