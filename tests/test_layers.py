@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 BELOW = {
     "errors": set(),
     "_files": set(),
-    "config": {"_files"},
+    "config": {"length"},  # `LengthConfig.for_budget`, when it is called
     "models": set(),
     "sentiment": set(),
     "info": set(),

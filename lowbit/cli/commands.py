@@ -190,12 +190,13 @@ def doctor(as_json: Json = False) -> None:
     with _machine(as_json):
         found = examine()
     if not as_json:
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(box=None, show_header=False, padding=(0, 1))
         signs = {"ok": "[green]ok[/green]", "note": "[yellow]note[/yellow]", "error": "[red]error[/red]"}
         for check in found["checks"]:
-            table.add_row(signs[check["status"]], check["name"], check["value"], check["hint"])
+            table.add_row(signs[check["status"]], *(escape(check[key]) for key in ("name", "value", "hint")))
         verdict = "lowbit can run here" if found["ok"] else "lowbit cannot run here"
         _print(found, False, table, f"backend: {found['backend']}", f"why: {found['why']}", verdict)
     else:
@@ -223,7 +224,7 @@ def evaluate(
     _one_of(("--task", task), ("--file", file))
     from ..recipes.data import load_files, offline_if_local
 
-    offline_if_local(model, data_dir, file and str(file))
+    offline_if_local(model, data_dir, _text(file))
     with _machine(as_json):
         from lowbit.recipes.measure import evaluate as score
         from lowbit.recipes.stages import Run
@@ -233,8 +234,8 @@ def evaluate(
 
         known = get_task(task) if task else None
         classifier = loading.load_classifier(model, known.labels if known else None)
-        if task:
-            given, data = known, load_task(task, data_dir, known.validation if known else None)
+        if task and known:
+            given, data = known, load_task(task, data_dir, known.validation)
         else:
             names = tuple(map(str, classifier.config.id2label.values()))
             files = {"validation": str(file)}
@@ -336,7 +337,7 @@ def distill(
     slim_steps: Annotated[
         int, typer.Option(min=0, help="Binary, tws: distillation of the slimmed float model.")
     ] = DEFAULTS.slim_steps,
-    batch_size: Annotated[int, typer.Option(min=1)] = DEFAULTS.batch_size,
+    batch_size: Annotated[int, typer.Option(min=1, help="Of training.")] = DEFAULTS.batch_size,
     learning_rate: Annotated[
         float, typer.Option(help="Of distillation; published for BERT-base: 2e-5, after the split 5e-5.")
     ] = DEFAULTS.learning_rate,
@@ -349,7 +350,7 @@ def distill(
     save_steps: Annotated[
         int, typer.Option(min=0, help="Checkpoints to resume from inside a stage, 0: none.")
     ] = DEFAULTS.save_steps,
-    seed: Annotated[int, typer.Option()] = DEFAULTS.seed,
+    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = DEFAULTS.seed,
     as_json: Json = False,
 ) -> None:
     """Train a packed student of a float model: fine-tune the teacher, distil, pack, measure.
@@ -362,7 +363,7 @@ def distill(
         raise typer.BadParameter("--train-file and --validation-file go together")
     from ..recipes.data import load_files, load_glue, offline_if_local
 
-    offline_if_local(model, data_dir, train_file and str(train_file))
+    offline_if_local(model, data_dir, _text(train_file))
     with _machine(as_json):
         from lowbit.recipes import stages
         from lowbit.recipes.measure import measure
@@ -378,7 +379,7 @@ def distill(
             teacher_steps=teacher_steps, steps=steps, batch_size=batch_size, learning_rate=learning_rate,
             teacher_learning_rate=teacher_learning_rate, save_steps=save_steps, seed=seed, task=task or "",
             method=method.value, width=width, slim_steps=slim_steps, bits=bits.value,
-            train_file=train_file and str(train_file), validation_file=validation_file and str(validation_file),
+            train_file=_text(train_file), validation_file=_text(validation_file),
             text_columns=text_column or [], label_column=label_column, max_length=max_length,
         )  # fmt: skip
         if task:
@@ -425,7 +426,7 @@ def search_length(
         list[str] | None,
         typer.Option(metavar="Nx", help="Save the model with the best lengths at N times less cost in OUT/Nx; repeat."),
     ] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Search which layer of a classifier may drop how many tokens: accuracy against cost.
@@ -436,7 +437,7 @@ def search_length(
     _one_of(("--task", task), ("--file", file))
     from ..recipes.data import load_files, offline_if_local
 
-    offline_if_local(model, data_dir, file and str(file))
+    offline_if_local(model, data_dir, _text(file))
     with _machine(as_json):
         import lowbit
         from lowbit.recipes import lengths, stages
@@ -447,7 +448,7 @@ def search_length(
 
         known = get_task(task) if task else None
         classifier = loading.load_classifier(model, known.labels if known else None)
-        if task:
+        if task and known:
             given, data = known, load_task(task, data_dir, ["train"])
             rows = data["train"]
         else:
@@ -458,10 +459,9 @@ def search_length(
         tokenizer = loading.load_tokenizer(model)
         _no_bars()
         options = SearchOptions(
-            model, str(out), task, data_dir, file and str(file), text_column or [], label_column, max_length, samples,
+            model, str(out), task, data_dir, _text(file), text_column or [], label_column, max_length, samples,
             iterations, cost.value, score.value, seed,
         )  # fmt: skip
-        assert given is not None
         given = dataclasses.replace(given, validation=("search",))
         run = stages.start(options, given, tokenize(data, tokenizer, given), tokenizer)
         packed = getattr(getattr(classifier.config, "quantization_config", None), "stage", "float") == "packed"
@@ -478,7 +478,10 @@ def search_length(
         result = {"front": str(out / "front.json"), "cost_unit": front.cost_unit, "full_cost": front.full_cost,
                   "full_score": front.full_score, "points": points,
                   "saved": {name: str(out / name) for name in budgets}}  # fmt: skip
-    shown = [{**point, "keep": " ".join(f"{k:g}" for k in point["keep"])} for point in points]
+    shown = [
+        {**point, "keep": " ".join(f"{k:g}" for k in config.keep)}
+        for point, (config, *_) in zip(points, front.points, strict=True)
+    ]
     lines = [f"all tokens: score {front.full_score}, {front.full_cost:g} {front.cost_unit}", f"front: {out}/front.json"]
     lines += [f"{name}: {out / name}" for name in budgets]
     columns = {"keep": "keep", "score": "score", "cost": front.cost_unit, "times_less": "times less"}
@@ -551,8 +554,10 @@ def _info_tables(found: Any) -> list[Any]:
                      "bytes": f"{module.bytes:,}", "scales": scale, "zeros": zeros})  # fmt: skip
     parts = found.parts()
     total, widest = max(1, sum(parts.values())), max(map(len, parts), default=0)
-    bars = [f"{name:<{widest}}  {'█' * round(40 * size / total):<40} {size / 1e6:8.2f} MB {100 * size / total:5.1f} %"
-            for name, size in parts.items()]  # fmt: skip
+    bars = []
+    for name, size in parts.items():
+        bar = "█" * round(40 * size / total) or "▏"
+        bars.append(f"{name:<{widest}}  {bar:<40} {size / 1e6:8.2f} MB {100 * size / total:5.1f} %")
     head = f"{found.path}: {found.model_class}, {found.stage}, {found.bytes / 1e6:.2f} MB"
     sums = f"checksums: {found.checksums - len(found.damaged)} of {found.checksums} tensors match"
     lines = [head, _table(rows, {key: key for key in rows[0]}) if rows else "no tensors", "", *bars, ""]
@@ -594,6 +599,10 @@ def _placed(model: Any, device: str, fused: bool) -> Any:
 
         lowbit.fuse(model)
     return model.to(loading.device_of(device))
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _terminal() -> bool:
