@@ -64,7 +64,7 @@ def test_there_is_no_section_of_a_command_that_is_none() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_options_are_those_of_help(name: str) -> None:
-    text = CliRunner().invoke(app, [name, "--help"], terminal_width=200).stdout
+    text = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200"}).stdout
     shown = set(re.findall(r"(--[a-z-]+)", text)) - {"--help"}
     assert {option for option in re.findall(r"^\| `(--[a-z-]+)", options(COMMANDS[name]), re.MULTILINE)} <= shown
 

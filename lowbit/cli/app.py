@@ -25,11 +25,11 @@ class _Group(TyperGroup):
             typer.echo(f"interrupted{resume}", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
-            # What typer itself raises (wrong usage, a wanted exit) carries its exit code.
-            if ctx.params["debug"] or hasattr(error, "exit_code") or isinstance(error, typer.Abort):
+            if isinstance(error, typer.Exit | typer.Abort) or ctx.params["debug"]:
                 raise
-            typer.echo(f"error: {_line(error)}", err=True)
-            raise typer.Exit(1) from error
+            wrong_usage = hasattr(error, "format_message")  # typer's own
+            typer.echo(f"error: {_usage(ctx, error) if wrong_usage else _line(error)}", err=True)
+            raise typer.Exit(2 if wrong_usage else 1) from error
 
 
 class _Stderr(logging.Handler):
@@ -70,7 +70,12 @@ def _global(
 
 
 for _function in commands.COMMANDS:
-    app.command(_function.__name__.replace("_", "-"), no_args_is_help=_function is not commands.doctor)(_function)
+    app.command(_function.__name__.replace("_", "-"))(_function)
+
+
+def _usage(ctx: Any, error: Any) -> str:
+    command = f"lowbit {ctx.invoked_subcommand}" if ctx.invoked_subcommand in ctx.command.commands else "lowbit"
+    return f"{' '.join(error.format_message().split())} ({command} --help)"
 
 
 def _line(error: Exception) -> str:

@@ -389,24 +389,34 @@ def distill(
             files = {"train": str(train_file), "validation": str(validation_file)}
             given, data = load_files(files, text_column or (), label_column, names, max_length, max_train_samples)
         tokenizer = loading.load_tokenizer(model)
+        stages.load_teacher(options, given)  # refuses a model that is no teacher before OUT is written
         run = stages.start(options, given, tokenize(data, tokenizer, given), tokenizer)
         teacher = stages.teacher_stage(run)
         packed = (stages.ternary_stages if bits == Bits.ternary else stages.binary_stages)(run, teacher)
-        rows = [{"model": name, **measure(run, name)} for name in ("teacher", packed)]
+        results = {name: measure(run, name) for name in ("teacher", packed)}
+        _write_card(out / packed, task or Path(str(train_file)).stem, model, results)
         result = {
             "model": str(out / packed),
             "task": task or str(train_file),
             "teacher": str(out / "teacher"),
-            "results": {row["model"]: {key: value for key, value in row.items() if key != "model"} for row in rows},
+            "results": results,
         }
-        _write_card(out / packed, result)
+    rows = [{"model": name, **row} for name, row in results.items()]
     _print(result, as_json, _table(rows, {key: key for key in rows[0]}), f"packed model: {out / packed}")
 
 
-def _write_card(folder: Path, result: dict[str, Any]) -> None:
-    """The packed model's README.md."""
-    # TO CONNECT when merging: lowbit.card.model_card(model, results=result["results"], teacher=result["teacher"],
-    # task=result["task"]) -> folder / "README.md"
+def _write_card(folder: Path, task: str, teacher: str, results: dict[str, dict[str, Any]]) -> None:
+    """The packed model's README.md: what it is, and its metrics beside the teacher's."""
+    metrics = {
+        name: {key: value for key, value in row.items() if not key.endswith(("_ms", "_mb"))}
+        for name, row in results.items()
+    }
+    # TO CONNECT when lowbit.card is merged:
+    #   from lowbit.card import model_card
+    #   from . import loading
+    #   given = {"results": metrics[folder.name], "teacher_results": metrics["teacher"], "task": task}
+    #   model_card(loading.load_model(str(folder)), teacher=teacher, **given).save(folder / "README.md")
+    del metrics, teacher, task
 
 
 def search_length(
