@@ -147,6 +147,7 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     if config.stage == "float":
         return
     if config.stage == "prepared":
+        check_weight_quantizer(config.weight_quantizer, config.weight_bits)
         modules: dict[str, Any] = _quantized(model, config)
         for module in modules.values():
             if config.split and (isinstance(module, QuantLinear) or module.bits == 1):

@@ -161,27 +161,26 @@ def test_links_between_files_resolve(page: str) -> None:
         assert ((ROOT / page).parent / link).exists(), link
 
 
-def measured_rows() -> list[tuple[str, str, str, str]]:
-    """(page, case, runner, cell) of every table whose columns are cases of benchmarks/results/cpu-encoder.json."""
-    found = []
-    for page, text in PAGES.items():
-        columns: list[str] = []
-        for line in text.splitlines():
-            first, *cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else [""]
-            if cells and set(cells) <= set(CPU):
-                columns = cells
-            elif not cells:
-                columns = []
-            elif columns and not first.startswith("---"):
-                found += [(page, case, first, cell) for case, cell in zip(columns, cells, strict=True)]
+def measured(page: str) -> list[tuple[str, str, str]]:
+    """(case, runner, cell) of the tables whose columns are cases of benchmarks/results/cpu-encoder.json."""
+    found, columns = [], []
+    for line in PAGES[page].splitlines():
+        runner, *cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else [""]
+        if not cells or set(cells) <= set(CPU):
+            columns = cells
+        elif columns and not runner.startswith("---"):
+            found += [(case, runner, cell) for case, cell in zip(columns, cells, strict=True)]
     return found
 
 
-@pytest.mark.parametrize(("page", "case", "runner", "cell"), measured_rows())
-def test_figures_are_those_that_were_measured(page: str, case: str, runner: str, cell: str) -> None:
-    row = CPU[case][runner]
-    plain, ratio = f"{row['median_ms']:.0f}", f"{row['median_ms']:.0f} ({row['over float32 eager']:.2f})"
-    assert cell == (plain if runner == "float32 eager" else ratio)
+@pytest.mark.parametrize("page", filter(measured, PAGES))
+def test_figures_are_those_that_were_measured(page: str) -> None:
+    """Milliseconds and, in brackets, the ratio to float32 eager, as rounded as they are written."""
+    for case, runner, cell in measured(page):
+        row, (milliseconds, *ratio) = CPU[case][runner], map(float, re.findall(r"[\d.]+", cell))
+        assert abs(milliseconds - row["median_ms"]) <= 0.5 + 1e-6, (case, runner)
+        if runner != "float32 eager":
+            assert abs(ratio[0] - row["over float32 eager"]) <= 0.005 + 1e-6, (case, runner)
 
 
 def public() -> list[tuple[str, Any]]:
@@ -203,9 +202,9 @@ def test_docstrings_describe_arguments_that_exist(name: str, value: Any) -> None
     if section := re.search(r"^Args:\n((?: +.*\n?|\n)+)", text, re.MULTILINE):
         described = [part.strip(" *") for names in re.findall(r"^ {4}([\w*, ]+):", section[1], re.MULTILINE)
                      for part in names.split(",")]  # fmt: skip
-        accepted = inspect.signature(value).parameters
-        assert set(described) <= set(accepted)
+        classes = value.__mro__[:-1] if inspect.isclass(value) else [value]  # what *args and **kwargs go on to
+        assert set(described) <= {name for each in classes for name in inspect.signature(each).parameters}
 
 
 def test_there_is_something_to_test() -> None:
-    assert len(programs()) >= 15 and len(commands()) >= 8 and len(measured_rows()) >= 30
+    assert len(programs()) >= 15 and len(commands()) >= 8 and len(measured("docs/faq.md")) >= 30
