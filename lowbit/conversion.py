@@ -96,7 +96,7 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
 
 
 def quantize(model: PreTrainedModel, config: LowbitConfig, fused: bool = False) -> PreTrainedModel:
-    """Post-training quantization: `convert(prepare(model, config), fused)`."""
+    """Post-training quantization: `convert(prepare(model, config), fused)`; arguments and errors are theirs."""
     return convert(prepare(model, config), fused)
 
 

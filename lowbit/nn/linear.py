@@ -206,7 +206,7 @@ class PackedLinear(Packed):
         return packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float [..., K] -> float [..., N] in x's dtype."""
+        """float [..., K] -> float [..., N] in x's dtype; ValueError for another K."""
         if self.input_quantizer is None:
             return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
         if x.shape[-1] != self.in_features:
