@@ -43,10 +43,16 @@ def blocks(page: str, *languages: str) -> list[str]:
     return [text for language, text in found if language in languages]
 
 
+def runs_here(block: str) -> bool:
+    """A block that begins with `# pip install X` needs X, or is left out."""
+    needed = re.match(r"# pip install (\S+)", block)
+    return needed is None or importlib.util.find_spec(needed[1].replace("-", "_")) is not None
+
+
 def programs() -> dict[str, list[str]]:
     """What runs in one namespace: the blocks of a page, each block of the README."""
     readme = {f"README.md {number}": [block] for number, block in enumerate(blocks("README.md", "python"), 1)}
-    pages = {page: blocks(page, "python") for page in PAGES if page != "README.md"}
+    pages = {page: [*filter(runs_here, blocks(page, "python"))] for page in PAGES if page != "README.md"}
     return {**readme, **{page: found for page, found in pages.items() if found}}
 
 
@@ -90,15 +96,12 @@ def untouched() -> Iterator[None]:
 
 
 def run(program: list[str], name: str) -> str:
-    """What the blocks print, in one namespace; a block that begins with `# pip install X` needs X, or is left out."""
+    """What the blocks print, one after the other in one namespace."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         for number, block in enumerate(program, 1):
-            needed = re.match(r"# pip install (\S+)", block)
-            if needed and not importlib.util.find_spec(needed[1].replace("-", "_")):
-                continue
-            exec(compile(block, f"{name}, block {number}", "exec"), namespace)
+            exec(compile(block, f"{name}, block {number}", "exec", dont_inherit=True), namespace)
     return printed.getvalue()
 
 
