@@ -45,7 +45,7 @@ unit: $(VENV)/.installed  ## unit tests on the CPU, the code of README and docs 
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 docs: $(VENV)/.installed  ## the documentation site in site/: no warning, no dead link or anchor, nothing from the network
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@! grep -rE --include='*.html' '<(script|img|iframe|source)[^>]* src="?(https?:)?//|<link[^>]* href="?(https?:)?//' site
 
 interpreter: $(VENV)/.installed  ## Triton kernels in the interpreter, on CPU tensors

@@ -159,9 +159,13 @@ def test_commands_and_their_options_exist(page: str, line: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_between_files_resolve(page: str) -> None:
-    """Anchors and links within the site are checked by `mkdocs build --strict` (make docs)."""
-    for link in re.findall(r"\]\(((?!http)[^)#\s]+)(?:#[^)]*)?\)", PAGES[page]):
-        assert ((ROOT / page).parent / link).exists(), link
+    """Of the README, anchors too; within the site `mkdocs build --strict` (make docs) looks at those."""
+    for link, anchor in re.findall(r"\]\(((?!http)[^)#\s]+)#?([^)]*)\)", PAGES[page]):
+        target = (ROOT / page).parent / link
+        assert target.exists(), link
+        if anchor and page == "README.md":
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-")) for heading in headings}, link
 
 
 def measured(page: str) -> list[tuple[str, str, str]]:
