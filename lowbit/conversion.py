@@ -110,7 +110,7 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
 
 
 def quantize(model: PreTrainedModel, config: LowbitConfig, fused: bool = False) -> PreTrainedModel:
-    """Post-training quantization: `convert(prepare(model, config), fused)`."""
+    """Post-training quantization: `convert(prepare(model, config), fused)`; arguments and errors are theirs."""
     return convert(prepare(model, config), fused)
 
 
@@ -166,6 +166,7 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     if config.stage == "float":
         return
     if config.stage == "prepared":
+        check_weight_quantizer(config.weight_quantizer, config.weight_bits)
         modules: dict[str, Any] = _quantized(model, config)
         for module in modules.values():
             if config.split and (isinstance(module, QuantLinear) or module.bits == 1):

@@ -167,7 +167,11 @@ def pack_ternary(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_ternary(packed: torch.Tensor, K: int) -> torch.Tensor:
-    """Inverse of `pack_ternary`: uint8 [N, ceil(K/128)*32] -> int8 [N, K]."""
+    """Inverse of `pack_ternary`: uint8 [N, ceil(K/128)*32] -> int8 [N, K].
+
+    Raises:
+        TypeError, ValueError: another dtype or rank, or bytes a row that do not fit K.
+    """
     _check_packed(packed, K, 4)
     return _unpack(packed, _LB2, 3, K) - 1
 
@@ -183,7 +187,11 @@ def pack_binary(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_binary(packed: torch.Tensor, K: int) -> torch.Tensor:
-    """Inverse of `pack_binary`: uint8 [N, ceil(K/256)*32] -> int8 [N, K]."""
+    """Inverse of `pack_binary`: uint8 [N, ceil(K/256)*32] -> int8 [N, K].
+
+    Raises:
+        TypeError, ValueError: another dtype or rank, or bytes a row that do not fit K.
+    """
     _check_packed(packed, K, 8)
     return _unpack(packed, _LB1, 1, K) * 2 - 1
 
@@ -208,7 +216,11 @@ def pack_split(codes1: torch.Tensor, codes2: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_split(packed: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of `pack_split`: uint8 [N, ceil(K/128)*32] -> two int8 [N, K]."""
+    """Inverse of `pack_split`: uint8 [N, ceil(K/128)*32] -> two int8 [N, K].
+
+    Raises:
+        TypeError, ValueError: another dtype or rank, or bytes a row that do not fit K.
+    """
     _check_packed(packed, K, 4)
     pair = _unpack(packed, _LB2, 3, K)
     return (pair >> 1) * 2 - 1, (pair & 1) * 2 - 1
