@@ -17,6 +17,7 @@ from . import _plugin
 
 if TYPE_CHECKING:
     from . import nn
+    from .checkpoints import verify
     from .compiling import compile
     from .config import BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
     from .conversion import convert, prepare, quantize, split
@@ -57,6 +58,7 @@ _HOME = {
     "SoftLengthTrainer": "length.training",
     "set_length": "unpadding",
     "slim": "slimming",
+    "verify": "checkpoints",
 }
 
 __all__ = [
@@ -86,6 +88,7 @@ __all__ = [
     "set_length",
     "slim",
     "split",
+    "verify",
 ]
 
 
