@@ -29,6 +29,7 @@ import resource
 import shutil
 import struct
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -330,12 +331,12 @@ def config_value(folder: Path, rng: random.Random) -> None:
         section = rng.choice(_sections(values))
         name = rng.choice(sorted(section))
         old = section[name]
-        if isinstance(old, bool):
+        if name in ALTERNATIVES:
+            section[name] = rng.choice(ALTERNATIVES[name])
+        elif isinstance(old, bool):
             section[name] = not old
         elif isinstance(old, int | float):
             section[name] = rng.choice((old + 1, old * 2, old / 2, -old, 0, old - 1))
-        elif name in ALTERNATIVES:
-            section[name] = rng.choice(ALTERNATIVES[name])
         else:
             section[name] = rng.choice(STRANGE)
 
@@ -356,6 +357,8 @@ ALTERNATIVES: dict[str, tuple[Any, ...]] = {
     "unit": ("tokens", "threshold", "x"),
     "score": ("cls", "all"),
     "model_type": ("roberta", "distilbert", "electra", "albert", "gpt2", "t5", "x", ""),
+    "hidden_dropout_prob": (0.0, 0.9, 1.5, -0.1),
+    "attention_probs_dropout_prob": (0.0, 0.9, 1.5),
     "quant_method": ("bitsandbytes", "torchao", "gptq", "hqq", "x", ""),
 }
 
@@ -661,9 +664,12 @@ def rewritten_scale(folder: Path, rng: random.Random) -> None:
 def rewritten_bits(folder: Path, rng: random.Random) -> None:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         codes = {name: tensor for name, tensor in tensors.items() if not tensor.is_floating_point()}
-        values = _some(codes or tensors, rng).view(torch.uint8).view(-1)
+        tensor = _some(codes or tensors, rng)
+        values = tensor.view(torch.uint8).view(-1)
         for _ in range(rng.choice((1, 8))):
-            values[rng.randrange(len(values))] ^= 1 << rng.randrange(8)
+            # Of floats the last byte alone: a flipped exponent gives numbers whose products overflow.
+            place = rng.randrange(tensor.numel()) * tensor.element_size()
+            values[place] ^= 1 << rng.randrange(8)
 
     rewrite_tensors(folder, change)
 
@@ -886,16 +892,12 @@ class _Worker:
         self.start(case)
 
     def start(self, case: int) -> None:
-        import time
-
         self.case, self.known = case, {"kind": list(KINDS)[case % len(KINDS)], "base": "?", "verify": "?"}
         self.deadline = time.monotonic() + SECONDS
         self.connection.send(case)
 
     def outcome(self, ready: bool) -> Outcome | None:
         """The result of the case, None while there is none."""
-        import time
-
         if not ready:
             if time.monotonic() < self.deadline:
                 return None

@@ -59,7 +59,7 @@ def verify(folder: str | PathLike[str]) -> None:
     if not isinstance(values.get("quantization_config"), dict):
         raise CheckpointError(f"{folder / 'config.json'}: no quantization_config; not a checkpoint of lowbit")
     recorded = read_tensors(_weight_files(folder), lambda file, name, tensor: None, complete=True)
-    check_config(folder / "config.json", recorded)
+    check_config(folder / "config.json", recorded, strict=True)
 
 
 def record(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -127,14 +127,19 @@ def read_tensors(
     return _loads(files[0], records[_CONFIG]) if _CONFIG in records else None
 
 
-def check_config(path: Path, recorded: dict[str, Any] | None) -> None:
+def check_config(path: Path, recorded: dict[str, Any] | None, strict: bool = False) -> None:
     """Raise CheckpointError where a config.json says another model than was recorded with the weights.
 
     What the caller of `from_pretrained` changes by keywords is not in the file, and free.
+
+    Args:
+        strict: refuse fields too that were not there, of which transformers knows more than any version writes.
     """
     if recorded is None:
         return
     values = _read_json(path)
+    if strict and (added := sorted(set(values) - set(recorded) - _FREE)):
+        raise CheckpointError(f"{path}: the weights were saved without a field {added[0]}; the file was edited")
     try:
         from transformers import CONFIG_MAPPING
 
@@ -147,6 +152,8 @@ def check_config(path: Path, recorded: dict[str, Any] | None) -> None:
         # Lists and tables may be spelled differently by another version of transformers, and defaults may be absent.
         comparable = name in _OWN or (name in found and (same_version or not isinstance(wanted, dict | list)))
         unsaid = name == "dtype" and value is None
+        if "dropout" in name and not (value is None or (isinstance(value, int | float) and 0 <= value <= 1)):
+            raise CheckpointError(f"{path}: {name} is {value!r}, accepted: 0 to 1")
         if name not in _FREE and "dropout" not in name and comparable and not unsaid and value != wanted:
             raise CheckpointError(
                 f"{path}: {name} is {value!r}, the weights were saved with {wanted!r}; the file is damaged or was "
@@ -169,10 +176,13 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / _WEIGHTS]
     path = folder / _INDEX
     if not path.is_file():
-        raise CheckpointError(f"{folder}: neither {_WEIGHTS} nor {_INDEX}; lowbit models are read from safetensors only")
-    names = _read_json(path).get("weight_map")
-    if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{path}: no weight_map; the file is damaged")
+        raise CheckpointError(
+            f"{folder}: neither {_WEIGHTS} nor {_INDEX}; lowbit models are read from safetensors only"
+        )
+    index = _read_json(path)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names or not isinstance(index.get("metadata"), dict):
+        raise CheckpointError(f"{path}: no weight_map and metadata; the file is damaged")
     for name in names.values():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
             raise CheckpointError(f"{path}: {name!r} is not the name of a file of this folder")

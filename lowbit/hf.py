@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trits
 
 from . import checkpoints
+from ._files import exclusive
 from .config import FORMAT_VERSION, LengthConfig, LowbitConfig
 from .errors import CheckpointError
 from .nn._packed import Packed
@@ -174,13 +175,14 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[s
     try:
         type(model).save_pretrained(model, staging, **kwargs)
         written = {path.name for path in staging.iterdir()}
-        # config.json last: until then a reader sees the old configuration, and mismatches are refused by the checks.
-        for name in sorted(written, key=lambda name: (name == "config.json", name)):
-            os.replace(staging / name, target / name)
         variants = {_variant(name) for name in written} - {None}
-        for path in target.iterdir():
-            if path.name not in written and _variant(path.name) in variants:
-                path.unlink()  # shards of the checkpoint before
+        with exclusive(target):  # of two processes that save, one checkpoint stays, not parts of both
+            # config.json last: until then a reader sees the old configuration, and mismatches are refused by the checks.
+            for name in sorted(written, key=lambda name: (name == "config.json", name)):
+                os.replace(staging / name, target / name)
+            for path in target.iterdir():
+                if path.name not in written and _variant(path.name) in variants:
+                    path.unlink()  # shards of the checkpoint before
     finally:
         model.hf_quantizer.given_state = None
         shutil.rmtree(staging, ignore_errors=True)
@@ -196,7 +198,6 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
     """Refuse files where tensors of the encoder are missing, of another type or shape, or changed since written."""
     if model.name_or_path:
         checkpoints.check_inside(model.name_or_path, files)
-    packed = model.config.quantization_config.stage == "packed"
     expected, own = _expected_tensors(model), model.state_dict()
     found: set[str] = set()
 
@@ -211,7 +212,7 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
                 f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, config.json asks for "
                 f"{dtype or 'float'} {tuple(shape)}"
             )
-        if packed and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(f"{file}: {name} holds NaN or infinity, values must be finite; the file is damaged")
 
     recorded = checkpoints.read_tensors(files, check)
@@ -285,4 +286,3 @@ def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype | N
 def _bare(model: PreTrainedModel, name: str) -> str:
     """A tensor's name without the base model's prefix: heads and bare models load each other's files."""
     return name.removeprefix(f"{model.base_model_prefix}.")
-

@@ -22,7 +22,7 @@ BELOW = {
     "quantizers": set(),
     "nn": {"config", "models", "quantizers", "nn"},
     "checkpoints": {"config", "errors"},
-    "hf": {"checkpoints", "config", "errors", "models", "conversion", "nn", "unpadding"},
+    "hf": {"_files", "checkpoints", "config", "errors", "models", "conversion", "nn", "unpadding"},
     "conversion": {"config", "models", "nn", "quantizers", "hf", "slimming", "unpadding"},
     "unpadding": {"config", "models", "nn", "hf"},
     "slimming": {"config", "models", "hf"},
