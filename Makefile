@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Nothing that runs from here may reach for a model hub.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test lint unit docs interpreter aot bench gpu clean
+.PHONY: help demo test lint unit docs interpreter aot bench soak gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,9 +57,13 @@ aot: $(VENV)/.installed  ## Triton kernels compiled for sm_80, 89, 90 and 100: n
 bench: $(VENV)/.installed-bench  ## CPU benchmarks against float32, torch int8 and onnxruntime
 	$(OFFLINE) $(BIN)/python -m benchmarks.cpu --results $(RESULTS)
 
+soak: $(VENV)/.installed  ## damaged checkpoints, fuzzed ops, load, concurrency, interruption; writes docs/reliability.md (about 40 minutes)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
+
 gpu:  ## the GPU run with the current python: correctness, then attention, models and linears against every peer installed
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(ONLY),--only $(ONLY))
 
 clean:  ## remove .venv and everything generated
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo-output
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf demo-output soak-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

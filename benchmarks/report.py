@@ -11,6 +11,7 @@ from .results import read
 
 RESULTS = Path("benchmarks/results")
 DOCS = Path("docs")
+OWN_PAGES = ("reliability",)  # rendered elsewhere
 GPU_SUITES = ("gpu-attention", "gpu-ceilings", "gpu-linear", "gpu-model", "gpu-training")
 
 Report = dict[str, Any]
@@ -127,7 +128,7 @@ def page(reports: list[Report], plots: dict[str, list[Path]]) -> str:
 
 
 def main() -> None:
-    reports = [read(path) for path in sorted(RESULTS.glob("*.json"))]
+    reports = [read(path) for path in sorted(RESULTS.glob("*.json")) if path.stem not in OWN_PAGES]
     plots = {report["suite"]: plot(report, DOCS) for report in reports}
     (DOCS / "benchmarks.md").write_text(page(reports, plots))
     print(f"{DOCS / 'benchmarks.md'}: {len(reports)} suites, {sum(map(len, plots.values()))} plots")

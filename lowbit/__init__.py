@@ -17,6 +17,7 @@ from . import _plugin
 
 if TYPE_CHECKING:
     from . import card, nn
+    from .checkpoints import verify
     from .compiling import compile
     from .config import BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
     from .conversion import convert, left_in_float, prepare, quantize, split
@@ -58,6 +59,7 @@ _HOME = {
     "SoftLengthTrainer": "length.training",
     "set_length": "unpadding",
     "slim": "slimming",
+    "verify": "checkpoints",
 }
 
 __all__ = [
@@ -89,6 +91,7 @@ __all__ = [
     "set_length",
     "slim",
     "split",
+    "verify",
 ]
 
 

@@ -1,8 +1,9 @@
 """The transformers plug-in: `save_pretrained` and `from_pretrained` of slimmed, prepared and packed models.
 
 A model's `config.quantization_config` is a `LowbitConfig`; with `quant_method: "lowbit"` in config.json, transformers
-hands the freshly built model (on the meta device) to `LowbitQuantizer`, which gives it the checkpoint's modules. Packed
-checkpoints carry a CRC-32 of every tensor in the safetensors header and are verified before any weight is used.
+hands the freshly built model (on the meta device) to `LowbitQuantizer`, which gives it the checkpoint's modules. Files
+carry checksums and the configuration in the safetensors header (`checkpoints`) and are verified before any weight is
+used.
 
 Files hold ternary codes five to a byte, modules four to a byte, both as `weight`. So ternary modules get a buffer of
 the file's shape before transformers loads (by whatever route: shards, other heads, device maps), and the codes are
@@ -19,19 +20,18 @@ import os
 import re
 import shutil
 import tempfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trits
 
-from . import card
+from . import card, checkpoints
+from ._files import exclusive
 from .config import FORMAT_VERSION, LengthConfig, LowbitConfig
 from .errors import CheckpointError
 from .nn import attention
@@ -44,7 +44,6 @@ _log = logging.getLogger("lowbit")
 
 _OWN_ATTENTION = (attention.NAME, attention.UNPADDED)
 _HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
-_CHECKSUMS = "lowbit.crc32"  # key in the safetensors header
 _WEIGHTS = re.compile(
     r"model(?:\.(?!safetensors)([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json"
 )
@@ -117,7 +116,7 @@ class LowbitQuantizer(HfQuantizer):
         if self.quantization_config.stage == "packed" and self.quantization_config.format_version >= 2:
             for name, module in _ternary_modules(model).items():
                 state[f"{name}.weight"] = pack_trits(unpack_ternary(state[f"{name}.weight"], module.row_length))
-        return state, {_CHECKSUMS: json.dumps({name: _crc32(tensor) for name, tensor in state.items()})}
+        return state, checkpoints.record(model, state)
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         from .dequantizing import dequantize
@@ -221,13 +220,14 @@ def _save_pretrained(
         if (staging / "config.json").exists():  # not on the other ranks
             _complete(model, staging, target, self_contained)
         written = {path.name for path in staging.iterdir()}
-        # config.json last: until then a reader sees the old configuration, and mismatches are refused by the checks.
-        for name in sorted(written, key=lambda name: (name == "config.json", name)):
-            os.replace(staging / name, target / name)
         variants = {_variant(name) for name in written} - {None}
-        for path in target.iterdir():
-            if path.name not in written and _variant(path.name) in variants:
-                path.unlink()  # shards of the checkpoint before
+        with exclusive(target):  # of two processes that save, one checkpoint stays, not parts of both
+            # config.json last: until then a reader sees the old configuration, and mismatches are refused by the checks.
+            for name in sorted(written, key=lambda name: (name == "config.json", name)):
+                os.replace(staging / name, target / name)
+            for path in target.iterdir():
+                if path.name not in written and _variant(path.name) in variants:
+                    path.unlink()  # shards of the checkpoint before
     finally:
         if quantizer is None:
             del model.hf_quantizer
@@ -370,28 +370,29 @@ def _variant(file_name: str) -> str | None:
 
 def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
     """Refuse files where tensors of the encoder are missing, of another type or shape, or changed since written."""
-    expected = _expected_tensors(model)
+    if model.name_or_path:
+        checkpoints.check_inside(model.name_or_path, files)
+    expected, own = _expected_tensors(model), model.state_dict()
     found: set[str] = set()
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise CheckpointError(f"{file}: lowbit models are read from safetensors only")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                checksums = json.loads((tensors.metadata() or {}).get(_CHECKSUMS, "{}"))
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    tensor = tensors.get_tensor(name)
-                    if name in checksums and checksums[name] != _crc32(tensor):
-                        raise CheckpointError(f"{file}: {name} does not match its checksum; the file is damaged")
-                    bare = _bare(model, name)
-                    found.add(bare)
-                    dtype, shape = expected.get(bare, (None, tensor.shape))
-                    if (tensor.dtype if dtype else None, tensor.shape) != (dtype, shape):
-                        raise CheckpointError(
-                            f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, config.json asks for "
-                            f"{dtype or 'float'} {tuple(shape)}"
-                        )
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+
+    def check(file: str, name: str, tensor: torch.Tensor) -> None:
+        bare = _bare(model, name)
+        found.add(bare)
+        dtype, shape = expected.get(bare, (None, tensor.shape))
+        wants_float = dtype is None and (bare in expected or (name in own and own[name].is_floating_point()))
+        fits = tensor.is_floating_point() if wants_float else dtype in (None, tensor.dtype)
+        if not fits or tensor.shape != shape:
+            raise CheckpointError(
+                f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, config.json asks for "
+                f"{dtype or 'float'} {tuple(shape)}"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{file}: {name} holds NaN or infinity, values must be finite; the file is damaged")
+
+    recorded = checkpoints.read_tensors(files, check)
+    config = Path(files[0]).parent / "config.json"
+    if config.is_file():
+        checkpoints.check_config(config, recorded)
     missing = sorted(set(expected) - found)
     if missing:
         raise CheckpointError(
@@ -459,8 +460,3 @@ def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype | N
 def _bare(model: PreTrainedModel, name: str) -> str:
     """A tensor's name without the base model's prefix: heads and bare models load each other's files."""
     return name.removeprefix(f"{model.base_model_prefix}.")
-
-
-def _crc32(tensor: torch.Tensor) -> int:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return zlib.crc32(data)  # type: ignore[arg-type]

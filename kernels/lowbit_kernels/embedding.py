@@ -196,7 +196,7 @@ def check_table(
     block = 1 if bits == 8 else 32 * per_byte
     columns = packed.shape[1] * per_byte
     dim = columns if embedding_dim is None else embedding_dim
-    if dim < 0 or -(-dim // block) * block != columns:
+    if not isinstance(dim, int | torch.SymInt) or dim < 0 or -(-dim // block) * block != columns:
         raise ValueError(
             f"embedding_dim={dim} does not fit {packed.shape[1]} packed bytes a row (up to {columns} columns)"
         )

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from ._ops import check_tensor
+from ._ops import check_device, check_tensor
 from ._triton import tl, triton
 
 BLOCK_BYTES = 32
@@ -210,6 +210,7 @@ def pack_split(codes1: torch.Tensor, codes2: torch.Tensor) -> torch.Tensor:
     """
     _check_codes("codes1", codes1, (-1, 1))
     _check_codes("codes2", codes2, (-1, 1))
+    check_device(codes1=codes1, codes2=codes2)
     if codes1.shape != codes2.shape:
         raise ValueError(f"codes1 {tuple(codes1.shape)} and codes2 {tuple(codes2.shape)} must have one shape")
     return pack_codes(torch.stack([codes1, codes2]), "split")
@@ -261,7 +262,7 @@ def unpack_trits(packed: torch.Tensor, K: int) -> torch.Tensor:
     rows, columns = packed.shape
     if K < 0 or columns != -(-K // len(_DIGITS)):
         raise ValueError(f"packed has {columns} bytes a row, K={K} needs {-(-K // len(_DIGITS))}")
-    if packed.numel() and int(packed.max()) >= 3 ** len(_DIGITS):
+    if packed.numel() and not packed.is_meta and int(packed.max()) >= 3 ** len(_DIGITS):
         raise ValueError(f"packed holds {int(packed.max())}; five trits reach from 0 to {3 ** len(_DIGITS) - 1}")
     codes = torch.empty(rows, len(_DIGITS), columns, dtype=torch.uint8, device=packed.device)
     rest = packed

@@ -334,13 +334,15 @@ def kept_cu_seqlens(
     if unit == "ratio":
         kept = (lengths.double() * keep).ceil()
     else:
-        kept = torch.zeros_like(lengths, dtype=torch.float64) + keep
+        kept = torch.zeros_like(lengths, dtype=torch.float64) + (
+            keep if isinstance(keep, torch.Tensor) else float(keep)
+        )
     return _cu_seqlens(kept, lengths, min_tokens)
 
 
 def _cu_seqlens(kept: torch.Tensor, lengths: torch.Tensor, min_tokens: int) -> torch.Tensor:
     """cu_seqlens of so many tokens, but at least min_tokens and at most the length."""
-    kept = torch.minimum(kept.clamp(min=min_tokens), lengths)
+    kept = torch.minimum(kept.clamp(min=min(min_tokens, 2**31 - 1)), lengths)
     return torch.nn.functional.pad(kept.cumsum(-1, dtype=torch.int32), (1, 0))
 
 
