@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHECKSUMS = "lowbit.crc32"  # key in the safetensors header
+_EXPANDED_AT_A_TIME = 2**19  # codes: so many stay in cache, and take little memory beside the packed model
 _WEIGHTS = re.compile(
     r"model(?:\.(?!safetensors)([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json"
 )
@@ -150,11 +151,12 @@ def own_config(model: PreTrainedModel) -> None:
 def attach(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     """Make `model` save and load as what `config` says it is."""
     model.config.quantization_config = config
-    model.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
-    # transformers refuses .half() and .float() on models marked quantized; lowbit modules survive both.
-    model.is_quantized = False
     model.config._is_quantized = config.stage == "packed"
-    model.save_pretrained = functools.partial(_save_pretrained, model)  # unlike a method, it can be pickled
+    for part in (model, model.base_model):  # `model.bert.save_pretrained` is a way to drop the head
+        part.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
+        # transformers refuses .half() and .float() on models marked quantized; lowbit modules survive both.
+        part.is_quantized = False
+        part.save_pretrained = functools.partial(_save_pretrained, part)  # unlike a method, it can be pickled
     return model
 
 
@@ -258,7 +260,9 @@ def _expand_trits(model: PreTrainedModel) -> None:
         try:
             # As in PackedLinear: of an inference tensor the CPU path could not keep its int8 expansion.
             with torch.inference_mode(False):
-                module.weight = pack_ternary(unpack_trits(module.weight, module.row_length))
+                rows = max(1, _EXPANDED_AT_A_TIME // module.row_length)
+                parts = module.weight.split(rows)
+                module.weight = torch.cat([pack_ternary(unpack_trits(part, module.row_length)) for part in parts])
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
 
