@@ -64,10 +64,11 @@ UNEXPLAINED = "Not explained"
 REASONS = {
     "Quantized attention is an implementation of its own": (
         r"can_set_attention_dynamically|sdpa_can_dispatch_non_composite|eager_matches_sdpa|attention_outputs .*support",
-        "Queries, keys, values and attention probabilities are quantized by the attention implementation `lowbit`, which "
-        '`prepare` and loading select. The tests ask for "eager" or "sdpa" instead, and compare the two: those leave the '
-        "attention in float, which is another function (outputs differ by 1e-4). transformers' configuration takes "
-        "`output_attentions=True` beside its own implementations only; `model(..., output_attentions=True)` works.",
+        "Queries, keys, values and attention probabilities are quantized by the attention implementation `lowbit`, "
+        'which `prepare` and loading select. The tests ask for "eager" or "sdpa" instead, and compare the two: those '
+        "leave the attention in float, which is another function (outputs differ by 1e-4). transformers' configuration "
+        "takes `output_attentions=True` beside its own implementations only; `model(..., output_attentions=True)` "
+        "works.",
     ),
     "A low-bit table is no `nn.Embedding`": (
         r"model_get_set_embeddings|resize_(tokens_)?embeddings",

@@ -260,11 +260,18 @@ def _expand_trits(model: PreTrainedModel) -> None:
         try:
             # As in PackedLinear: of an inference tensor the CPU path could not keep its int8 expansion.
             with torch.inference_mode(False):
-                rows = max(1, _EXPANDED_AT_A_TIME // module.row_length)
-                parts = module.weight.split(rows)
-                module.weight = torch.cat([pack_ternary(unpack_trits(part, module.row_length)) for part in parts])
+                module.weight = _expanded(module.weight, module.row_length)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
+
+
+def _expanded(trits: torch.Tensor, columns: int) -> torch.Tensor:
+    """Layout b3 [N, ceil(columns/5)] -> lb2."""
+    expanded = trits.new_empty(trits.shape[0], -(-columns // 128) * 32)
+    rows = max(1, _EXPANDED_AT_A_TIME // columns)
+    for source, target in zip(trits.split(rows), expanded.split(rows), strict=True):
+        target.copy_(pack_ternary(unpack_trits(source, columns)))
+    return expanded
 
 
 def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype | None, torch.Size]]:
