@@ -44,6 +44,7 @@ _log = logging.getLogger("lowbit")
 
 _OWN_ATTENTION = (attention.NAME, attention.UNPADDED)
 _HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
+_EXPANDED_AT_A_TIME = 2**19  # codes: so many stay in cache, and take little memory beside the packed model
 _WEIGHTS = re.compile(
     r"model(?:\.(?!safetensors)([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json"
 )
@@ -165,22 +166,22 @@ def own_config(model: PreTrainedModel) -> None:
 def attach(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     """Make `model` save and load as what `config` says it is."""
     model.config.quantization_config = config
-    model.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
-    # transformers refuses .half() and .float() on models marked quantized; lowbit modules survive both.
-    model.is_quantized = False
     model.config._is_quantized = config.stage == "packed"
-    for each in {model, model.base_model}:
+    for part in {model, model.base_model}:  # `model.bert.save_pretrained` is a way to drop the head
+        part.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
+        # transformers refuses .half() and .float() on models marked quantized; lowbit modules survive both.
+        part.is_quantized = False
         for name, method in _METHODS.items():
-            setattr(each, name, functools.partial(method, each))  # unlike a method, it can be pickled
+            setattr(part, name, functools.partial(method, part))  # unlike a method, it can be pickled
     return model
 
 
 def detach(model: PreTrainedModel) -> None:
     """Undo `attach`: what `model` holds are float modules again."""
-    for each in {model, model.base_model}:
+    for part in {model, model.base_model}:
         for name in (*_METHODS, "hf_quantizer", "quantization_method"):
-            each.__dict__.pop(name, None)
-    model.is_quantized = False
+            part.__dict__.pop(name, None)
+        part.is_quantized = False
     del model.config.quantization_config
     model.config.__dict__.pop("_is_quantized", None)
 
@@ -212,8 +213,6 @@ def _save_pretrained(
     target.mkdir(parents=True, exist_ok=True)
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    quantizer = getattr(model, "hf_quantizer", None)  # the base model of a head has none
-    model.hf_quantizer = LowbitQuantizer(model.config.quantization_config, pre_quantized=True)
     model.hf_quantizer.given_state = kwargs.get("state_dict")
     try:
         type(model).save_pretrained(model, staging, **kwargs)
@@ -229,10 +228,7 @@ def _save_pretrained(
                 if path.name not in written and _variant(path.name) in variants:
                     path.unlink()  # shards of the checkpoint before
     finally:
-        if quantizer is None:
-            del model.hf_quantizer
-        else:
-            model.hf_quantizer = quantizer
+        model.hf_quantizer.given_state = None
         shutil.rmtree(staging, ignore_errors=True)
     if push_to_hub and written:
         _upload(target, written | {card.FILE}, hub.pop("repo_id", target.name), **hub)
@@ -433,9 +429,18 @@ def _expand_trits(model: PreTrainedModel) -> None:
         try:
             # As in PackedLinear: of an inference tensor the CPU path could not keep its int8 expansion.
             with torch.inference_mode(False):
-                module.weight = pack_ternary(unpack_trits(module.weight, module.row_length))
+                module.weight = _expanded(module.weight, module.row_length)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
+
+
+def _expanded(trits: torch.Tensor, columns: int) -> torch.Tensor:
+    """Layout b3 [N, ceil(columns/5)] -> lb2."""
+    expanded = trits.new_empty(trits.shape[0], -(-columns // 128) * 32)
+    rows = max(1, _EXPANDED_AT_A_TIME // columns)
+    for source, target in zip(trits.split(rows), expanded.split(rows), strict=True):
+        target.copy_(pack_ternary(unpack_trits(source, columns)))
+    return expanded
 
 
 def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype | None, torch.Size]]:

@@ -98,9 +98,10 @@ def _pack(codes: torch.Tensor, shifts: list[int]) -> torch.Tensor:
     """Codes uint8 [N, K] (K a multiple of the block) -> bytes; plane p of a block goes to bit `shifts[p]`."""
     rows, blocks = codes.shape[0], codes.shape[1] // (len(shifts) * BLOCK_BYTES)
     planes = codes.view(rows, blocks, len(shifts), BLOCK_BYTES)
-    packed = torch.zeros(rows, blocks, BLOCK_BYTES, dtype=torch.uint8, device=codes.device)
-    for plane, shift in enumerate(shifts):
-        packed |= planes[:, :, plane] << shift
+    first, *others = sorted(range(len(shifts)), key=lambda plane: -shifts[plane])
+    packed = planes[:, :, first].clone(memory_format=torch.contiguous_format)
+    for plane in others:  # in place: loading a model packs all its weights
+        packed.bitwise_left_shift_(8 // len(shifts)).bitwise_or_(planes[:, :, plane])
     return packed.flatten(1)
 
 
@@ -265,9 +266,10 @@ def unpack_trits(packed: torch.Tensor, K: int) -> torch.Tensor:
     if packed.numel() and not packed.is_meta and int(packed.max()) >= 3 ** len(_DIGITS):
         raise ValueError(f"packed holds {int(packed.max())}; five trits reach from 0 to {3 ** len(_DIGITS) - 1}")
     codes = torch.empty(rows, len(_DIGITS), columns, dtype=torch.uint8, device=packed.device)
-    rest = packed
+    rest = packed.short()
     for plane in range(len(_DIGITS)):
-        quotient = rest // 3
-        torch.sub(rest, quotient * 3, out=codes[:, plane])
+        # A third, rounded down, exact up to 256: integer division has no vector instruction.
+        quotient = (rest + 1).mul_(85).bitwise_right_shift_(8)
+        codes[:, plane] = rest.sub_(quotient, alpha=3)
         rest = quotient
     return codes.view(torch.int8).flatten(1)[:, :K] - 1
