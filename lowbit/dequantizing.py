@@ -94,6 +94,8 @@ def _restore_activations(model: PreTrainedModel) -> None:
     """Out of the linears, back into the layers."""
     from transformers.activations import ACT2FN
 
+    if not models.is_known(model):
+        return
     names = {fused: name for name, fused in FUSED_ACTIVATIONS.items()}
     architecture = models.describe(model)
     for _, layer in models.layers(model):

@@ -124,11 +124,15 @@ def restore_padding(model: PreTrainedModel) -> None:
 
     Parameters that `fuse` froze want gradients again. Attention keeps its name.
     """
+    if not models.is_known(model):
+        return  # neither takes such a model
     encoder, path = encoder_of(model), models.describe(model).embeddings
-    embeddings: Any = model.base_model.get_submodule(path)
-    if isinstance(embeddings, FusedEmbeddings):
+    embeddings: Any = None if path is None else model.base_model.get_submodule(path)
+    if path is not None and isinstance(embeddings, FusedEmbeddings):
         original: Any = embeddings._by_module[0]
-        original._buffers.update(dict(embeddings.named_buffers(recurse=False)))  # these have followed `.to(device)`
+        for name, buffer in embeddings.named_buffers(recurse=False):
+            if name in original._buffers:
+                original._buffers[name] = buffer  # it has followed `.to(device)`
         _put(model, path, original)
     if isinstance(encoder, PackedEncoder):
         model.base_model.requires_grad_(True)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 from transformers.models import bert as bert_package
@@ -115,6 +116,32 @@ def test_the_folder_of_a_dequantized_model_needs_no_lowbit(tmp_path: Path) -> No
     inputs = batch()
     assert all(map(torch.equal, outputs(plain, inputs), outputs(model, inputs)))
     assert b"lowbit" not in pickle.dumps(model)
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "Electra", "DistilBert", "MPNet", "Albert"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_other_architectures(kind: str, fused: bool, tmp_path: Path) -> None:
+    sizes = {"vocab_size": 101, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "DistilBert":
+        sizes = {"vocab_size": 101, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 96}
+    model = getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if fused and kind in ("MPNet", "Albert"):
+        pytest.skip("is not fused")
+    lowbit.quantize(model, lowbit.TernaryConfig(), fused=fused)
+    swapped = {name for name, module in model.named_modules() if isinstance(module, PackedLinear | PackedEmbedding)}
+    assert swapped
+    model.dequantize().save_pretrained(tmp_path)
+    plain, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    state = plain.state_dict()
+    assert state.keys() == before.keys()
+    for name, tensor in before.items():
+        quantized = name.removesuffix(".weight") in swapped
+        torch.testing.assert_close(state[name], by_definition(tensor, 2).float() if quantized else tensor)
+    ids = torch.randint(5, 100, (2, 9))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    torch.testing.assert_close(plain.eval()(**inputs)[0], model(**inputs)[0])
 
 
 @pytest.mark.parametrize("stage", ["prepared", "packed"])
