@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import io
 import json
+import logging
 import re
 import runpy
 import shlex
@@ -38,9 +39,9 @@ PAGES = {
 CPU = json.loads((ROOT / "benchmarks/results/cpu-encoder.json").read_text())["results"]
 
 
-def blocks(page: str, *languages: str) -> list[str]:
-    found = re.findall(r"^```(\w+)[^\n]*\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
-    return [text for language, text in found if language in languages]
+def blocks(text: str, *languages: str) -> list[str]:
+    found = re.findall(r"^```(\w+)[^\n]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [code for language, code in found if language in languages]
 
 
 def runs_here(block: str) -> bool:
@@ -51,8 +52,8 @@ def runs_here(block: str) -> bool:
 
 def programs() -> dict[str, list[str]]:
     """What runs in one namespace: the blocks of a page, each block of the README."""
-    readme = {f"README.md {number}": [block] for number, block in enumerate(blocks("README.md", "python"), 1)}
-    pages = {page: [*filter(runs_here, blocks(page, "python"))] for page in PAGES if page != "README.md"}
+    readme = {f"README.md {number}": [block] for number, block in enumerate(blocks(PAGES["README.md"], "python"), 1)}
+    pages = {page: [*filter(runs_here, blocks(PAGES[page], "python"))] for page in PAGES if page != "README.md"}
     return {**readme, **{page: found for page, found in pages.items() if found}}
 
 
@@ -60,7 +61,7 @@ def commands() -> list[tuple[str, str]]:
     return [
         (page, line)
         for page in PAGES
-        for block in blocks(page, "bash", "console", "sh", "shell")
+        for block in blocks(PAGES[page], "bash", "console", "sh", "shell")
         for line in block.replace("\\\n", " ").splitlines()
         if line.strip()
     ]
@@ -126,6 +127,7 @@ def test_python_runs_and_prints_what_its_comments_say(
 def help_of(target: str) -> str:
     """What `python script.py --help` or, for a name with no suffix, `python -m module --help` prints."""
     printed, argv, path = io.StringIO(), sys.argv, list(sys.path)
+    level = logging.getLogger("transformers").level  # which the examples change
     sys.argv = [target, "--help"]
     try:
         with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
@@ -136,6 +138,7 @@ def help_of(target: str) -> str:
                 runpy.run_module(target, run_name="__main__", alter_sys=True)
     finally:
         sys.argv, sys.path[:] = argv, path
+        logging.getLogger("transformers").setLevel(level)
     return printed.getvalue()
 
 
@@ -211,6 +214,12 @@ def test_docstrings_describe_arguments_that_exist(name: str, value: Any) -> None
                      for part in names.split(",")]  # fmt: skip
         classes = value.__mro__[:-1] if inspect.isclass(value) else [value]  # what *args and **kwargs go on to
         assert set(described) <= {name for each in classes for name in inspect.signature(each).parameters}
+
+
+def test_extending_takes_less_than_forty_lines_each() -> None:
+    sections = re.split(r"^## ", PAGES["docs/extending.md"], flags=re.MULTILINE)[1:]
+    lines = [sum(len(code.splitlines()) for code in blocks(section, "python")) for section in sections]
+    assert len(lines) == 3 and all(0 < count < 40 for count in lines), lines
 
 
 def test_there_is_something_to_test() -> None:
