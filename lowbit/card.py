@@ -103,7 +103,7 @@ def may_write(path: Path) -> bool:
     """Whether there is no card at `path`, or one that `save_pretrained` wrote and nobody has edited since."""
     if not path.exists():
         return True
-    text = path.read_text(errors="replace")
+    text = path.read_text(encoding="utf-8", errors="replace")
     text = re.sub(r"\A---\n.*?\n---\n\n", "", text, flags=re.DOTALL)
     mark = _MARK.search(text)
     return mark is not None and _checksum(text[: mark.start()].rstrip("\n")) == mark[1]
@@ -217,7 +217,7 @@ def _eval_results(results: Mapping[str, float], task: str, pipeline: str) -> lis
             dataset_config=task if task in _GLUE else None,
             dataset_split="validation",
             metric_type=metric,
-            metric_value=value,
+            metric_value=float(value),
         )
         for metric, value in results.items()
     ]

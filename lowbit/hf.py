@@ -7,6 +7,8 @@ checkpoints carry a CRC-32 of every tensor in the safetensors header and are ver
 Files hold ternary codes five to a byte, modules four to a byte, both as `weight`. So ternary modules get a buffer of
 the file's shape before transformers loads (by whatever route: shards, other heads, device maps), and the codes are
 expanded where they have landed. `state_dict()` and `load_state_dict` know the modules' form only.
+
+`attach` replaces methods of the model where transformers' own would do the wrong thing without a word.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trits
 
-from . import card
+from . import card, publishing
 from .config import FORMAT_VERSION, LengthConfig, LowbitConfig
 from .errors import CheckpointError
 from .nn import attention
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lowbit")
 
 _OWN_ATTENTION = (attention.NAME, attention.UNPADDED)
-_HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 _CHECKSUMS = "lowbit.crc32"  # key in the safetensors header
 _WEIGHTS = re.compile(
     r"model(?:\.(?!safetensors)([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json"
@@ -211,7 +212,7 @@ def _save_pretrained(
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; save_pretrained needs a directory")
     target.mkdir(parents=True, exist_ok=True)
-    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    hub = {name: kwargs.pop(name) for name in publishing.OPTIONS if name in kwargs}
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     quantizer = getattr(model, "hf_quantizer", None)  # the base model of a head has none
     model.hf_quantizer = LowbitQuantizer(model.config.quantization_config, pre_quantized=True)
@@ -235,49 +236,17 @@ def _save_pretrained(
             model.hf_quantizer = quantizer
         shutil.rmtree(staging, ignore_errors=True)
     if push_to_hub and written:
-        _upload(target, written | {card.FILE}, hub.pop("repo_id", target.name), **hub)
+        publishing.upload(target, written | {card.FILE}, hub.pop("repo_id", target.name), **hub)
 
 
 def _push_to_hub(model: PreTrainedModel, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
     """`PreTrainedModel.push_to_hub`: what `save_pretrained` writes; a card that the repository has is left alone."""
-    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    hub = {name: kwargs.pop(name) for name in publishing.OPTIONS if name in kwargs}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **kwargs)
         if tags:
             card.model_card(model, tags=tags).save(Path(folder) / card.FILE)
-        return _upload(Path(folder), set(os.listdir(folder)), repo_id, **hub)
-
-
-def _upload(
-    folder: Path,
-    files: set[str],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    **options: Any,
-) -> Any:
-    """Commit these files of a folder to the Hub; not a model card where the repository has one.
-
-    transformers' own upload would put an empty card in place of ours.
-    """
-    from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.errors import EntryNotFoundError
-    from transformers.utils.hub import hf_api
-
-    api = hf_api()
-    repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-    try:
-        api.hf_hub_download(repo_id, card.FILE, revision=revision, token=token)
-        files = files - {card.FILE}
-    except EntryNotFoundError:
-        pass
-    options = {"commit_message": "Upload model", **{name: value for name, value in options.items() if value}}
-    operations = [CommitOperationAdd(name, folder / name) for name in sorted(files) if (folder / name).is_file()]
-    return api.create_commit(repo_id, operations, revision=revision, token=token, **options)
+        return publishing.upload(Path(folder), set(os.listdir(folder)), repo_id, **hub)
 
 
 def _complete(model: PreTrainedModel, staging: Path, target: Path, self_contained: bool) -> None:
@@ -285,30 +254,7 @@ def _complete(model: PreTrainedModel, staging: Path, target: Path, self_containe
     if card.may_write(target / card.FILE):
         card.model_card(model).save(staging / card.FILE)
     if self_contained:
-        (staging / "modeling_lowbit.py").write_text(_modeling_file(model))
-        path = staging / "config.json"
-        auto_map = {auto: f"modeling_lowbit.{name}" for auto, name in _auto_classes(model).items()}
-        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto_map}, indent=2) + "\n")
-
-
-def _auto_classes(model: PreTrainedModel) -> dict[str, str]:
-    """Names of transformers' Auto classes -> names of the model classes that they have for this architecture."""
-    from transformers.models.auto import modeling_auto
-
-    found = {}
-    for name, auto in vars(modeling_auto).items():
-        if name.startswith("AutoModel") and type(model.config) in getattr(auto, "_model_mapping", {}):
-            found[name] = auto._model_mapping[type(model.config)].__name__
-    return found
-
-
-def _modeling_file(model: PreTrainedModel) -> str:
-    """Python source of classes that are transformers' own, but cannot be imported without registering lowbit."""
-    lines = ['"""Loads lowbit with the model (trust_remote_code=True); the classes are those of transformers."""', ""]
-    lines += ["import lowbit  # noqa: F401", "import transformers", ""]
-    for name in sorted(set(_auto_classes(model).values())):
-        lines += ["", f"class {name}(transformers.{name}):", "    pass", ""]
-    return "\n".join(lines)
+        publishing.add_modeling_file(model, staging)
 
 
 def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | dict[str, str], **kwargs: Any) -> None:
