@@ -32,7 +32,6 @@ _PIPELINES = {
     "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "fill-mask",
     "ForMultipleChoice": "multiple-choice",
-    "Model": "feature-extraction",
 }
 
 
@@ -72,6 +71,8 @@ def model_card(
         raise ValueError(f"results={dict(results)} without a task; say what they were measured on: task='sst2'")
     head = type(model).__name__
     pipeline = next((name for ending, name in _PIPELINES.items() if head.endswith(ending)), None)
+    if model is model.base_model:
+        pipeline = "feature-extraction"
     parent = _name(teacher if teacher is not None else model)
     hub_id = parent if parent and re.fullmatch(r"[\w.-]+/[\w.-]+", parent) and not Path(parent).exists() else None
     data = ModelCardData(

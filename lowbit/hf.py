@@ -36,7 +36,7 @@ from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trit
 from . import card, publishing
 from .config import FORMAT_VERSION, LengthConfig, LowbitConfig
 from .errors import CheckpointError
-from .nn import attention
+from .nn import UnpaddedEncoder, attention
 from .nn._packed import Packed
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("lowbit")
 
-_OWN_ATTENTION = (attention.NAME, attention.UNPADDED)
 _CHECKSUMS = "lowbit.crc32"  # key in the safetensors header
 _WEIGHTS = re.compile(
     r"model(?:\.(?!safetensors)([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json"
@@ -266,13 +265,13 @@ def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | 
     Raises:
         ValueError: another one, and the model's attention is quantized.
     """
-    from .unpadding import attention_implementation
-
     wanted: Any = attn_implementation
     if isinstance(wanted, dict):
         wanted = wanted.get("", model.config._attn_implementation)
-    if wanted in _OWN_ATTENTION:
-        wanted = attention_implementation(model)
+    unpadded = any(isinstance(module, UnpaddedEncoder) for module in model.modules())
+    own = attention.UNPADDED if unpadded else attention.NAME
+    if wanted in (attention.NAME, attention.UNPADDED):
+        wanted = own
     elif any(getattr(module, "quantizers", None) for module in model.modules()):
         if wanted != "eager":
             raise ValueError(
@@ -280,7 +279,7 @@ def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | 
                 "'lowbit'. For float attention quantize with quantize_attention=False, or call model.dequantize()"
             )
         _log.warning("attn_implementation='eager': kept 'lowbit', which quantizes attention and returns its maps too")
-        wanted = attention_implementation(model)
+        wanted = own
     type(model).set_attn_implementation(model, wanted, **kwargs)
 
 
