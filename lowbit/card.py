@@ -32,7 +32,6 @@ _PIPELINES = {
     "ForQuestionAnswering": "question-answering",
     "ForMaskedLM": "fill-mask",
     "ForMultipleChoice": "multiple-choice",
-    "Model": "feature-extraction",
 }
 
 
@@ -72,6 +71,8 @@ def model_card(
         raise ValueError(f"results={dict(results)} without a task; say what they were measured on: task='sst2'")
     head = type(model).__name__
     pipeline = next((name for ending, name in _PIPELINES.items() if head.endswith(ending)), None)
+    if model is model.base_model:
+        pipeline = "feature-extraction"
     parent = _name(teacher if teacher is not None else model)
     hub_id = parent if parent and re.fullmatch(r"[\w.-]+/[\w.-]+", parent) and not Path(parent).exists() else None
     data = ModelCardData(
@@ -103,7 +104,7 @@ def may_write(path: Path) -> bool:
     """Whether there is no card at `path`, or one that `save_pretrained` wrote and nobody has edited since."""
     if not path.exists():
         return True
-    text = path.read_text(errors="replace")
+    text = path.read_text(encoding="utf-8", errors="replace")
     text = re.sub(r"\A---\n.*?\n---\n\n", "", text, flags=re.DOTALL)
     mark = _MARK.search(text)
     return mark is not None and _checksum(text[: mark.start()].rstrip("\n")) == mark[1]
@@ -217,7 +218,7 @@ def _eval_results(results: Mapping[str, float], task: str, pipeline: str) -> lis
             dataset_config=task if task in _GLUE else None,
             dataset_split="validation",
             metric_type=metric,
-            metric_value=value,
+            metric_value=float(value),
         )
         for metric, value in results.items()
     ]

@@ -59,7 +59,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
             _swap(model, {name: _embedding(module, own)})
         module._modules.pop("quantizers", None)  # of attention
     hf.detach(model)
-    model.set_attn_implementation(model.get_correct_attn_implementation(None))
+    model.config._attn_implementation = model.get_correct_attn_implementation(None)  # transformers' default
     if config.num_attention_heads is not None:
         hf.attach(model, LowbitConfig(stage="float", num_attention_heads=config.num_attention_heads))
     return model if dtype is None else model.to(dtype)
@@ -94,7 +94,7 @@ def _restore_activations(model: PreTrainedModel) -> None:
     """Out of the linears, back into the layers."""
     from transformers.activations import ACT2FN
 
-    if not models.is_known(model):
+    if not any(isinstance(module, PackedLinear) and module.activation for module in model.modules()):
         return
     names = {fused: name for name, fused in FUSED_ACTIVATIONS.items()}
     architecture = models.describe(model)

@@ -8,13 +8,14 @@ used.
 Files hold ternary codes five to a byte, modules four to a byte, both as `weight`. So ternary modules get a buffer of
 the file's shape before transformers loads (by whatever route: shards, other heads, device maps), and the codes are
 expanded where they have landed. `state_dict()` and `load_state_dict` know the modules' form only.
+
+`attach` replaces methods of the model where transformers' own would do the wrong thing without a word.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import json
 import logging
 import os
 import re
@@ -30,11 +31,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trits
 
-from . import card, checkpoints
+from . import card, checkpoints, publishing
 from ._files import exclusive
 from .config import FORMAT_VERSION, LengthConfig, LowbitConfig
 from .errors import CheckpointError
-from .nn import attention
+from .nn import UnpaddedEncoder, attention
 from .nn._packed import Packed
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 _log = logging.getLogger("lowbit")
 
 _OWN_ATTENTION = (attention.NAME, attention.UNPADDED)
-_HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "token", "revision", "create_pr")
 _EXPANDED_AT_A_TIME = 2**19  # codes: so many stay in cache, and take little memory beside the packed model
 _WEIGHTS = re.compile(
     r"model(?:\.(?!safetensors)([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json"
@@ -211,7 +211,7 @@ def _save_pretrained(
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; save_pretrained needs a directory")
     target.mkdir(parents=True, exist_ok=True)
-    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    hub = {name: kwargs.pop(name) for name in publishing.OPTIONS if name in kwargs}
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     model.hf_quantizer.given_state = kwargs.get("state_dict")
     try:
@@ -221,7 +221,7 @@ def _save_pretrained(
         written = {path.name for path in staging.iterdir()}
         variants = {_variant(name) for name in written} - {None}
         with exclusive(target):  # of two processes that save, one checkpoint stays, not parts of both
-            # config.json last: until then a reader sees the old configuration, and mismatches are refused by the checks.
+            # config.json last: until then a reader sees the old one, and mismatches are refused by the checks.
             for name in sorted(written, key=lambda name: (name == "config.json", name)):
                 os.replace(staging / name, target / name)
             for path in target.iterdir():
@@ -231,49 +231,17 @@ def _save_pretrained(
         model.hf_quantizer.given_state = None
         shutil.rmtree(staging, ignore_errors=True)
     if push_to_hub and written:
-        _upload(target, written | {card.FILE}, hub.pop("repo_id", target.name), **hub)
+        publishing.upload(target, written | {card.FILE}, hub.pop("repo_id", target.name), **hub)
 
 
 def _push_to_hub(model: PreTrainedModel, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
     """`PreTrainedModel.push_to_hub`: what `save_pretrained` writes; a card that the repository has is left alone."""
-    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
+    hub = {name: kwargs.pop(name) for name in publishing.OPTIONS if name in kwargs}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder, **kwargs)
         if tags:
             card.model_card(model, tags=tags).save(Path(folder) / card.FILE)
-        return _upload(Path(folder), set(os.listdir(folder)), repo_id, **hub)
-
-
-def _upload(
-    folder: Path,
-    files: set[str],
-    repo_id: str,
-    *,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    **options: Any,
-) -> Any:
-    """Commit these files of a folder to the Hub; not a model card where the repository has one.
-
-    transformers' own upload would put an empty card in place of ours.
-    """
-    from huggingface_hub import CommitOperationAdd
-    from huggingface_hub.errors import EntryNotFoundError
-    from transformers.utils.hub import hf_api
-
-    api = hf_api()
-    repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-    if revision is not None and not revision.startswith("refs/pr"):
-        api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-    try:
-        api.hf_hub_download(repo_id, card.FILE, revision=revision, token=token)
-        files = files - {card.FILE}
-    except EntryNotFoundError:
-        pass
-    options = {"commit_message": "Upload model", **{name: value for name, value in options.items() if value}}
-    operations = [CommitOperationAdd(name, folder / name) for name in sorted(files) if (folder / name).is_file()]
-    return api.create_commit(repo_id, operations, revision=revision, token=token, **options)
+        return publishing.upload(Path(folder), set(os.listdir(folder)), repo_id, **hub)
 
 
 def _complete(model: PreTrainedModel, staging: Path, target: Path, self_contained: bool) -> None:
@@ -281,30 +249,7 @@ def _complete(model: PreTrainedModel, staging: Path, target: Path, self_containe
     if card.may_write(target / card.FILE):
         card.model_card(model).save(staging / card.FILE)
     if self_contained:
-        (staging / "modeling_lowbit.py").write_text(_modeling_file(model))
-        path = staging / "config.json"
-        auto_map = {auto: f"modeling_lowbit.{name}" for auto, name in _auto_classes(model).items()}
-        path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto_map}, indent=2) + "\n")
-
-
-def _auto_classes(model: PreTrainedModel) -> dict[str, str]:
-    """Names of transformers' Auto classes -> names of the model classes that they have for this architecture."""
-    from transformers.models.auto import modeling_auto
-
-    found = {}
-    for name, auto in vars(modeling_auto).items():
-        if name.startswith("AutoModel") and type(model.config) in getattr(auto, "_model_mapping", {}):
-            found[name] = auto._model_mapping[type(model.config)].__name__
-    return found
-
-
-def _modeling_file(model: PreTrainedModel) -> str:
-    """Python source of classes that are transformers' own, but cannot be imported without registering lowbit."""
-    lines = ['"""Loads lowbit with the model (trust_remote_code=True); the classes are those of transformers."""', ""]
-    lines += ["import lowbit  # noqa: F401", "import transformers", ""]
-    for name in sorted(set(_auto_classes(model).values())):
-        lines += ["", f"class {name}(transformers.{name}):", "    pass", ""]
-    return "\n".join(lines)
+        publishing.add_modeling_file(model, staging)
 
 
 def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | dict[str, str], **kwargs: Any) -> None:
@@ -316,13 +261,13 @@ def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | 
     Raises:
         ValueError: another one, and the model's attention is quantized.
     """
-    from .unpadding import attention_implementation
-
     wanted: Any = attn_implementation
     if isinstance(wanted, dict):
         wanted = wanted.get("", model.config._attn_implementation)
-    if wanted in _OWN_ATTENTION:
-        wanted = attention_implementation(model)
+    unpadded = any(isinstance(module, UnpaddedEncoder) for module in model.modules())
+    own = attention.UNPADDED if unpadded else attention.NAME
+    if wanted in (attention.NAME, attention.UNPADDED):
+        wanted = own
     elif any(getattr(module, "quantizers", None) for module in model.modules()):
         if wanted != "eager":
             raise ValueError(
@@ -330,7 +275,7 @@ def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | 
                 "'lowbit'. For float attention quantize with quantize_attention=False, or call model.dequantize()"
             )
         _log.warning("attn_implementation='eager': kept 'lowbit', which quantizes attention and returns its maps too")
-        wanted = attention_implementation(model)
+        wanted = own
     type(model).set_attn_implementation(model, wanted, **kwargs)
 
 

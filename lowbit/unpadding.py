@@ -124,28 +124,29 @@ def restore_padding(model: PreTrainedModel) -> None:
 
     Parameters that `fuse` froze want gradients again. Attention keeps its name.
     """
-    if not models.is_known(model):
-        return  # neither takes such a model
-    encoder, path = encoder_of(model), models.describe(model).embeddings
-    embeddings: Any = None if path is None else model.base_model.get_submodule(path)
-    if path is not None and isinstance(embeddings, FusedEmbeddings):
-        original: Any = embeddings._by_module[0]
-        for name, buffer in embeddings.named_buffers(recurse=False):
-            if name in original._buffers:
-                original._buffers[name] = buffer  # it has followed `.to(device)`
-        _put(model, path, original)
-    if isinstance(encoder, PackedEncoder):
-        model.base_model.requires_grad_(True)
-    if isinstance(encoder, UnpaddedEncoder):
-        original = encoder._by_layer[0]
-        original.config = encoder.config
-        _put(model, _path(model), original)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, UnpaddedEncoder):
+            _put_back(model, name, module, module._by_layer[0])
+        elif isinstance(module, FusedEmbeddings):
+            _put_back(model, name, module, module._by_module[0])
+        if isinstance(module, PackedEncoder):
+            model.base_model.requires_grad_(True)
     for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
         for key in [key for key, other in module._forward_pre_hooks.items() if other is hook]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
     if hasattr(model.config, "length_config"):
         del model.config.length_config
+
+
+def _put_back(model: PreTrainedModel, name: str, module: nn.Module, original: nn.Module) -> None:
+    """Replace what stands in for `original`, whose children and buffers may have been replaced since."""
+    original._modules.update({key: child for key, child in module._modules.items() if key in original._modules})
+    original._buffers.update({key: buffer for key, buffer in module._buffers.items() if key in original._buffers})
+    if hasattr(module, "config"):
+        original.config = module.config
+    original.training = module.training  # not of its children, which stay as they are
+    model.set_submodule(name, original)
 
 
 def reads_first_token_only(model: PreTrainedModel) -> bool:

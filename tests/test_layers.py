@@ -23,6 +23,7 @@ BELOW = {
     "nn": {"config", "models", "quantizers", "nn"},
     "checkpoints": {"config", "errors"},
     "card": {"config", "nn"},
+    "publishing": {"card"},
     "hf": {
         "_files",
         "card",
@@ -33,6 +34,7 @@ BELOW = {
         "conversion",
         "dequantizing",
         "nn",
+        "publishing",
         "unpadding",
     },
     "dequantizing": {"config", "models", "nn", "quantizers", "hf", "conversion", "unpadding"},

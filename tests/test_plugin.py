@@ -197,9 +197,14 @@ def test_push_to_hub_uploads_what_loads(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(shards) > 1 and files.keys() == {"README.md", "config.json", "model.safetensors.index.json", *shards}
     assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "lowbit"
     assert "- mine\n" in files["README.md"].decode()
+    # As the Hub's cache would hold it: loading by name.
+    folder = tmp_path / "models--me--bert-2bit"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
     for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    assert equal(model, Auto.from_pretrained(tmp_path))
+        (folder / "snapshots" / ("0" * 40) / name).write_bytes(content)
+    assert equal(model, Auto.from_pretrained("me/bert-2bit", cache_dir=tmp_path, local_files_only=True))
 
 
 def test_saving_with_push_to_hub_uploads_the_folder_but_no_card_over_another(
