@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import logging
 import shutil
@@ -521,12 +522,19 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert "interrupted" in text and ("run the same command again" in text) == resumes
 
 
-def test_a_missing_extra_is_named(setup: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"scikit-learn not installed.*pip install 'lowbit\[train\]'"):
-        from lowbit.recipes import require
+@pytest.mark.parametrize("command", [["distill", "x", "y"], ["evaluate", "x"], ["search-length", "x", "y"]])
+def test_a_missing_extra_is_named(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sklearn" else real(name))
+    text = call(*command, "--task", "sst2", code=1)
+    assert "scikit-learn not installed" in text and "pip install 'lowbit[train]'" in text
 
-        require("sklearn")
+
+def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
+    text = call("info", "no/such-model", code=1)
+    assert text.startswith("error: no/such-model is no folder here, and no model that the Hub gives")
+    assert "is no folder here" in call("quantize", tmp_path / "none", tmp_path / "out", code=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_and_completion_need_no_torch() -> None:

@@ -222,8 +222,10 @@ def evaluate(
 ) -> None:
     """Measure a classifier on the validation examples of a GLUE task, or on a file."""
     _one_of(("--task", task), ("--file", file))
+    from ..recipes import require
     from ..recipes.data import load_files, offline_if_local
 
+    require("datasets", "sklearn")
     offline_if_local(model, data_dir, _text(file))
     with _progress_to_stderr():
         from lowbit.recipes.measure import evaluate as score
@@ -361,8 +363,10 @@ def distill(
     _one_of(("--task", task), ("--train-file", train_file))
     if (train_file is None) != (validation_file is None):
         raise typer.BadParameter("--train-file and --validation-file go together")
+    from ..recipes import require
     from ..recipes.data import load_files, load_glue, offline_if_local
 
+    require("accelerate", "datasets", "sklearn")
     offline_if_local(model, data_dir, _text(train_file))
     with _progress_to_stderr():
         from lowbit.recipes import stages
@@ -445,8 +449,10 @@ def search_length(
     resume an interrupted search, run the same command again. Score on examples that the model was not trained on.
     """
     _one_of(("--task", task), ("--file", file))
+    from ..recipes import require
     from ..recipes.data import load_files, offline_if_local
 
+    require("datasets", "sklearn")
     offline_if_local(model, data_dir, _text(file))
     with _progress_to_stderr():
         import lowbit
