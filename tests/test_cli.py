@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import logging
 import shutil
@@ -322,14 +323,13 @@ def reviews(setup: tuple[Path, Path], tmp_path: Path) -> list[object]:
     return files
 
 
-@pytest.mark.parametrize("method", ["tws", "bwn"])
-def test_distill_to_one_bit_on_files(method: str, setup: tuple[Path, Path], reviews: list, tmp_path: Path) -> None:
-    arguments = [setup[1], tmp_path / "run", *reviews, "--bits", "binary", "--method", method, *FEW]
+def test_distill_to_one_bit_on_files(setup: tuple[Path, Path], reviews: list, tmp_path: Path) -> None:
+    arguments = [setup[1], tmp_path / "run", *reviews, "--bits", "binary", "--method", "bwn", *FEW]
     found = called("distill", *arguments)
     model = AutoModelForSequenceClassification.from_pretrained(found["model"])
     assert model.config.id2label == {0: "bad", 1: "fair", 2: "good"}
     config = model.config.quantization_config
-    assert (config.weight_bits, config.stage, config.split) == (1, "packed", method == "tws")
+    assert (config.weight_bits, config.stage, config.split) == (1, "packed", False)
     evaluated = called("evaluate", found["model"], "--file", reviews[3])["metrics"]
     assert evaluated == {"accuracy": found["results"][Path(found["model"]).name]["accuracy"]}
 
@@ -522,12 +522,19 @@ def test_an_interrupted_run_says_how_to_go_on(
     assert "interrupted" in text and ("run the same command again" in text) == resumes
 
 
-def test_a_missing_extra_is_named(setup: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"scikit-learn not installed.*pip install 'lowbit\[train\]'"):
-        from lowbit.recipes import require
+@pytest.mark.parametrize("command", [["distill", "x", "y"], ["evaluate", "x"], ["search-length", "x", "y"]])
+def test_a_missing_extra_is_named(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "sklearn" else real(name))
+    text = call(*command, "--task", "sst2", code=1)
+    assert "scikit-learn not installed" in text and "pip install 'lowbit[train]'" in text
 
-        require("sklearn")
+
+def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
+    text = call("info", "no/such-model", code=1)
+    assert text.startswith("error: no/such-model is no folder here, and no model that the Hub gives")
+    assert "is no folder here" in call("quantize", tmp_path / "none", tmp_path / "out", code=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_help_and_completion_need_no_torch() -> None:

@@ -104,7 +104,7 @@ def quantize(
     from . import loading
 
     loading.check_out(out, overwrite, model)
-    with _machine(as_json):
+    with _progress_to_stderr():
         import lowbit
         from lowbit.recipes.measure import disk_mb
 
@@ -149,7 +149,7 @@ def split(
     from . import loading
 
     loading.check_out(out, overwrite, prepared)
-    with _machine(as_json):
+    with _progress_to_stderr():
         import lowbit
         from lowbit.recipes.measure import disk_mb
 
@@ -169,7 +169,7 @@ def info(
     """
     from . import loading
 
-    with _machine(as_json):
+    with _progress_to_stderr():
         folder = loading.folder_of(checkpoint)
         from . import checkpoint as reader
 
@@ -187,7 +187,7 @@ def doctor(as_json: Json = False) -> None:
     """
     from .doctor import examine
 
-    with _machine(as_json):
+    with _progress_to_stderr():
         found = examine()
     if not as_json:
         from rich.markup import escape
@@ -222,10 +222,12 @@ def evaluate(
 ) -> None:
     """Measure a classifier on the validation examples of a GLUE task, or on a file."""
     _one_of(("--task", task), ("--file", file))
+    from ..recipes import require
     from ..recipes.data import load_files, offline_if_local
 
+    require("datasets", "sklearn")
     offline_if_local(model, data_dir, _text(file))
-    with _machine(as_json):
+    with _progress_to_stderr():
         from lowbit.recipes.measure import evaluate as score
         from lowbit.recipes.stages import Run
         from lowbit.tasks import get_task, load_task, tokenize
@@ -279,7 +281,7 @@ def bench(
 
     Random token ids without padding. Kernels are timed by `make bench` and `make gpu`.
     """
-    with _machine(as_json):
+    with _progress_to_stderr():
         import lowbit
         from lowbit.recipes.measure import latencies
 
@@ -361,10 +363,12 @@ def distill(
     _one_of(("--task", task), ("--train-file", train_file))
     if (train_file is None) != (validation_file is None):
         raise typer.BadParameter("--train-file and --validation-file go together")
+    from ..recipes import require
     from ..recipes.data import load_files, load_glue, offline_if_local
 
+    require("accelerate", "datasets", "sklearn")
     offline_if_local(model, data_dir, _text(train_file))
-    with _machine(as_json):
+    with _progress_to_stderr():
         from lowbit.recipes import stages
         from lowbit.recipes.measure import measure
         from lowbit.tasks import tokenize
@@ -445,10 +449,12 @@ def search_length(
     resume an interrupted search, run the same command again. Score on examples that the model was not trained on.
     """
     _one_of(("--task", task), ("--file", file))
+    from ..recipes import require
     from ..recipes.data import load_files, offline_if_local
 
+    require("datasets", "sklearn")
     offline_if_local(model, data_dir, _text(file))
-    with _machine(as_json):
+    with _progress_to_stderr():
         import lowbit
         from lowbit.recipes import lengths, stages
         from lowbit.recipes.measure import evaluate as metrics
@@ -523,11 +529,9 @@ COMMANDS = (quantize, distill, split, evaluate, bench, search_length, info, doct
 # --------------------------------------------------------------------------------------------------------------- output
 
 
-@contextlib.contextmanager
-def _machine(as_json: bool) -> Any:
-    """With --json, whatever others print goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        yield
+def _progress_to_stderr() -> Any:
+    """What others print while they work; stdout is for the result."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def _print(result: dict[str, Any], as_json: bool, *lines: Any) -> None:

@@ -46,10 +46,10 @@ def folder_of(checkpoint: str) -> Path:
         return path
     if path.exists():
         raise FileNotFoundError(f"{path} is a file; a checkpoint is a folder with config.json and *.safetensors")
-    from transformers.utils import cached_file
+    from huggingface_hub import snapshot_download
 
     try:
-        return Path(str(cached_file(checkpoint, "config.json"))).parent
+        return Path(snapshot_download(checkpoint, allow_patterns=["*.json", "*.safetensors", *TOKENIZER_FILES]))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"{checkpoint} is no folder here, and no model that the Hub gives ({type(error).__name__})"

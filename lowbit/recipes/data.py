@@ -107,10 +107,10 @@ def _read(path: Path, columns: tuple[str, ...], label_column: str) -> Dataset:
         raise RecipeError(f"{path} is empty")
     try:
         data = read_split(path, columns, label_column)
-    except ValueError as error:
-        raise RecipeError(str(error)) from error
     except Exception as error:  # datasets and pandas raise many kinds for a file that is not what its name says
-        raise RecipeError(f"{path} could not be read as {path.suffix}: {error.__cause__ or error}") from error
+        text = str(error.__cause__ or error)
+        named = text.startswith(str(path))
+        raise RecipeError(text if named else f"{path} could not be read as {path.suffix}: {text}") from error
     if len(data) == 0:
         raise RecipeError(f"{path} has no rows")
     for column in (*columns, label_column):
