@@ -11,6 +11,7 @@ leaves the model as it was.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from typing import TYPE_CHECKING, Any
@@ -68,8 +69,10 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     drops = models.is_known(model) and getattr(encoder_of(model), "lengths", None) is not None
     if drops:
         check_quantized_attention(config)
-    if not models.has_plain_attention(model):
+    if config.quantize_attention and not models.has_plain_attention(model):
         config = config.replace(quantize_attention=False)
+        if models.is_known(model) and config.activation_bits is not None:
+            logger.warning("%s does not call transformers' attention: it stays float", type(model).__name__)
     if not models.is_known(model):
         config = config.replace(modules_to_not_convert=[*config.modules_to_not_convert, *_not_called(model)])
     modules = _quantized(model, config)
@@ -78,7 +81,14 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
         del model.config.length_config  # of a float checkpoint: the lengths were never set on this model
     _set_attention(model, config)
     _swap(model, modules)
-    _tell(model, modules)
+    if not models.is_known(model):
+        logger.warning(
+            "%s (model_type %r) is not in lowbit.models.ARCHITECTURES: %d modules quantized, attention float, and left: %s",
+            type(model).__name__,
+            model.config.model_type,
+            len(modules),
+            ", ".join(f"{name} ({kind})" for name, kind in left_in_float(model).items()) or "none",
+        )
     return hf.attach(model, config)
 
 
@@ -196,21 +206,6 @@ def left_in_float(model: PreTrainedModel) -> dict[str, str]:
     return found
 
 
-def _tell(model: PreTrainedModel, swapped: dict[str, nn.Module]) -> None:
-    """Say what a user who knows BERT would not expect."""
-    kind = f"{type(model).__name__} (model_type {model.config.model_type!r})"
-    if models.is_known(model):
-        if not models.has_plain_attention(model):
-            logger.warning("%s: attention does not go through transformers' interface and stays float", kind)
-        return
-    logger.warning(
-        "%s is not in lowbit.models.ARCHITECTURES: %d modules are quantized, attention stays float, and so do %s",
-        kind,
-        len(swapped),
-        ", ".join(f"{name} ({cls})" for name, cls in left_in_float(model).items()) or "no others",
-    )
-
-
 def _not_called(model: PreTrainedModel) -> list[str]:
     """Linears and embeddings, by their names in the base model, that a forward pass of it does not call.
 
@@ -228,7 +223,9 @@ def _not_called(model: PreTrainedModel) -> list[str]:
     try:
         base.eval()
         with torch.no_grad():
-            base(**{name: value.to(base.device) for name, value in base.dummy_inputs.items()})
+            ids = base.dummy_inputs["input_ids"].to(base.device)
+            takes_mask = "attention_mask" in inspect.signature(base.forward).parameters
+            base(ids, **({"attention_mask": torch.ones_like(ids)} if takes_mask else {}))
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be run on token ids, to see which linears it calls ({error!r}); describe "
@@ -383,8 +380,9 @@ def _fuse_linears(model: PreTrainedModel) -> None:
 
 def _untie(model: PreTrainedModel) -> None:
     """Give a decoder that shares the word embedding's table its own float weight (packed codes cannot be shared)."""
-    decoder, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if decoder is None or decoder.weight is not table.weight or not isinstance(table, QuantEmbedding):
+    decoder = model.get_output_embeddings()
+    table = None if decoder is None else model.get_input_embeddings()
+    if not isinstance(table, QuantEmbedding) or decoder.weight is not table.weight:
         return
     decoder.weight = nn.Parameter(decoder.weight.detach().clone())
     if decoder.bias is not None:

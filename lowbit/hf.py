@@ -212,6 +212,8 @@ def _save_pretrained(
         raise NotADirectoryError(f"{target} is a file; save_pretrained needs a directory")
     target.mkdir(parents=True, exist_ok=True)
     hub = {name: kwargs.pop(name) for name in publishing.OPTIONS if name in kwargs}
+    # Names are the modules' own: those of other libraries, which transformers writes for some types, say other shapes.
+    kwargs.setdefault("save_original_format", False)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     model.hf_quantizer.given_state = kwargs.get("state_dict")
     try:

@@ -62,8 +62,10 @@ class Architecture:
         position_embeddings: in the base model; None where there is no such table.
         pooler: in the base model, the pooler's linear; None where no head has one.
         others: further linears of the base model; a model need not have them.
-        own_attention: the attention does not go through transformers' interface. It stays float, and `slim`, `fuse` and
-            `set_length` refuse the model.
+        own_attention: the attention does not go through transformers' interface. It stays float, and `slim`,
+            `set_length` and, without `position_bias`, `fuse` refuse the model.
+        position_bias: method of the module that runs the layers, where attention adds the same bias by position in all
+            of them: states [B, S, H] -> [B, heads, S, S].
         hidden_act, intermediate_size: what the configuration calls these.
     """
 
@@ -84,6 +86,7 @@ class Architecture:
     pooler: str | None = None
     others: tuple[str, ...] = ()
     own_attention: bool = False
+    position_bias: str | None = None
     hidden_act: str = "hidden_act"
     intermediate_size: str = "intermediate_size"
 
@@ -151,6 +154,7 @@ ARCHITECTURES = {
         attention_dropout="attention.dropout",
         attention_norm="attention.LayerNorm",
         own_attention=True,
+        position_bias="compute_position_bias",
     ),
 }
 
@@ -189,15 +193,20 @@ def describe(model: PreTrainedModel) -> Architecture:
     return ARCHITECTURES[model.config.model_type]
 
 
-def describe_attention(model: PreTrainedModel, verb: str) -> Architecture:
+def describe_attention(model: PreTrainedModel, verb: str, bias: bool = False) -> Architecture:
     """The architecture of a model whose attention lowbit can run itself, as `verb` needs.
+
+    Args:
+        model: of transformers.
+        verb: what the error says.
+        bias: whether attention with a bias by position will do.
 
     Raises:
         TypeError, ValueError: as `check`; another model.
     """
     check(model)
-    if not has_plain_attention(model):
-        able = [name for name, architecture in ARCHITECTURES.items() if not architecture.own_attention]
+    able = [name for name, each in ARCHITECTURES.items() if not each.own_attention or (bias and each.position_bias)]
+    if model.config.model_type not in able:
         raise ValueError(
             f"{verb} supports models of type {', '.join(able)}, and what else lowbit.models.ARCHITECTURES has with "
             f"attention by transformers' interface; {type(model).__name__} has model_type {model.config.model_type!r}"
@@ -272,7 +281,10 @@ def every_linear(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
 
 def every_embedding(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """What `embeddings` are of a float model that is not in `ARCHITECTURES`."""
-    words = model.base_model.get_input_embeddings()
+    try:
+        words = model.base_model.get_input_embeddings()
+    except NotImplementedError:  # of models of characters
+        words = None
     tables = list(_inside(model, nn.Embedding))
     return [name for name, table in tables if table is words], [name for name, table in tables if table is not words]
 

@@ -41,13 +41,14 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: packed, with 8- or 4-bit activations quantized per token, no clip, and no linear left in float; of an
-            architecture that `lowbit.models` describes, with attention by transformers' interface.
+            architecture that `lowbit.models` describes, with attention by transformers' interface, or MPNet's (whose
+            relative positions then count the tokens that are no padding).
 
     Raises:
         ValueError: not packed, already fused, or a configuration that cannot be fused (the message says what lacks).
     """
     config = hf.current_config(model)
-    architecture = models.describe_attention(model, "fuse")
+    architecture = models.describe_attention(model, "fuse", bias=True)
     encoder = encoder_of(model)
     if isinstance(encoder, PackedEncoder):
         raise ValueError("the model is already fused")
@@ -168,7 +169,7 @@ def attention_implementation(model: PreTrainedModel) -> str:
 
 def check_fusable(model: PreTrainedModel, config: LowbitConfig) -> None:
     """Raise ValueError unless `fuse` can take a model of this configuration."""
-    models.describe_attention(model, "fuse")
+    models.describe_attention(model, "fuse", bias=True)
     lowbit_encoder.check(config)
     _check_encoder(model)
     for name, _ in models.layer_linears(model):
@@ -223,7 +224,10 @@ def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
 
 def _without_padding(model: PreTrainedModel) -> None:
     """Padding masks as they come, and what the encoder has to know of head and batch."""
-    model.set_attn_implementation(lowbit_attention.UNPADDED)
+    if models.has_plain_attention(model):
+        model.set_attn_implementation(lowbit_attention.UNPADDED)
+    else:  # transformers would not set it: of such a model it decides about the mask only
+        model.config._attn_implementation = lowbit_attention.UNPADDED
     for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
         if hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hook, with_kwargs=True)

@@ -63,6 +63,8 @@ class UnpaddedEncoder(nn.Module):
         super().__init__()
         layers: Any = encoder.get_submodule("layer")
         self.layer: Any = layers
+        for name, child in encoder.named_children():  # a table of relative positions, say
+            self.register_module(name, child)
         self._by_layer = [encoder]  # in a list: its parameters are ours already
         self.config = model_config
         self.architecture = architecture
@@ -335,11 +337,19 @@ class PackedEncoder(UnpaddedEncoder):
         survivors = Survivors(self._restores(first_token_only), sequences.host is not None)
         sequences = sequences._replace(host=None)  # a layer compiled with it would be compiled again without
         codes: Codes = quantize_per_token(tokens, self.bits, self.symmetric["linear"])
+        bias = self._position_bias(tokens, sequences.max_seqlen)
         for layer, keep in zip(self.layer, steps, strict=True):
             before = tokens
-            tokens, codes, kept = self._run_layer(self._weights(layer), tokens, codes, sequences, keep, protected)
+            tokens, codes, kept = self._run_layer(self._weights(layer), tokens, codes, sequences, keep, protected, bias)
             sequences, protected = _after(before, kept, sequences, protected, survivors)
         return survivors.all(tokens)
+
+    def _position_bias(self, tokens: torch.Tensor, length: int) -> torch.Tensor | None:
+        """float32 [heads, S, S], where the architecture has a bias."""
+        if self.architecture.position_bias is None:
+            return None
+        bias = getattr(self._by_layer[0], self.architecture.position_bias)
+        return bias(tokens.new_empty(1, length, 1))[0].detach().float()
 
     def _run_layer(
         self,
@@ -349,10 +359,11 @@ class PackedEncoder(UnpaddedEncoder):
         sequences: Sequences,
         keep: Keep | None,
         protected: torch.Tensor | None,
+        bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Codes, Kept | None]:
         """tokens [T, H] and their codes -> the same of the next layer, and what it keeps."""
         context, importance = self.run_attention(
-            weights.projections, codes, sequences, keep and keep.score, tokens.dtype
+            weights.projections, codes, sequences, keep and keep.score, tokens.dtype, bias
         )
         kept = None
         if keep is not None:
@@ -360,12 +371,18 @@ class PackedEncoder(UnpaddedEncoder):
         return *self.run_rest(weights, *gathered(kept, context, tokens)), kept
 
     def _run_attention(
-        self, projections: Product, codes: Codes, sequences: Sequences, importance: str | None, dtype: torch.dtype
+        self,
+        projections: Product,
+        codes: Codes,
+        sequences: Sequences,
+        importance: str | None,
+        dtype: torch.dtype,
+        bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """codes [T, H] -> context [T, heads * head_dim], importance [T] if any."""
         parts = self._multiply(projections, codes, dtype)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in parts)
-        result = _attention(query, key, value, sequences, importance, self.attention_options)
+        result = _attention(query, key, value, sequences, importance, {**self.attention_options, "bias": bias})
         return result.output.flatten(1), result.importance
 
     def _run_rest(self, weights: Weights, context: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, Codes]:
