@@ -34,37 +34,28 @@ def by_modules(fused: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def graphs(model: torch.nn.Module, **options: object) -> tuple[torch.nn.Module, list[torch.fx.GraphModule]]:
-    """The model compiled by AOTAutograd, as eager code, and the graphs that it consists of, to be."""
-    found: list[torch.fx.GraphModule] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
-        found.append(graph)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
+def one_graph(model: torch.nn.Module, **options: object) -> torch.nn.Module:
+    """The model traced as a whole, by Dynamo and AOTAutograd; the graph runs as eager code."""
     torch.compiler.reset()
-    return torch.compile(model, backend=backend, fullgraph=True, **options), found
+    torch._dynamo.utils.counters.clear()
+    return torch.compile(model, backend="aot_eager", fullgraph=True, **options)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+def traced_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+# Those of one kind are traced by the same lines; what Inductor makes of them is tested in test_compile.py.
+@pytest.mark.parametrize("stage", ["prepared pair", "fused"])
 def test_a_whole_model_is_one_graph_for_all_shapes(stage: str) -> None:
     model = made(stage)
-    compiled, found = graphs(model, dynamic=True)
+    compiled = one_graph(model, dynamic=True)
     # A trace does not know how much of a batch is padding: a fused model is traced by its modules.
     expected = by_modules(model) if stage == "fused" else model
     for rows, length in ((3, 11), (2, 24), (5, 17)):
         inputs = batch(rows=rows, length=length)
         assert all(map(torch.equal, outputs(compiled, inputs), outputs(expected, inputs)))
-    assert len(found) == 1
-
-
-def test_a_fused_model_without_padding_is_traced_fused() -> None:
-    model = made("fused")
-    compiled, found = graphs(model)
-    inputs = {"input_ids": batch()["input_ids"]}
-    (got,), (expected,) = outputs(compiled, inputs), outputs(model, inputs)
-    assert (got - expected).norm() < 0.02 * expected.norm()  # LayerNorm is traced: other rounding, a flipped tie
-    assert not any("_layernorm" in str(node.target) for node in found[0].graph.nodes)
+    assert traced_graphs() == 1
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -107,8 +98,8 @@ def test_gradient_checkpointing_changes_no_bit(stage: str) -> None:
     expected = gradients(model, inputs)
     assert any(grad.any() for grad in expected.values())
     calls = []
-    layer = model.base_model.encoder.layer[0].intermediate
-    layer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    linear = model.base_model.encoder.layer[0].intermediate.dense
+    linear.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     for reentrant in (False, True):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         calls.clear()

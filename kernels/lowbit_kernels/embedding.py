@@ -132,7 +132,7 @@ def gather_rows(
     scale = scale.expand(*scale.shape[:-1], packed.shape[0]).index_select(-1, ids).unsqueeze(-1)
     if scale.dim() == 3:
         first, second = unpack_split(rows, dim)
-        return (first * scale[0]).add_(second * scale[1]).to(out_dtype)
+        return (first * scale[0] + second * scale[1]).to(out_dtype)
     codes = rows[:, :dim] if bits == 8 else (unpack_ternary if bits == 2 else unpack_binary)(rows, dim)
     return (codes * scale).to(out_dtype)
 

@@ -109,7 +109,7 @@ def _unpack(packed: torch.Tensor, shifts: list[int], mask: int, columns: int) ->
     """Inverse of `_pack`: bytes -> codes int8 [N, columns]."""
     rows = packed.shape[0]
     blocks = packed.view(rows, packed.shape[1] // BLOCK_BYTES, BLOCK_BYTES)
-    planes = [(blocks >> shift).bitwise_and_(mask) for shift in shifts]
+    planes = [(blocks >> shift) & mask for shift in shifts]
     return torch.stack(planes, 2).view(torch.int8).flatten(1)[:, :columns]
 
 
