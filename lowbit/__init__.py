@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .conversion import convert, left_in_float, prepare, quantize, split
     from .distill import AttentionScoreLoss, DistillationTrainer, HiddenStateLoss, LogitsLoss, TaskLoss
     from .errors import CheckpointError
+    from .exporting import export
     from .graphs import compile_for
     from .info import backend
     from .length.soft import LearnedThresholds, SoftExtract
@@ -51,6 +52,7 @@ _HOME = {
     "LogitsLoss": "distill",
     "TaskLoss": "distill",
     "CheckpointError": "errors",
+    "export": "exporting",
     "backend": "info",
     "LearnedThresholds": "length.soft",
     "SoftExtract": "length.soft",
@@ -83,6 +85,7 @@ __all__ = [
     "compile",
     "compile_for",
     "convert",
+    "export",
     "fuse",
     "left_in_float",
     "nn",

@@ -267,6 +267,11 @@ def _expect_prepared(model: PreTrainedModel, verb: str) -> LowbitConfig:
     if config.stage != "prepared":
         hint = "it is already packed" if config.stage == "packed" else "call lowbit.prepare(model, config) first"
         raise ValueError(f"{verb} takes a prepared model; this one is {config.stage}: {hint}")
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise ValueError(
+            f"{verb} needs whole weights, these are sharded (FSDP2); load the full state dict of "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict into a prepared model that is not"
+        )
     return config
 
 

@@ -42,6 +42,7 @@ BELOW = {
     "unpadding": {"config", "models", "nn", "hf"},
     "slimming": {"config", "models", "hf"},
     "compiling": {"models", "nn"},
+    "exporting": {"compiling", "hf", "models", "nn"},
     "graphs": {"models", "nn", "unpadding"},
     "length": {"_files", "config", "distill", "models", "nn", "unpadding"},
     "distill": {"nn", "config", "models", "unpadding"},

@@ -109,10 +109,8 @@ def _unpack(packed: torch.Tensor, shifts: list[int], mask: int, columns: int) ->
     """Inverse of `_pack`: bytes -> codes int8 [N, columns]."""
     rows = packed.shape[0]
     blocks = packed.view(rows, packed.shape[1] // BLOCK_BYTES, BLOCK_BYTES)
-    codes = torch.empty(rows, blocks.shape[1], len(shifts), BLOCK_BYTES, dtype=torch.uint8, device=packed.device)
-    for plane, shift in enumerate(shifts):
-        torch.bitwise_and(blocks >> shift, mask, out=codes[:, :, plane])
-    return codes.view(torch.int8).flatten(1)[:, :columns]
+    planes = [(blocks >> shift) & mask for shift in shifts]
+    return torch.stack(planes, 2).view(torch.int8).flatten(1)[:, :columns]
 
 
 _LB2 = [6, 4, 2, 0]

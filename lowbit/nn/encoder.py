@@ -136,7 +136,9 @@ class UnpaddedEncoder(nn.Module):
                 f"{obstacle}, which a model that drops tokens cannot give; lowbit.set_length(model, None) keeps all"
             )
         fast = self._fast(hidden_states)
-        if obstacle or not (drops or fast):
+        # How many tokens are padding is not known while the whole model is traced (torch.compile, torch.export).
+        traced = torch.compiler.is_compiling() and attention_mask is not None
+        if obstacle or not (drops or (fast and not traced)):
             return self._by_layer[0](hidden_states, additive(attention_mask, hidden_states.dtype), **kwargs)
         tokens, sequences, places = without_padding(hidden_states, attention_mask)
         protected = None
