@@ -177,7 +177,7 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[s
         written = {path.name for path in staging.iterdir()}
         variants = {_variant(name) for name in written} - {None}
         with exclusive(target):  # of two processes that save, one checkpoint stays, not parts of both
-            # config.json last: until then a reader sees the old configuration, and mismatches are refused by the checks.
+            # config.json last: until then a reader sees the old one, and mismatches are refused by the checks.
             for name in sorted(written, key=lambda name: (name == "config.json", name)):
                 os.replace(staging / name, target / name)
             for path in target.iterdir():
