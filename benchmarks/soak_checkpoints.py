@@ -1,7 +1,7 @@
 """10,000 damaged checkpoints: each loads as what was saved, or raises one `lowbit.CheckpointError`.
 
 Case n is made of seed and n alone: the kind of damage is KINDS[n % len(KINDS)], everything else comes from a generator
-seeded with both, so `python -m benchmarks.soak checkpoints --case n` shows one again. A case copies a small saved model,
+seeded with both, so `python -m benchmarks.soak checkpoints --case n` shows one again. A case copies a small checkpoint,
 damages the copy, calls `lowbit.verify` and then plain `from_pretrained`, and compares the logits of a padded batch, bit
 for bit, with those of the undamaged checkpoint. Cases run in processes of their own, so that a crash or a hang ends a
 case and not the run.
@@ -122,7 +122,7 @@ def flip(content: bytearray, rng: random.Random, count: int = 1, first: int = 0)
 
 
 def rewrite_header(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change the JSON header of a safetensors file; the bytes of the tensors stay. A returned text is the new header."""
+    """Change the JSON header of a safetensors file, not the bytes of tensors; a returned text is the new header."""
     content = path.read_bytes()
     length = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + length])
@@ -314,7 +314,8 @@ def header_nested(folder: Path, rng: random.Random) -> None:
 
 
 STRANGE: tuple[Any, ...] = (
-    None, True, False, 0, 1, -1, 3, 1e-3, 2.5, float("nan"), float("inf"), "", "x", "8", "float64", [], {}, [1], {"a": 1},
+    None, True, False, 0, 1, -1, 3, 1e-3, 2.5, float("nan"), float("inf"), "", "x", "8", "float64", [], {}, [1],
+    {"a": 1},
 )  # fmt: skip
 
 
@@ -854,7 +855,7 @@ def prepared(seed: int) -> Iterator[tuple[Path, dict[str, torch.Tensor]]]:
         yield root, {base: logits(root / "bases" / base) for base in BASES}
 
 
-def outcomes(cases: Iterator[int], seed: int, workers: int = 2) -> Iterator[tuple[int, Outcome]]:
+def outcomes(cases: Iterator[int], seed: int, workers: int = 3) -> Iterator[tuple[int, Outcome]]:
     """Run cases in worker processes; a worker that dies or hangs is replaced, and its case counted as that."""
     context = multiprocessing.get_context("fork")
     with prepared(seed) as (root, expected):

@@ -33,9 +33,9 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # Fields of config.json that people edit, and that change nothing of what a loaded model computes. So does dropout.
 _FREE = {
-    "_name_or_path", "architectures", "bos_token_id", "eos_token_id", "finetuning_task", "id2label", "initializer_range",
-    "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict", "transformers_version",
-    "use_cache",
+    "_name_or_path", "architectures", "bos_token_id", "eos_token_id", "finetuning_task", "id2label",
+    "initializer_range", "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
+    "transformers_version", "use_cache",
 }  # fmt: skip
 _OWN = ("quantization_config", "length_config")  # ours, so no other version of transformers reads them differently
 

@@ -10,6 +10,7 @@ follows (residual, LayerNorm, GELU, the next quantization).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -147,7 +148,8 @@ def codes_linear_cpu(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`linears_cpu` for one linear given by its codes int8 [N, K] or [2, N, K]."""
-    expanded = expand_codes(codes.reshape(-1, x.shape[1]), row_scale(scale, codes.shape[-2]))
+    rows = math.prod(codes.shape[:-1])
+    expanded = expand_codes(codes.reshape(rows, x.shape[1]), row_scale(scale, codes.shape[-2]))
     y = _product(x, expanded, x_zero_point)
     y = y[:, : y.shape[1] // 2] + y[:, y.shape[1] // 2 :] if layout == "split" else y
     return _finish(y, bias, x_scale, None, out_dtype)

@@ -382,4 +382,8 @@ def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if not isinstance(x, torch.Tensor) or x.dim() == 0:
         raise TypeError(f"x must be a tensor with at least 1 dimension, got {x!r}")
     check_device(x=x, index=index)
+    if x.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in index.aminmax())
+        if low < 0 or high >= x.shape[0]:  # index_select itself raises one error or another, by the shape of x
+            raise IndexError(f"index runs from {low} to {high}, x has rows 0 to {x.shape[0] - 1}")
     return x.index_select(0, index)
