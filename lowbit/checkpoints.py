@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHECKSUMS, _CONFIG = "lowbit.checksums", "lowbit.config"  # keys in the safetensors header
-_BYTES_ONLY = "lowbit.crc32"  # of files before 0.2: CRC-32 of the bytes alone, and no record of the configuration
+_BYTES_ONLY = "lowbit.crc32"  # of older files: CRC-32 of the bytes alone, and no record of the configuration
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # Fields of config.json that people edit, and that change nothing of what a loaded model computes. So does dropout.
 _FREE = {
-    "_name_or_path", "architectures", "bos_token_id", "eos_token_id", "finetuning_task", "id2label",
+    "_name_or_path", "architectures", "auto_map", "bos_token_id", "eos_token_id", "finetuning_task", "id2label",
     "initializer_range", "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
     "transformers_version", "use_cache",
 }  # fmt: skip
@@ -52,7 +52,7 @@ def verify(folder: str | PathLike[str]) -> None:
 
     Raises:
         CheckpointError: a file is missing, damaged, of another checkpoint, no regular file, or has no records (written
-            before 0.2 or by another program: load it and save it again).
+            long ago or by another program: load it and save it again).
     """
     folder = Path(folder)
     values = _read_json(folder / "config.json")
@@ -104,14 +104,14 @@ def read_tensors(
                     )
                 if file == files[0]:
                     records = own
-                    checksums, dtypes = _checksums(file, records)
+                    checksums, checksum = checksums_of(file, records)
                 elif own != records:
                     raise CheckpointError(f"{file}: belongs to another checkpoint than {files[0]}")
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     tensor = tensors.get_tensor(name)
                     if name in found:
                         raise CheckpointError(f"{file}: {name} is also in another file of the checkpoint")
-                    found[name] = _checksum(tensor) if dtypes else _crc32(tensor)
+                    found[name] = checksum(tensor)
                     if checksums and checksums.get(name) != found[name]:
                         raise CheckpointError(f"{file}: {name} does not match its checksum; the file is damaged")
                     use(str(file), name, tensor)
@@ -217,10 +217,12 @@ def _loads(path: str | PathLike[str], text: str) -> dict[str, Any]:
     return values
 
 
-def _checksums(file: str | PathLike[str], records: dict[str, str]) -> tuple[dict[str, int], bool]:
-    """The recorded checksums, and whether they cover dtype and shape; none for files of other programs."""
-    key = _CHECKSUMS if _CHECKSUMS in records else _BYTES_ONLY
-    return _loads(file, records.get(key, "{}")), key == _CHECKSUMS
+def checksums_of(
+    file: str | PathLike[str], header: dict[str, str]
+) -> tuple[dict[str, int], Callable[[torch.Tensor], int]]:
+    """The checksums in a file's header ({} in files of other programs), and what makes one of a tensor."""
+    key, function = (_CHECKSUMS, _checksum) if _CHECKSUMS in header else (_BYTES_ONLY, _crc32)
+    return _loads(file, header.get(key, "{}")), function
 
 
 def _checksum(tensor: torch.Tensor) -> int:
