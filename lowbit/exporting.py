@@ -89,8 +89,9 @@ def export(model: PreTrainedModel, path: str | os.PathLike[str], **options: Any)
     path = Path(path)
     if path.suffix != ".pt2":
         raise ValueError(f"an AOTInductor package is a file that ends in '.pt2', got {str(path)!r}")
+    _check(model)
+    check_compiler()  # before minutes of tracing
     exported = program(model)
-    check_compiler()
     with tempfile.TemporaryDirectory(prefix=".exporting-", dir=path.parent) as folder:
         aside = Path(folder) / path.name
         torch._inductor.aoti_compile_and_package(exported, package_path=str(aside), inductor_configs=options)
@@ -99,6 +100,7 @@ def export(model: PreTrainedModel, path: str | os.PathLike[str], **options: Any)
 
 
 def _check(model: PreTrainedModel) -> None:
+    models.describe(model)
     stage = hf.current_config(model).stage
     if stage != "packed":
         raise ValueError(f"lowbit.export takes a packed model, this one is {stage}; call lowbit.convert or quantize")
@@ -115,8 +117,10 @@ def _check(model: PreTrainedModel) -> None:
         raise ValueError("lowbit.export takes inputs [B, S], a multiple-choice head reads [B, choices, S]")
 
 
-def _longest(model: PreTrainedModel) -> int:
-    """Tokens of the longest sequence that the position embeddings reach."""
-    table: Any = model.base_model.get_submodule(models.describe(model).position_embeddings)
-    first = 0 if table.padding_idx is None else table.padding_idx + 1  # RoBERTa counts from there
-    return table.num_embeddings - first
+def _longest(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest sequence that the position embeddings reach, None where there are no such."""
+    path = models.describe(model).position_embeddings
+    if path is None:
+        return None
+    table: Any = model.base_model.get_submodule(path)
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)  # where RoBERTa begins
