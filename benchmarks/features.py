@@ -212,11 +212,11 @@ LIBRARIES: dict[str, Library] = {
 # Each takes a library and returns what its cell says; an exception is the cell, too.
 
 
-def small_bert() -> Any:
+def small_bert(**changes: int) -> Any:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(num_labels=8, **SHAPE)).eval()
+    return BertForSequenceClassification(BertConfig(num_labels=8, **{**SHAPE, **changes})).eval()
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -353,12 +353,12 @@ def dequantize(library: Library) -> str:
 
 
 def compiled(library: Library) -> str:
-    model = library.quantized(small_bert())
+    model = library.quantized(small_bert(num_hidden_layers=2))
     return same(logits(torch.compile(model, fullgraph=True)), logits(model))
 
 
 def exported(library: Library) -> str:
-    model = library.quantized(small_bert())
+    model = library.quantized(small_bert(num_hidden_layers=2))
     with torch.no_grad():
         program = torch.export.export(model, (), kwargs=batch(), strict=False)
     return same(logits(program.module()), logits(model))
@@ -474,7 +474,7 @@ def _child(probe: Callable[[Library], str], library: Library, answer: Any) -> No
             answer.send(cell(error))
 
 
-def run(probe: Callable[[Library], str], library: Library, limit: float = 300) -> str:
+def run(probe: Callable[[Library], str], library: Library, limit: float = 600) -> str:
     """A probe's cell, from a forked process: what a library changes or breaks stays there."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
@@ -509,33 +509,43 @@ def column(library: Library, wanted: list[str]) -> dict[str, str]:
     return cells
 
 
-def column_apart(name: str) -> dict[str, str]:
+def column_apart(name: str, wanted: list[str]) -> dict[str, str]:
     """`column` in a process that imports no other library."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "cells.json"
-        command = [sys.executable, "-m", "benchmarks.features", "--library", name, "--out", str(path)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.features",
+            "--library",
+            name,
+            "--out",
+            str(path),
+            "--only",
+            *wanted,
+        ]
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
             raise RuntimeError(f"{name} ended with {done.returncode}: ...{done.stdout[-2000:]}")
         return json.loads(path.read_text())
 
 
-def suite() -> dict[str, Any]:
-    """The report."""
-    from tqdm.auto import tqdm
-
+def suite(columns: dict[str, dict[str, str]], before: dict[str, Row]) -> dict[str, Any]:
+    """The report of columns, over the cells of an earlier run."""
     from .cpu import machine
 
-    columns = {name: column_apart(name) for name in tqdm(LIBRARIES)}
     versions = {}
     for name, library in LIBRARIES.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(library.distribution)
-    rows: dict[str, Row] = {row: {name: columns[name][row] for name in LIBRARIES} for row in [*IMPORTS, *PROBES]}
+    rows: dict[str, Row] = {}
+    for feature in [*IMPORTS, *PROBES]:
+        cells = before.get(feature, {}) | {name: cells[feature] for name, cells in columns.items() if feature in cells}
+        rows[feature] = {name: cells.get(name, "not measured") for name in LIBRARIES}
     return {
         "suite": "features",
-        "model": "BERT with 6 layers, hidden size 384, 30,522 words and a classifier (91 MB in float32), random "
-        "weights",
+        "model": "BERT with 6 layers (2 to compile and to export), hidden size 384, 30,522 words and a classifier "
+        "(91 MB in float32), random weights",
         "machine": {**machine(), **versions},
         "method": "every cell is the outcome of a probe in its own process; import times are processor seconds beyond "
         "`import torch`",
@@ -568,17 +578,21 @@ def render(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder for features.json")
-    parser.add_argument("--render", action="store_true", help="only write the page of what was measured before")
+    parser.add_argument("--libraries", nargs="*", choices=LIBRARIES, default=list(LIBRARIES), help="default: all")
+    parser.add_argument("--only", nargs="*", choices=PROBES, default=[], help="features to run again; default: all")
     parser.add_argument("--library", choices=LIBRARIES, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.library:
-        options.out.write_text(json.dumps(column(LIBRARIES[options.library], list(PROBES))))
+        options.out.write_text(json.dumps(column(LIBRARIES[options.library], options.only or list(PROBES))))
         return
-    if not options.render:
-        write(suite(), options.results)
-    write_text(PAGE, render(read(options.results / "features.json")))
-    print(f"{PAGE} written")
+    path = options.results / "features.json"
+    for name in options.libraries:
+        before = read(path)["results"]["features"] if path.exists() else {}
+        report = suite({name: column_apart(name, options.only)}, before)
+        write(report, options.results)  # after each: what is cut off keeps what it has
+        write_text(PAGE, render(report))
+        print(f"{name}: {PAGE} written")
 
 
 if __name__ == "__main__":
