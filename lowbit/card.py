@@ -202,7 +202,7 @@ def _sizes(model: PreTrainedModel, config: LowbitConfig) -> str:
 
 def _usage(head: str) -> str:
     return (
-        "## Use\n\n```bash\npip install lowbit\n```\n\n```python\nimport lowbit  # registers with transformers\n"
+        "## Use\n\nWith lowbit installed:\n\n```python\nimport lowbit  # registers with transformers\n"
         f'from transformers import {head}\n\nmodel = {head}.from_pretrained("folder or Hub id")\n```'
     )
 
