@@ -83,7 +83,7 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     _swap(model, modules)
     if not models.is_known(model):
         logger.warning(
-            "%s (model_type %r) is not in lowbit.models.ARCHITECTURES: %d modules quantized, attention float, left: %s",
+            "%s (type %r) is not in lowbit.models.ARCHITECTURES: %d modules quantized, attention float, and left: %s",
             type(model).__name__,
             model.config.model_type,
             len(modules),
