@@ -341,7 +341,7 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
     recorded = checkpoints.read_tensors(files, check)
     config = Path(files[0]).parent / "config.json"
     if config.is_file():
-        checkpoints.check_config(config, recorded)
+        checkpoints.check_config(config, recorded, type(model.config))
     missing = sorted(set(expected) - found)
     if missing:
         raise CheckpointError(
