@@ -33,7 +33,7 @@ from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trit
 
 from . import card, checkpoints, publishing
 from ._files import exclusive
-from .config import FORMAT_VERSION, LengthConfig, LowbitConfig
+from .config import FORMAT_VERSION, BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
 from .errors import CheckpointError
 from .nn import UnpaddedEncoder, attention
 from .nn._packed import Packed
@@ -52,7 +52,10 @@ _WEIGHTS = re.compile(
 
 @register_quantization_config("lowbit")
 class _RegisteredConfig(QuantizationConfigMixin):
-    """What transformers calls to read config.json; the object it gets is a `LowbitConfig`."""
+    """What transformers calls to read config.json; the object it gets is a `LowbitConfig`.
+
+    Its class is the one a user would have passed: transformers compares the names, where both are given.
+    """
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -60,6 +63,9 @@ class _RegisteredConfig(QuantizationConfigMixin):
             config = LowbitConfig.from_dict(config_dict)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"config.json: {error}") from error
+        kind = {2: TernaryConfig, 1: BinaryConfig}.get(config.weight_bits or 0, LowbitConfig)
+        if config.stage != "float":
+            config = kind.from_dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
 
