@@ -61,7 +61,7 @@ def program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=_longest(model))
     # Of a size that is not traced as if it were the only one, which 0 and 1 are.
     inputs = {name: torch.ones(2, 7, dtype=torch.int64) for name in names}
-    shapes = dict.fromkeys(names, {0: batch, 1: length})
+    shapes = {name: {0: batch, 1: length} for name in names}
     with torch.no_grad():
         exported = torch.export.export(_TensorsByName(model), (), kwargs=inputs, dynamic_shapes=shapes)
     from lowbit_kernels.decompositions import TABLE
