@@ -1,4 +1,4 @@
-"""prepare -> (train) -> convert: swap the modules of a Hugging Face BERT for quantized, then packed ones.
+"""prepare -> (train) -> convert: swap the modules of a Hugging Face encoder for quantized, then packed ones.
 
     prepare    nn.Linear -> QuantLinear,  nn.Embedding -> QuantEmbedding,  attention gets its quantizers
     split      ternary latent weights -> pairs of binary latent weights, same function (BinaryBERT section 3.2)
@@ -11,6 +11,9 @@ leaves the model as it was.
 
 from __future__ import annotations
 
+import inspect
+import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +23,7 @@ from lowbit_kernels import split_ternary
 
 from . import hf, models
 from .config import LowbitConfig, names
+from .errors import CheckpointError
 from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from .nn.linear import JointProjection, attention_quantizers
 from .quantizers import check_weight_quantizer
@@ -28,6 +32,8 @@ from .unpadding import attention_implementation, check_fusable, check_quantized_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+logger = logging.getLogger("lowbit")
+
 # `hidden_act` of the model -> the same function inside the linear before it.
 FUSED_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -35,16 +41,23 @@ FUSED_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     """Fake-quantize a float model for training; its parameters stay float and keep their names.
 
+    What is swapped: the linears of the encoder and the pooler, and the word embedding, of the architectures that
+    `lowbit.models` describes. Of any other encoder, every linear and the word embedding of the base model (other tables
+    by `position_embedding_bits`) that a forward pass calls; its attention stays float, and a warning says what else.
+    The configuration that the model has afterwards, `model.config.quantization_config`, says it too: in
+    `modules_to_not_convert` and `quantize_attention`; `lowbit.left_in_float(model)` lists all.
+
     Args:
-        model: `BertModel` or any `BertFor*`, float (possibly slimmed).
+        model: an encoder of transformers, float (possibly slimmed), with or without a head.
         config: `TernaryConfig()` or `BinaryConfig()`.
 
     Returns:
-        The same model, with `attn_implementation="lowbit"`.
+        The same model, with `attn_implementation="lowbit"` where the attention is quantized.
 
     Raises:
         TypeError, ValueError: not a supported model; already prepared or packed; a quantizer of other bits than the
-            configuration's; a name in `modules_to_not_convert` that is none; NaN or infinity in a parameter.
+            configuration's; a name in `modules_to_not_convert` that is none; NaN or infinity in a parameter; an encoder
+            without description that cannot be run on token ids.
     """
     current = hf.current_config(model)
     if current.stage != "float":
@@ -53,16 +66,29 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     check_weight_quantizer(config.weight_quantizer, config.weight_bits)
     _check_names(model, config)
     _check_finite(model)
-    drops = getattr(encoder_of(model), "lengths", None) is not None
+    drops = models.is_known(model) and getattr(encoder_of(model), "lengths", None) is not None
     if drops:
         check_quantized_attention(config)
+    if config.quantize_attention and not models.has_plain_attention(model):
+        config = config.replace(quantize_attention=False)
+        if models.is_known(model) and config.activation_bits is not None:
+            logger.warning("%s does not call transformers' attention: it stays float", type(model).__name__)
+    if not models.is_known(model):
+        config = config.replace(modules_to_not_convert=[*config.modules_to_not_convert, *_not_called(model)])
     modules = _quantized(model, config)
     hf.own_config(model)
     if not drops and hasattr(model.config, "length_config"):
         del model.config.length_config  # of a float checkpoint: the lengths were never set on this model
+    _set_attention(model, config)
     _swap(model, modules)
-    _add_attention_quantizers(model, config)
-    model.set_attn_implementation(attention_implementation(model))
+    if not models.is_known(model):
+        logger.warning(
+            "%s (type %r) is not in lowbit.models.ARCHITECTURES: %d modules quantized, attention float, and left: %s",
+            type(model).__name__,
+            model.config.model_type,
+            len(modules),
+            ", ".join(f"{name} ({kind})" for name, kind in left_in_float(model).items()) or "none",
+        )
     return hf.attach(model, config)
 
 
@@ -82,10 +108,9 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
     if fused:
         check_fusable(model, config.replace(stage="packed"))
     packed: dict[str, nn.Module] = {}
-    sites = dict(models.linears(model))
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            packed[name] = PackedLinear.from_float(module, config, sites[name])
+            packed[name] = PackedLinear.from_float(module)
         elif isinstance(module, QuantEmbedding):
             packed[name] = PackedEmbedding.from_float(module, module.bits, module.granularity)
     _untie(model)
@@ -96,7 +121,7 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
 
 
 def quantize(model: PreTrainedModel, config: LowbitConfig, fused: bool = False) -> PreTrainedModel:
-    """Post-training quantization: `convert(prepare(model, config), fused)`."""
+    """Post-training quantization: `convert(prepare(model, config), fused)`; arguments and errors are theirs."""
     return convert(prepare(model, config), fused)
 
 
@@ -140,13 +165,19 @@ def split(model: PreTrainedModel) -> PreTrainedModel:
 
 def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     """Give a freshly constructed model (usually on the meta device) the modules of a checkpoint with `config`."""
+    if config.quantize_attention and config.stage != "float" and not models.has_plain_attention(model):
+        raise CheckpointError(
+            f"the checkpoint was saved with lowbit.models.ARCHITECTURES[{model.config.model_type!r}], an entry that is "
+            "not there now; add it before loading"
+        )
     if config.num_attention_heads is not None:
         from .slimming import resize
 
-        resize(model, config.num_attention_heads, model.config.intermediate_size)
+        resize(model, config.num_attention_heads, models.intermediate_size(model))
     if config.stage == "float":
         return
     if config.stage == "prepared":
+        check_weight_quantizer(config.weight_quantizer, config.weight_bits)
         modules: dict[str, Any] = _quantized(model, config)
         for module in modules.values():
             if config.split and (isinstance(module, QuantLinear) or module.bits == 1):
@@ -159,8 +190,53 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
         _forget_ties(model)
     if config.stage == "packed":
         _fuse_linears(model)
-    _add_attention_quantizers(model, config)
-    model.set_attn_implementation(attention_implementation(model))
+    _set_attention(model, config)
+
+
+def left_in_float(model: PreTrainedModel) -> dict[str, str]:
+    """Which modules hold float weights: full name -> class, of those with a floating-point matrix of their own.
+
+    Biases and norms, which are vectors, do not count. Works on float, prepared and packed models.
+    """
+    found = {}
+    for name, module in model.named_modules():
+        matrices = (p for p in module.parameters(recurse=False) if p.dim() >= 2 and p.is_floating_point())
+        if not isinstance(module, QuantLinear | QuantEmbedding) and any(True for _ in matrices):
+            found[name] = type(module).__name__
+    return found
+
+
+def _not_called(model: PreTrainedModel) -> list[str]:
+    """Linears and embeddings, by their names in the base model, that a forward pass of it does not call.
+
+    Their weights are read in another way (DeBERTa's table of relative positions), which codes would not survive.
+    """
+    base = model.base_model
+    prefix, words = models.base_name(model), models.embeddings(model)
+    linears = dict(models.linears(model))
+    if not linears:
+        raise ValueError(f"{type(model).__name__} (model_type {model.config.model_type!r}) has no torch.nn.Linear")
+    names = [name.removeprefix(prefix) for name in (*linears, *words[0], *words[1])]
+    called: set[str] = set()
+    hooks = [base.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in names]
+    training = {module: module.training for module in base.modules()}
+    try:
+        base.eval()
+        with torch.no_grad():
+            ids = base.dummy_inputs["input_ids"].to(base.device)
+            takes_mask = "attention_mask" in inspect.signature(base.forward).parameters
+            base(ids, **({"attention_mask": torch.ones_like(ids)} if takes_mask else {}))
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be run on token ids, to see which linears it calls ({error!r}); describe "
+            f"it in lowbit.models.ARCHITECTURES[{model.config.model_type!r}]"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    return [name for name in names if name not in called]
 
 
 def _as_pair(module: Any) -> None:
@@ -180,7 +256,9 @@ def _check_names(model: PreTrainedModel, config: LowbitConfig) -> None:
 
 def _check_finite(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+        if parameter.is_meta or parameter.numel() == 0:
+            continue
+        if not all(math.isfinite(extreme) for extreme in parameter.detach().aminmax()):  # quicker than looking at each
             raise ValueError(f"{name} holds NaN or infinity and cannot be quantized; check the float model")
 
 
@@ -189,6 +267,11 @@ def _expect_prepared(model: PreTrainedModel, verb: str) -> LowbitConfig:
     if config.stage != "prepared":
         hint = "it is already packed" if config.stage == "packed" else "call lowbit.prepare(model, config) first"
         raise ValueError(f"{verb} takes a prepared model; this one is {config.stage}: {hint}")
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise ValueError(
+            f"{verb} needs whole weights, these are sharded (FSDP2); load the full state dict of "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict into a prepared model that is not"
+        )
     return config
 
 
@@ -196,21 +279,18 @@ def _linear_targets(model: PreTrainedModel, config: LowbitConfig) -> dict[str, s
     """Names of the linears to quantize, with the activation site of their input."""
     if config.weight_bits is None:
         return {}
-    pooler = f"{models.base_name(model)}{models.describe(model).pooler}"
+    prefix = models.base_name(model)
     return {
         name: site
         for name, site in models.linears(model)
-        if not config.skips(name) and (config.quantize_pooler or name != pooler)
+        if not config.skips(name) and (config.quantize_pooler or not models.is_pooler(model, name.removeprefix(prefix)))
     }
 
 
 def _embedding_targets(model: PreTrainedModel, config: LowbitConfig) -> dict[str, int]:
     """Names of the embeddings to quantize, with their bits."""
-    architecture, prefix = models.describe(model), models.base_name(model)
-    bits = {
-        f"{prefix}{architecture.word_embeddings}": config.embedding_bits,
-        f"{prefix}{architecture.position_embeddings}": config.position_embedding_bits,
-    }
+    words, positions = models.embeddings(model)
+    bits = {**dict.fromkeys(words, config.embedding_bits), **dict.fromkeys(positions, config.position_embedding_bits)}
     return {name: value for name, value in bits.items() if value is not None and not config.skips(name)}
 
 
@@ -259,11 +339,27 @@ def _expect(model: PreTrainedModel, name: str, kind: type) -> Any:
 
 def _swap(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
     for name, module in modules.items():
-        module.train(model.get_submodule(name).training)
+        old = model.get_submodule(name)
+        module.train(old.training)
+        if hasattr(old, "_hf_hook"):  # of accelerate, where a device map spreads the model
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(module, old._hf_hook)  # type: ignore[arg-type]
         model.set_submodule(name, module)
 
 
-def _add_attention_quantizers(model: PreTrainedModel, config: LowbitConfig) -> None:
+def _set_attention(model: PreTrainedModel, config: LowbitConfig) -> None:
+    """Give attention that can be quantized its quantizers, if any, and its implementation."""
+    if not models.has_plain_attention(model):
+        return
+    name = attention_implementation(model)
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:  # transformers only warns
+        raise ValueError(
+            f"transformers cannot set the attention of {type(model).__name__}: its module has to call "
+            "ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward). To leave it in float, "
+            f"give lowbit.models.ARCHITECTURES[{model.config.model_type!r}] own_attention=True"
+        )
     for _, layer in models.layers(model):
         quantizers = attention_quantizers(config)
         if quantizers is not None:
@@ -272,6 +368,8 @@ def _add_attention_quantizers(model: PreTrainedModel, config: LowbitConfig) -> N
 
 def _fuse_linears(model: PreTrainedModel) -> None:
     """Query, key and value of a packed layer in one product; GELU in the product before it."""
+    if not models.is_known(model):
+        return
     architecture = models.describe(model)
     for _, layer in models.layers(model):
         submodules = [layer.get_submodule(path) for path in architecture.projections]
@@ -279,7 +377,7 @@ def _fuse_linears(model: PreTrainedModel) -> None:
         if len(projections) == 3 and projections[0].input_quantizer is not None:
             JointProjection(projections)
         linear = layer.get_submodule(architecture.ffn_input)
-        activation = FUSED_ACTIVATIONS.get(model.config.hidden_act)
+        activation = FUSED_ACTIVATIONS.get(getattr(model.config, architecture.hidden_act, ""))
         if activation and isinstance(linear, PackedLinear) and linear.input_quantizer is not None:
             linear.activation = activation
             layer.set_submodule(architecture.ffn_activation, nn.Identity())
@@ -287,8 +385,9 @@ def _fuse_linears(model: PreTrainedModel) -> None:
 
 def _untie(model: PreTrainedModel) -> None:
     """Give a decoder that shares the word embedding's table its own float weight (packed codes cannot be shared)."""
-    decoder, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if decoder is None or decoder.weight is not table.weight or not isinstance(table, QuantEmbedding):
+    decoder = model.get_output_embeddings()
+    table = None if decoder is None else model.get_input_embeddings()
+    if not isinstance(table, QuantEmbedding) or decoder.weight is not table.weight:
         return
     decoder.weight = nn.Parameter(decoder.weight.detach().clone())
     if decoder.bias is not None:

@@ -9,6 +9,7 @@ An objective is a small object called with (student outputs, teacher outputs, ba
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,19 +19,35 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer
 
+from . import models
 from .nn.attention import NAME as LOWBIT_ATTENTION
 from .unpadding import attention_implementation
+
+logger = logging.getLogger("lowbit")
 
 Batch = Mapping[str, torch.Tensor]
 
 
 class Objective(Protocol):
-    """A named loss. `needs` lists what forward must return: "hidden_states", "scores"."""
+    """A named loss: any object with these two attributes and this call will do.
+
+    Attributes:
+        name: logged as `loss_<name>`.
+        needs: what forward has to return besides: "hidden_states", "scores" (of attention before softmax, as
+            `attentions`), or nothing.
+    """
 
     name: str
     needs: tuple[str, ...]
 
-    def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor: ...
+    def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
+        """The loss of a batch, a float scalar, already weighted.
+
+        Args:
+            student, teacher: outputs of the two models, as transformers gives them; the teacher's carry no gradient.
+            batch: what the student was called with.
+        """
+        ...
 
 
 def _layer_map(student: Sequence[Any], teacher: Sequence[Any], what: str) -> list[tuple[Any, Any]]:
@@ -118,6 +135,8 @@ LOGITS = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_rela
 class LogitsLoss:
     """Soft cross-entropy of the logits; MSE for regression, binary cross-entropy where several labels may hold.
 
+    Labels of the logits' own shape [B, S] are one yes or no a token (ELECTRA's discriminator).
+
     Args:
         weight: factor of the loss.
         temperature: T; the loss is not rescaled by T^2.
@@ -144,6 +163,9 @@ class LogitsLoss:
         problem_type = self.problem_type
         if problem_type is None and labels is not None and labels.is_floating_point() and student.shape[-1] > 1:
             problem_type = "multi_label_classification"
+        if problem_type is None and labels is not None and labels.shape == student.shape[:2] == student.shape:
+            student, teacher, mask = student.unsqueeze(-1), teacher.unsqueeze(-1), batch.get("attention_mask")
+            return _mean(self._distance(student, teacher, "multi_label_classification"), mask)
         if student.dim() == 3:  # one prediction a token: labelled tokens count, or all real ones
             mask = batch.get("attention_mask") if labels is None else labels != -100
         return _mean(self._distance(student, teacher, problem_type), mask)
@@ -202,7 +224,9 @@ class DistillationTrainer(Trainer):
 
     Args:
         teacher: float model of the same task; moved to the training device, put in eval mode, run without gradients.
-        objectives: summed all the time (joint schedule); default: hidden, attention and logits.
+        objectives: summed all the time (joint schedule); default: hidden, attention and logits; without attention for
+            models whose attention does not give its scores (it does in the architectures that `lowbit.models`
+            describes, but for MPNet).
         stages: instead of `objectives`, a schedule [(end, objectives), ...] with `end` the fraction of all steps at
             which the stage ends, ascending, the last one 1.0. BinaryBERT's two stages are
             `[(0.5, [HiddenStateLoss(), AttentionScoreLoss()]), (1.0, [LogitsLoss()])]`.
@@ -216,7 +240,8 @@ class DistillationTrainer(Trainer):
 
     Raises:
         ValueError: no teacher, one that shares trainable parameters with the student, both or ill-ordered `objectives`
-            and `stages`, a stage without objectives, label smoothing, or reentrant checkpointing with scores.
+            and `stages`, a stage without objectives, label smoothing, reentrant checkpointing with scores, or a model
+            that cannot give them.
     """
 
     # Losses are per-batch means, so Trainer must divide them by the accumulation steps; it would not for models that
@@ -266,6 +291,9 @@ class DistillationTrainer(Trainer):
         if teacher is None:
             return (TaskLoss(),)
         logits = LogitsLoss(problem_type=getattr(teacher.config, "problem_type", None))
+        if not models.has_plain_attention(teacher):
+            logger.warning("%s does not give attention scores: distilling without them", type(teacher).__name__)
+            return (HiddenStateLoss(), logits)
         return (HiddenStateLoss(), AttentionScoreLoss(), logits)
 
     @property
@@ -281,6 +309,7 @@ class DistillationTrainer(Trainer):
 
     def _expose_scores(self, model: PreTrainedModel) -> None:
         if self._needs_scores:
+            models.describe_attention(model, "AttentionScoreLoss")
             model.set_attn_implementation(attention_implementation(model))
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:

@@ -1,81 +1,227 @@
-"""What a BERT is: where its linears, attention, norms and embeddings are. Architectures are data, not code."""
+"""What an encoder is: where its linears, attention, norms and embeddings are. Architectures are data, not code.
+
+`ARCHITECTURES` describes the types of `model.config.model_type` that lowbit knows in full. Of any other transformers
+model `prepare` swaps every linear and the word embedding of the base model (`every_linear`, `every_embedding`); its
+attention stays as it is, and `slim`, `fuse`, `set_length` and `compile`, which need to know the layers, refuse it.
+
+Left in float by default, as the TernaryBERT releases do: everything outside of the base model (task heads, with all of
+their linears: `classifier.dense`, `pre_classifier`, `lm_head`, ...), LayerNorm, biases, and the tables of positions and
+token types (`LowbitConfig.position_embedding_bits` quantizes those of positions). `lowbit.left_in_float` lists what is.
+
+A further architecture is one entry, made before `prepare` and before `from_pretrained`:
+
+    from lowbit.models import ARCHITECTURES, Architecture
+
+    ARCHITECTURES["my_type"] = Architecture(          # paths in the base model
+        layers="encoder.layer",
+        word_embeddings="embeddings.word_embeddings",
+        attention="attention.self",                   # from here on: paths in a layer
+        projections=("attention.self.query", "attention.self.key", "attention.self.value"),
+        attention_output="attention.output.dense",
+        attention_norm="attention.output.LayerNorm",
+        ffn_input="intermediate.dense",
+        ffn_activation="intermediate.intermediate_act_fn",
+        ffn_output="output.dense",
+        ffn_norm="output.LayerNorm",
+    )
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module paths of one architecture: relative to the base model, or to one layer where said."""
+    """Module paths of one architecture.
+
+    Its layers are BERT's, whatever their parts are called: attention, its output linear, residual, LayerNorm; two
+    linears with an activation between them, residual, LayerNorm. (For others there is the fallback, see above.)
+
+    Attributes:
+        layers: list of the layers, in the base model; its parent runs them and calls the list `layer`.
+        word_embeddings: in the base model.
+        attention: in a layer; the module that calls transformers' attention interface, as all of transformers does,
+            through `ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)`. It has
+            `attention_head_size` and a `torch.nn.Dropout` called `dropout`; its `scaling`, if it has one, multiplies
+            the scores.
+        projections: query, key and value, in a layer, in the order in which they are called.
+        attention_output, attention_norm: in a layer.
+        ffn_input, ffn_activation, ffn_output, ffn_norm: in a layer; the activation is a module too.
+        attention_dropout, ffn_dropout: in a layer, of the output of attention and FFN; None where there is none.
+        embeddings: in the base model, the module that adds `word_embeddings`, `position_embeddings` and, if there are
+            any, `token_type_embeddings`, and ends with `LayerNorm` and dropout. None: not fused by `lowbit.fuse`.
+        position_embeddings: in the base model; None where there is no such table.
+        pooler: in the base model, the pooler's linear; None where no head has one.
+        others: further linears of the base model; a model need not have them.
+        own_attention: the attention does not go through transformers' interface. It stays float, and `slim`,
+            `set_length` and, without `position_bias`, `fuse` refuse the model.
+        position_bias: method of the module that runs the layers, where attention adds the same bias by position in all
+            of them: states [B, S, H] -> [B, heads, S, S].
+        hidden_act, intermediate_size: what the configuration calls these.
+    """
 
     layers: str
-    attention: str  # in a layer; the module that calls the attention interface and knows its head count
-    projections: tuple[str, str, str]  # query, key, value; in a layer
-    attention_output: str  # in a layer
-    attention_dropout: str  # of the output; in a layer
-    attention_norm: str  # in a layer
-    ffn_input: str  # in a layer
-    ffn_activation: str  # in a layer
-    ffn_output: str  # in a layer
-    ffn_dropout: str  # in a layer
-    ffn_norm: str  # in a layer
-    pooler: str
-    embeddings: str
     word_embeddings: str
-    position_embeddings: str
+    attention: str
+    projections: tuple[str, str, str]
+    attention_output: str
+    attention_norm: str
+    ffn_input: str
+    ffn_activation: str
+    ffn_output: str
+    ffn_norm: str
+    attention_dropout: str | None = None
+    ffn_dropout: str | None = None
+    embeddings: str | None = None
+    position_embeddings: str | None = None
+    pooler: str | None = None
+    others: tuple[str, ...] = ()
+    own_attention: bool = False
+    position_bias: str | None = None
+    hidden_act: str = "hidden_act"
+    intermediate_size: str = "intermediate_size"
 
     def layer_linears(self) -> dict[str, str]:
         """Path in a layer -> activation site of its input (see `LowbitConfig.asymmetric`)."""
         sites = dict.fromkeys((*self.projections, self.attention_output, self.ffn_input), "linear")
         return {**sites, self.ffn_output: "ffn_output"}
 
+    def heads(self, layer: nn.Module) -> int:
+        """Attention heads of a layer, slimmed ones too."""
+        query: Any = layer.get_submodule(self.projections[0])
+        return query.out_features // self.head_dim(layer)
+
+    def head_dim(self, layer: nn.Module) -> int:
+        """Width of a head."""
+        return layer.get_submodule(self.attention).attention_head_size  # type: ignore[return-value]
+
+
+_BERT = Architecture(
+    layers="encoder.layer",
+    attention="attention.self",
+    projections=("attention.self.query", "attention.self.key", "attention.self.value"),
+    attention_output="attention.output.dense",
+    attention_dropout="attention.output.dropout",
+    attention_norm="attention.output.LayerNorm",
+    ffn_input="intermediate.dense",
+    ffn_activation="intermediate.intermediate_act_fn",
+    ffn_output="output.dense",
+    ffn_dropout="output.dropout",
+    ffn_norm="output.LayerNorm",
+    pooler="pooler.dense",
+    embeddings="embeddings",
+    word_embeddings="embeddings.word_embeddings",
+    position_embeddings="embeddings.position_embeddings",
+)
 
 ARCHITECTURES = {
-    "bert": Architecture(
-        layers="encoder.layer",
-        attention="attention.self",
-        projections=("attention.self.query", "attention.self.key", "attention.self.value"),
-        attention_output="attention.output.dense",
-        attention_dropout="attention.output.dropout",
-        attention_norm="attention.output.LayerNorm",
-        ffn_input="intermediate.dense",
-        ffn_activation="intermediate.intermediate_act_fn",
-        ffn_output="output.dense",
-        ffn_dropout="output.dropout",
-        ffn_norm="output.LayerNorm",
-        pooler="pooler.dense",
+    "bert": _BERT,
+    "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
+    "electra": dataclasses.replace(_BERT, pooler=None, others=("embeddings_project",)),
+    "distilbert": Architecture(
+        layers="transformer.layer",
+        attention="attention",
+        projections=("attention.q_lin", "attention.k_lin", "attention.v_lin"),
+        attention_output="attention.out_lin",
+        attention_norm="sa_layer_norm",
+        ffn_input="ffn.lin1",
+        ffn_activation="ffn.activation",
+        ffn_output="ffn.lin2",
+        ffn_dropout="ffn.dropout",
+        ffn_norm="output_layer_norm",
         embeddings="embeddings",
         word_embeddings="embeddings.word_embeddings",
         position_embeddings="embeddings.position_embeddings",
+        hidden_act="activation",
+        intermediate_size="hidden_dim",
+    ),
+    "mpnet": dataclasses.replace(
+        _BERT,
+        attention="attention.attn",
+        projections=("attention.attn.q", "attention.attn.k", "attention.attn.v"),
+        attention_output="attention.attn.o",
+        attention_dropout="attention.dropout",
+        attention_norm="attention.LayerNorm",
+        own_attention=True,
+        position_bias="compute_position_bias",
     ),
 }
+
+
+def check(model: PreTrainedModel) -> None:
+    """Raise unless lowbit can do something with `model`.
+
+    Raises:
+        TypeError: not a transformers model.
+        ValueError: an encoder-decoder, or an encoder with cross-attention.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "model_type"):
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    if getattr(config, "add_cross_attention", False) or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} has cross-attention; supported: encoders without it")
+
+
+def is_known(model: PreTrainedModel) -> bool:
+    """Whether `ARCHITECTURES` has an entry for the model."""
+    return model.config.model_type in ARCHITECTURES
 
 
 def describe(model: PreTrainedModel) -> Architecture:
     """The architecture of a Hugging Face model.
 
     Raises:
-        TypeError: not a transformers model.
-        ValueError: a model type not in `ARCHITECTURES`, or a BERT with cross-attention.
+        TypeError, ValueError: as `check`; a model type not in `ARCHITECTURES`.
     """
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "model_type"):
-        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
-    if config.model_type not in ARCHITECTURES:
+    check(model)
+    if not is_known(model):
         raise ValueError(
-            f"{type(model).__name__} has model_type {config.model_type!r}; "
-            f"supported: {', '.join(ARCHITECTURES)}. Swap single layers with lowbit.nn.PackedLinear.from_float"
+            f"{type(model).__name__} has model_type {model.config.model_type!r}, whose layers lowbit does not know; "
+            f"known: {', '.join(ARCHITECTURES)}. Add lowbit.models.ARCHITECTURES[{model.config.model_type!r}]"
         )
-    if getattr(config, "add_cross_attention", False):
-        raise ValueError(f"{type(model).__name__} has cross-attention; supported: encoders without it")
-    return ARCHITECTURES[config.model_type]
+    return ARCHITECTURES[model.config.model_type]
+
+
+def describe_attention(model: PreTrainedModel, verb: str, bias: bool = False) -> Architecture:
+    """The architecture of a model whose attention lowbit can run itself, as `verb` needs.
+
+    Args:
+        model: of transformers.
+        verb: what the error says.
+        bias: whether attention with a bias by position will do.
+
+    Raises:
+        TypeError, ValueError: as `check`; another model.
+    """
+    check(model)
+    able = [name for name, each in ARCHITECTURES.items() if not each.own_attention or (bias and each.position_bias)]
+    if model.config.model_type not in able:
+        raise ValueError(
+            f"{verb} supports models of type {', '.join(able)}, and what else lowbit.models.ARCHITECTURES has with "
+            f"attention by transformers' interface; {type(model).__name__} has model_type {model.config.model_type!r}"
+        )
+    return describe(model)
+
+
+def has_plain_attention(model: PreTrainedModel) -> bool:
+    """Whether the model's attention can be quantized, and asked for its scores: it calls transformers' interface."""
+    return is_known(model) and not describe(model).own_attention
+
+
+def intermediate_size(model: PreTrainedModel) -> int:
+    """Neurons of a feed-forward network, as the configuration has it."""
+    return getattr(model.config, describe(model).intermediate_size)
 
 
 def base_name(model: PreTrainedModel) -> str:
@@ -90,14 +236,70 @@ def layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
         yield f"{base_name(model)}{path}.{index}", layer
 
 
-def linears(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
-    """(full module name, activation site) of every linear of the encoder, then the pooler's where there is one."""
-    architecture = describe(model)
+def layer_linears(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """(full module name, activation site) of every linear of the layers."""
     for layer_name, _ in layers(model):
-        for path, site in architecture.layer_linears().items():
+        for path, site in describe(model).layer_linears().items():
             yield f"{layer_name}.{path}", site
-    if _has(model.base_model, architecture.pooler):
-        yield f"{base_name(model)}{architecture.pooler}", "linear"
+
+
+def linears(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """(full module name, activation site) of every linear that can be quantized, of a float model."""
+    if not is_known(model):
+        yield from every_linear(model)
+        return
+    yield from layer_linears(model)
+    architecture = describe(model)
+    for path in (*architecture.others, architecture.pooler):
+        if path is not None and _has(model.base_model, path):
+            yield f"{base_name(model)}{path}", "linear"
+
+
+def embeddings(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """Full names of the word embedding, and of the tables of positions, of a float model."""
+    if not is_known(model):
+        return every_embedding(model)
+    architecture, prefix = describe(model), base_name(model)
+    position = architecture.position_embeddings
+    return [f"{prefix}{architecture.word_embeddings}"], [] if position is None else [f"{prefix}{position}"]
+
+
+def is_pooler(model: PreTrainedModel, name: str) -> bool:
+    """Whether a module or tensor, by its name in the base model, belongs to the pooler's linear."""
+    pooler = describe(model).pooler if is_known(model) else "pooler"
+    return pooler is not None and f"{name}.".startswith(f"{pooler}.")
+
+
+def every_linear(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
+    """What `linears` are of a float model that is not in `ARCHITECTURES`."""
+    config = model.config
+    inner = getattr(config, "intermediate_size", None)
+    for name, module in _inside(model, nn.Linear):
+        reads_ffn = module.in_features == inner != getattr(config, "hidden_size", None)
+        yield name, "ffn_output" if reads_ffn else "linear"
+
+
+def every_embedding(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """What `embeddings` are of a float model that is not in `ARCHITECTURES`."""
+    try:
+        words = model.base_model.get_input_embeddings()
+    except NotImplementedError:  # of models of characters
+        words = None
+    tables = list(_inside(model, nn.Embedding))
+    return [name for name, table in tables if table is words], [name for name, table in tables if table is not words]
+
+
+def _inside(model: PreTrainedModel, kind: type) -> Iterator[tuple[str, Any]]:
+    """(full name, module) of the base model's modules of exactly this type, but for output heads.
+
+    A module that is used in several places has several names, and is left out: replacing one would part them.
+    """
+    places: dict[int, int] = {}
+    for _, module in model.named_modules(remove_duplicate=False):
+        places[id(module)] = places.get(id(module), 0) + 1
+    for name, module in model.base_model.named_modules():
+        if type(module) is kind and places[id(module)] == 1 and module is not model.get_output_embeddings():
+            yield f"{base_name(model)}{name}", module
 
 
 def _has(module: nn.Module, path: str) -> bool:

@@ -30,7 +30,7 @@ def slim(
     """Keep `width` of the heads and FFN neurons of every layer, the most important ones, in place.
 
     Args:
-        model: float `BertModel` or `BertFor*`.
+        model: float, of an architecture that `lowbit.models` describes, with attention by transformers' interface.
         width: fraction kept, in (0, 1]; counts are rounded half to even, at least 1.
         dataloader: a few batches with labels for the first-order importance; None ranks by the L2 norm of the weights.
 
@@ -42,6 +42,7 @@ def slim(
             labels, or an empty dataloader.
     """
     config = hf.current_config(model)
+    models.describe_attention(model, "slim")
     if config.stage != "float" or config.num_attention_heads is not None:
         state = "slimmed" if config.stage == "float" else config.stage
         raise ValueError(f"slim takes a float model of full width, this one is already {state}")
@@ -49,7 +50,7 @@ def slim(
         raise ValueError(f"width={width}; accepted: greater than 0, at most 1")
     importance = _magnitude(model) if dataloader is None else _first_order(model, dataloader)
     heads = max(1, round(width * model.config.num_attention_heads))
-    neurons = max(1, round(width * model.config.intermediate_size))
+    neurons = max(1, round(width * models.intermediate_size(model)))
     kept = [(_top(head, heads), _top(neuron, neurons)) for head, neuron in importance]
     old = [_linears(model, layer) for _, layer in models.layers(model)]
     hf.own_config(model)
@@ -74,15 +75,17 @@ def resize(model: PreTrainedModel, num_attention_heads: int, intermediate_size: 
     """
     architecture = models.describe(model)
     for _, layer in models.layers(model):
-        attention: Any = layer.get_submodule(architecture.attention)
-        inner = num_attention_heads * attention.attention_head_size
-        attention.num_attention_heads, attention.all_head_size = num_attention_heads, inner
+        attention, heads = layer.get_submodule(architecture.attention), num_attention_heads
+        inner = heads * architecture.head_dim(layer)
+        for name, value in {"num_attention_heads": heads, "n_heads": heads, "all_head_size": inner}.items():
+            if hasattr(attention, name):
+                setattr(attention, name, value)
         for path in architecture.projections:
             _replace(layer, path, out_features=inner)
         _replace(layer, architecture.attention_output, in_features=inner)
         _replace(layer, architecture.ffn_input, out_features=intermediate_size)
         _replace(layer, architecture.ffn_output, in_features=intermediate_size)
-    model.config.intermediate_size = intermediate_size
+    setattr(model.config, architecture.intermediate_size, intermediate_size)
 
 
 def _replace(layer: nn.Module, path: str, **sizes: int) -> None:

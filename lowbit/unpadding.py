@@ -10,6 +10,7 @@ the last layer computes no other, which changes nothing but the time.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 
 # Endings of class names of heads: those that read the first token only, and those that read all.
 _FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
-_ALL_TOKEN_HEADS = ("ForQuestionAnswering", "ForTokenClassification", "ForMaskedLM", "ForPreTraining", "LMHeadModel")
+_ALL_TOKEN_HEADS = (
+    "ForQuestionAnswering", "ForTokenClassification", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM"
+)  # fmt: skip
 
 
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
@@ -37,21 +40,25 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
     enabled, modules run one by one. Files are the same: fuse again after `from_pretrained`. Lengths stay set.
 
     Args:
-        model: packed, with 8- or 4-bit activations quantized per token, no clip, and no linear left in float.
+        model: packed, with 8- or 4-bit activations quantized per token, no clip, and no linear left in float; of an
+            architecture that `lowbit.models` describes, with attention by transformers' interface, or MPNet's (whose
+            relative positions then count the tokens that are no padding).
 
     Raises:
         ValueError: not packed, already fused, or a configuration that cannot be fused (the message says what lacks).
     """
     config = hf.current_config(model)
-    architecture, encoder = models.describe(model), encoder_of(model)
+    architecture = models.describe_attention(model, "fuse", bias=True)
+    encoder = encoder_of(model)
     if isinstance(encoder, PackedEncoder):
         raise ValueError("the model is already fused")
     check_fusable(model, config)
     original = encoder._by_layer[0] if isinstance(encoder, UnpaddedEncoder) else encoder
-    fused = PackedEncoder(original, architecture, config)
+    fused = PackedEncoder(original, architecture, model.config, config)
     fused.lengths = getattr(encoder, "lengths", None)
-    embeddings = FusedEmbeddings(model.base_model.get_submodule(architecture.embeddings))
-    _put(model, architecture.embeddings, embeddings)
+    if architecture.embeddings is not None:
+        embeddings = FusedEmbeddings(model.base_model.get_submodule(architecture.embeddings))
+        _put(model, architecture.embeddings, embeddings)
     _put(model, _path(model), fused)
     model.base_model.requires_grad_(False)
     _without_padding(model)
@@ -66,13 +73,15 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
     Attention maps and hidden states of every layer cannot be asked for as long as tokens are dropped.
 
     Args:
-        model: `BertModel` or any `BertFor*`.
+        model: of an architecture that `lowbit.models` describes, with attention by transformers' interface.
         config: None keeps all tokens again.
 
     Raises:
-        TypeError, ValueError: not a supported model; a configuration for another number of layers; a head that reads
-            all tokens and `restore=False`; attention quantized per tensor or with a clip.
+        TypeError, ValueError: not a supported model, or a decoder; a configuration for another number of layers; a head
+            that reads all tokens and `restore=False`; a first segment to protect, and no token types; attention
+            quantized per tensor or with a clip.
     """
+    models.describe_attention(model, "set_length")
     encoder = encoder_of(model)
     if config is not None:
         if not isinstance(config, LengthConfig):
@@ -103,7 +112,7 @@ def unpadded_encoder(model: PreTrainedModel) -> UnpaddedEncoder:
     if isinstance(encoder, UnpaddedEncoder):
         return encoder
     check_quantized_attention(hf.current_config(model))
-    unpadded = UnpaddedEncoder(encoder, models.describe(model))
+    unpadded = UnpaddedEncoder(encoder, models.describe_attention(model, "an encoder without padding"), model.config)
     unpadded.replaced_attention = model.config._attn_implementation
     _put(model, _path(model), unpadded)
     hf.own_config(model)
@@ -111,14 +120,46 @@ def unpadded_encoder(model: PreTrainedModel) -> UnpaddedEncoder:
     return unpadded
 
 
+def restore_padding(model: PreTrainedModel) -> None:
+    """Put transformers' own encoder and embeddings back: the inverse of `fuse` and `set_length`, whatever was called.
+
+    Parameters that `fuse` froze want gradients again. Attention keeps its name.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, UnpaddedEncoder):
+            _put_back(model, name, module, module._by_layer[0])
+        elif isinstance(module, FusedEmbeddings):
+            _put_back(model, name, module, module._by_module[0])
+        if isinstance(module, PackedEncoder):
+            model.base_model.requires_grad_(True)
+    for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
+        for key in [key for key, other in module._forward_pre_hooks.items() if other is hook]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    if hasattr(model.config, "length_config"):
+        del model.config.length_config
+
+
+def _put_back(model: PreTrainedModel, name: str, module: nn.Module, original: nn.Module) -> None:
+    """Replace what stands in for `original`, whose children and buffers may have been replaced since."""
+    original._modules.update({key: child for key, child in module._modules.items() if key in original._modules})
+    original._buffers.update({key: buffer for key, buffer in module._buffers.items() if key in original._buffers})
+    if hasattr(module, "config"):
+        original.config = module.config
+    original.training = module.training  # not of its children, which stay as they are
+    model.set_submodule(name, original)
+
+
 def reads_first_token_only(model: PreTrainedModel) -> bool:
     """Whether the model's head reads nothing but the first token's last hidden state.
 
     Known of transformers' own heads and poolers; a class derived from one may read more.
     """
-    head, pooler = type(model), type(getattr(model.base_model, "pooler", None))
-    own = all(part.__module__.startswith("transformers.models.") for part in (head, pooler))
-    return own and head.__name__.endswith(_FIRST_TOKEN_HEADS)
+    parts = (model, getattr(model.base_model, "pooler", None))
+    own = all(type(part).__module__.startswith("transformers.models.") for part in parts if part is not None)
+    # ELECTRA's head for multiple choice can be told to read other tokens.
+    first = getattr(model.config, "summary_type", "first") == "first"
+    return own and first and type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
 
 
 def attention_implementation(model: PreTrainedModel) -> str:
@@ -128,10 +169,11 @@ def attention_implementation(model: PreTrainedModel) -> str:
 
 def check_fusable(model: PreTrainedModel, config: LowbitConfig) -> None:
     """Raise ValueError unless `fuse` can take a model of this configuration."""
+    models.describe_attention(model, "fuse", bias=True)
     lowbit_encoder.check(config)
-    for name, _ in models.linears(model):
-        pooler = name.endswith(models.describe(model).pooler)
-        if not pooler and not isinstance(model.get_submodule(name), PackedLinear | QuantLinear):
+    _check_encoder(model)
+    for name, _ in models.layer_linears(model):
+        if not isinstance(model.get_submodule(name), PackedLinear | QuantLinear):
             raise ValueError(f"{name} is left in float (modules_to_not_convert?); a fused encoder needs it packed")
 
 
@@ -151,7 +193,17 @@ def _check_length(model: PreTrainedModel, config: LengthConfig) -> None:
         raise ValueError(f"LengthConfig has {len(config.keep)} layers, {head} has {count}; give one number a layer")
     if not config.restore and head.endswith(_ALL_TOKEN_HEADS):
         raise ValueError(f"{head} reads all tokens: it needs LengthConfig(restore=True)")
+    if "first_segment" in config.protect and getattr(model.config, "type_vocab_size", 1) < 2:
+        raise ValueError(f"LengthConfig(protect=('first_segment',)) needs token types, which {head} does not have")
+    _check_encoder(model)
     check_quantized_attention(hf.current_config(model))
+
+
+def _check_encoder(model: PreTrainedModel) -> None:
+    if getattr(model.config, "is_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is a decoder (is_decoder=True), whose attention needs its causal mask"
+        )
 
 
 def _path(model: PreTrainedModel) -> str:
@@ -172,7 +224,10 @@ def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
 
 def _without_padding(model: PreTrainedModel) -> None:
     """Padding masks as they come, and what the encoder has to know of head and batch."""
-    model.set_attn_implementation(lowbit_attention.UNPADDED)
+    if models.has_plain_attention(model):
+        model.set_attn_implementation(lowbit_attention.UNPADDED)
+    else:  # transformers would not set it: of such a model it decides about the mask only
+        model.config._attn_implementation = lowbit_attention.UNPADDED
     for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
         if hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -189,7 +244,8 @@ def _protect(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
     """Base model -> encoder: the tokens of the first segment, where they are to be kept."""
     lengths = getattr(encoder_of(base), "lengths", None)
     if lengths is not None and "first_segment" in lengths.protect and "protected_tokens" not in kwargs:
-        token_type_ids = args[2] if len(args) > 2 else kwargs.get("token_type_ids")
+        place = [*inspect.signature(base.forward).parameters].index("token_type_ids")
+        token_type_ids = args[place] if len(args) > place else kwargs.get("token_type_ids")
         if token_type_ids is None:
             raise ValueError("LengthConfig(protect=('first_segment',)) needs token_type_ids; the call has none")
         kwargs = {**kwargs, "protected_tokens": token_type_ids == 0}

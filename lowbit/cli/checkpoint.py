@@ -7,7 +7,6 @@ which know how many values a packed row holds; no weight is loaded into a model.
 from __future__ import annotations
 
 import json
-import zlib
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -17,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..checkpoints import checksums_of
 from ..errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import nn
-
-CHECKSUMS = "lowbit.crc32"  # key in the safetensors header, written by `lowbit.hf`
 
 
 @dataclass(frozen=True)
@@ -124,30 +122,28 @@ def read(folder: Path) -> Checkpoint:
 def _grouped(files: list[Path]) -> Iterator[tuple[str, dict[str, torch.Tensor], list[str], int]]:
     """Module name, its tensors, those of them that do not match their checksum, and how many have one."""
     checksums: dict[str, int] = {}
+    checksum: Any = None
     members: dict[str, dict[str, Any]] = defaultdict(dict)  # of a module: full tensor name -> open file, shards or not
     with ExitStack() as stack:
         for path in files:
             try:
                 file = stack.enter_context(safe_open(path, framework="pt"))
-                checksums |= json.loads((file.metadata() or {}).get(CHECKSUMS, "{}"))
-            except (SafetensorError, json.JSONDecodeError) as error:
+                recorded, checksum = checksums_of(path, file.metadata() or {})
+                checksums |= recorded
+            except SafetensorError as error:
                 raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
             for name in file.keys():  # noqa: SIM118 (not a dict)
                 members[name.rpartition(".")[0]][name] = file
         for module, names in sorted(members.items(), key=lambda item: _natural(item[0])):
             group = {name: file.get_tensor(name) for name, file in names.items()}
             compared = [name for name in group if name in checksums]
-            damaged = [name for name in compared if _crc32(group[name]) != checksums[name]]
+            damaged = [name for name in compared if checksum(group[name]) != checksums[name]]
             yield module, {name.rpartition(".")[2]: tensor for name, tensor in group.items()}, damaged, len(compared)
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Layer 10 after layer 9."""
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in name.split(".")]
-
-
-def _crc32(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _quantized_modules(folder: Path, quantization: dict[str, Any]) -> dict[str, nn.Module]:

@@ -415,12 +415,15 @@ def _write_card(folder: Path, task: str, teacher: str, results: dict[str, dict[s
         name: {key: value for key, value in row.items() if not key.endswith(("_ms", "_mb"))}
         for name, row in results.items()
     }
-    # TO CONNECT when lowbit.card is merged:
-    #   from lowbit.card import model_card
-    #   from . import loading
-    #   given = {"results": metrics[folder.name], "teacher_results": metrics["teacher"], "task": task}
-    #   model_card(loading.load_model(str(folder)), teacher=teacher, **given).save(folder / "README.md")
-    del metrics, teacher, task
+    from lowbit.card import model_card
+
+    from . import loading
+
+    model = loading.load_model(str(folder))
+    card = model_card(
+        model, results=metrics[folder.name], teacher=teacher, teacher_results=metrics["teacher"], task=task
+    )
+    card.save(folder / "README.md")
 
 
 def search_length(

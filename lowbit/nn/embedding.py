@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ class PackedEmbedding(Packed):
         return packed
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [...] -> float [..., K]."""
+        """ids int64 or int32 [...] -> float [..., K]; IndexError for an id outside the table (CPU)."""
         return quantized_embedding(ids, *self.table(), embedding_dim=self.embedding_dim, out_dtype=self._dtype.dtype)
 
     def table(self) -> tuple[torch.Tensor, torch.Tensor, int]:
@@ -152,13 +153,15 @@ class PackedEmbedding(Packed):
 
 
 class FusedEmbeddings(nn.Module):
-    """Stands in for BERT's embeddings in a fused model: all three tables and LayerNorm in one operation.
+    """Stands in for the embeddings of a fused model: all tables and LayerNorm in one operation.
 
     The modules stay what and where they were; they run instead for `inputs_embeds`, dropout, gradients, packed position
     embeddings and offloaded parameters.
 
     Args:
-        embeddings: Hugging Face BERT embeddings.
+        embeddings: of a Hugging Face model: `word_embeddings`, `position_embeddings`, `LayerNorm`, and, but in
+            DistilBERT, `token_type_embeddings`. A padding row in the table of positions means RoBERTa's positions: they
+            count from the row after it, over the tokens that are no padding.
     """
 
     def __init__(self, embeddings: nn.Module) -> None:
@@ -168,44 +171,54 @@ class FusedEmbeddings(nn.Module):
         for name, buffer in embeddings.named_buffers(recurse=False):
             self.register_buffer(name, buffer, persistent=False)
         self._by_module = [embeddings]  # in a list: its parameters are ours already
+        self._names = [*inspect.signature(embeddings.forward).parameters]
+        norm: Any = embeddings.LayerNorm
+        has_types = hasattr(embeddings, "token_type_embeddings")
+        no_types = None if has_types else torch.zeros_like(norm.weight.detach())[None]
+        self.register_buffer("_no_types", no_types, persistent=False)
 
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        past_key_values_length: int = 0,
-    ) -> torch.Tensor:
-        """ids [B, S] -> float [B, S, H]."""
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """ids [B, S] -> float [B, S, H]; arguments as of the modules."""
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        input_ids, position_ids = given.get("input_ids"), given.get("position_ids")
         word: Any = self.word_embeddings
         position: Any = self.position_embeddings
         norm: Any = self.LayerNorm
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in (norm.weight, position.weight))
         if (
             input_ids is None
+            or given.get("inputs_embeds") is not None
             or self.training
             or trained
             or not isinstance(word, PackedEmbedding)
             or type(position) is not nn.Embedding
             or norm.weight.device != input_ids.device
         ):
-            return self._by_module[0](input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+            return self._by_module[0](*args, **kwargs)
         if position_ids is None:
-            own: Any = self.position_ids
-            position_ids = own[:, past_key_values_length : past_key_values_length + input_ids.shape[1]]
+            position_ids = self._position_ids(input_ids, given.get("past_key_values_length", 0))
+        token_type_ids = given.get("token_type_ids")
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(position_ids)
-        types: Any = self.token_type_embeddings
+        types: Any = self._no_types if self._no_types is not None else self.token_type_embeddings.weight  # type: ignore[union-attr]
         return embedding_layernorm(
             input_ids,
             *word.table(),
             token_type_ids,
-            types.weight,
-            position_ids,  # type: ignore[arg-type]
+            types,
+            position_ids,
             position.weight,
             norm.weight,
             norm.bias,
             norm.eps,
             out_dtype=norm.weight.dtype,
         )
+
+    def _position_ids(self, input_ids: torch.Tensor, past: int) -> torch.Tensor:
+        """int64 [B or 1, S]."""
+        padding: Any = self.position_embeddings.padding_idx  # type: ignore[union-attr]
+        if padding is None:
+            own: Any = self.position_ids
+            return own[:, past : past + input_ids.shape[1]]
+        real = input_ids.ne(padding).long()
+        return (real.cumsum(1) + past) * real + padding

@@ -48,6 +48,7 @@ class UnpaddedEncoder(nn.Module):
     Args:
         encoder: Hugging Face encoder with its layers in its child `layer`.
         architecture: where a layer keeps what.
+        model_config: of the model.
 
     Attributes:
         lengths: what every layer keeps, None for all.
@@ -58,12 +59,14 @@ class UnpaddedEncoder(nn.Module):
 
     _replaced: tuple[str, ...] = ("run_attention_modules", "run_rest_modules")  # by `lowbit.compile`, `compile_for`
 
-    def __init__(self, encoder: nn.Module, architecture: Architecture) -> None:
+    def __init__(self, encoder: nn.Module, architecture: Architecture, model_config: Any) -> None:
         super().__init__()
         layers: Any = encoder.get_submodule("layer")
         self.layer: Any = layers
+        for name, child in encoder.named_children():  # a table of relative positions, say
+            self.register_module(name, child)
         self._by_layer = [encoder]  # in a list: its parameters are ours already
-        self.config = encoder.config
+        self.config = model_config
         self.architecture = architecture
         self.lengths = None
         self.skip: frozenset[int] = frozenset()
@@ -133,7 +136,9 @@ class UnpaddedEncoder(nn.Module):
                 f"{obstacle}, which a model that drops tokens cannot give; lowbit.set_length(model, None) keeps all"
             )
         fast = self._fast(hidden_states)
-        if obstacle or not (drops or fast):
+        # How many tokens are padding is not known while the whole model is traced (torch.compile, torch.export).
+        traced = torch.compiler.is_compiling() and attention_mask is not None
+        if obstacle or not (drops or (fast and not traced)):
             return self._by_layer[0](hidden_states, additive(attention_mask, hidden_states.dtype), **kwargs)
         tokens, sequences, places = without_padding(hidden_states, attention_mask)
         protected = None
@@ -199,7 +204,7 @@ class UnpaddedEncoder(nn.Module):
     ) -> tuple[torch.Tensor, Kept | None]:
         importance = "all" if self.soft_mask is not None else keep and keep.score
         context, received = self.run_attention_modules(layer, tokens, sequences, importance)
-        heads: Any = layer.get_submodule(self.architecture.attention).num_attention_heads
+        heads = self.architecture.heads(layer)
         kept = factor = None
         if keep is not None:
             kept = drop(received, sequences, keep, tokens.shape[0], heads, protected)
@@ -214,10 +219,9 @@ class UnpaddedEncoder(nn.Module):
         """tokens [T, H] -> context [T, heads * head_dim], importance [T] if any."""
         paths, find = self.architecture, layer.get_submodule
         module: Any = find(paths.attention)
-        query, key, value = (
-            find(path)(tokens).unflatten(-1, (module.num_attention_heads, -1)) for path in paths.projections
-        )
-        options: dict[str, Any] = {"scaling": module.scaling, **_attention_options(getattr(module, "quantizers", {}))}
+        heads = paths.heads(layer)
+        query, key, value = (find(path)(tokens).unflatten(-1, (heads, -1)) for path in paths.projections)
+        options = _attention_options(paths, layer)
         dropout = module.dropout.p if self.training else 0.0
         runs = query.dtype != torch.float64 and (not query.is_cuda or query.shape[-1] in HEAD_DIMS)
         if dropout or self.soft_mask is not None or not runs:
@@ -233,11 +237,13 @@ class UnpaddedEncoder(nn.Module):
         """What takes each token for itself: context and tokens [T, H], a soft mask [T, 1] or None -> tokens."""
         paths, find = self.architecture, layer.get_submodule
         place = None if self.soft_mask is None else self.soft_mask.place
-        output = find(paths.attention_dropout)(find(paths.attention_output)(context))
+        output = find(paths.attention_output)(context)
+        output = output if paths.attention_dropout is None else find(paths.attention_dropout)(output)
         tokens = find(paths.attention_norm)(output + tokens)
         tokens = tokens * factor if factor is not None and place == "attention" else tokens
-        inner = find(paths.ffn_activation)(find(paths.ffn_input)(tokens))
-        tokens = find(paths.ffn_norm)(find(paths.ffn_dropout)(find(paths.ffn_output)(inner)) + tokens)
+        output = find(paths.ffn_output)(find(paths.ffn_activation)(find(paths.ffn_input)(tokens)))
+        output = output if paths.ffn_dropout is None else find(paths.ffn_dropout)(output)
+        tokens = find(paths.ffn_norm)(output + tokens)
         return tokens * factor if factor is not None and place == "ffn" else tokens
 
 
@@ -274,7 +280,8 @@ class PackedEncoder(UnpaddedEncoder):
     Args:
         encoder: Hugging Face encoder with packed linears in its child `layer`.
         architecture: where a layer keeps what.
-        config: of the packed model.
+        model_config: of the model.
+        config: of its quantization.
 
     Raises:
         ValueError: a configuration that does not run without padding (`check`).
@@ -282,21 +289,20 @@ class PackedEncoder(UnpaddedEncoder):
 
     _replaced = (*UnpaddedEncoder._replaced, "run_attention", "run_rest", "run")
 
-    def __init__(self, encoder: nn.Module, architecture: Architecture, config: LowbitConfig) -> None:
-        super().__init__(encoder, architecture)
+    def __init__(self, encoder: nn.Module, architecture: Architecture, model_config: Any, config: LowbitConfig) -> None:
+        super().__init__(encoder, architecture, model_config)
         check(config)
         assert config.activation_bits is not None  # check said so
         self.bits = config.activation_bits
         first = self.layer[0]
-        module = first.get_submodule(architecture.attention)
-        self.heads, self.head_dim = module.num_attention_heads, module.attention_head_size
+        self.heads, self.head_dim = architecture.heads(first), architecture.head_dim(first)
         self.layout = first.get_submodule(architecture.ffn_input).layout
         self.gelu = first.get_submodule(architecture.ffn_input).activation
         self.activation = first.get_submodule(architecture.ffn_activation)
         self._norm = f"{architecture.ffn_norm}.weight"
         self.eps = first.get_submodule(architecture.attention_norm).eps
         self.symmetric = {site: site not in config.asymmetric for site in ("linear", "ffn_output")}
-        self.attention_options = _attention_options(getattr(module, "quantizers", {}))
+        self.attention_options = _attention_options(architecture, first)
         # What `lowbit.compile` and `lowbit.compile_for` replace.
         self.run_attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = self._run_attention
         self.run_rest: Callable[..., tuple[torch.Tensor, Codes]] = self._run_rest
@@ -333,11 +339,19 @@ class PackedEncoder(UnpaddedEncoder):
         survivors = Survivors(self._restores(first_token_only), sequences.host is not None)
         sequences = sequences._replace(host=None)  # a layer compiled with it would be compiled again without
         codes: Codes = quantize_per_token(tokens, self.bits, self.symmetric["linear"])
+        bias = self._position_bias(tokens, sequences.max_seqlen)
         for layer, keep in zip(self.layer, steps, strict=True):
             before = tokens
-            tokens, codes, kept = self._run_layer(self._weights(layer), tokens, codes, sequences, keep, protected)
+            tokens, codes, kept = self._run_layer(self._weights(layer), tokens, codes, sequences, keep, protected, bias)
             sequences, protected = _after(before, kept, sequences, protected, survivors)
         return survivors.all(tokens)
+
+    def _position_bias(self, tokens: torch.Tensor, length: int) -> torch.Tensor | None:
+        """float32 [heads, S, S], where the architecture has a bias."""
+        if self.architecture.position_bias is None:
+            return None
+        bias = getattr(self._by_layer[0], self.architecture.position_bias)
+        return bias(tokens.new_empty(1, length, 1))[0].detach().float()
 
     def _run_layer(
         self,
@@ -347,10 +361,11 @@ class PackedEncoder(UnpaddedEncoder):
         sequences: Sequences,
         keep: Keep | None,
         protected: torch.Tensor | None,
+        bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, Codes, Kept | None]:
         """tokens [T, H] and their codes -> the same of the next layer, and what it keeps."""
         context, importance = self.run_attention(
-            weights.projections, codes, sequences, keep and keep.score, tokens.dtype
+            weights.projections, codes, sequences, keep and keep.score, tokens.dtype, bias
         )
         kept = None
         if keep is not None:
@@ -358,12 +373,18 @@ class PackedEncoder(UnpaddedEncoder):
         return *self.run_rest(weights, *gathered(kept, context, tokens)), kept
 
     def _run_attention(
-        self, projections: Product, codes: Codes, sequences: Sequences, importance: str | None, dtype: torch.dtype
+        self,
+        projections: Product,
+        codes: Codes,
+        sequences: Sequences,
+        importance: str | None,
+        dtype: torch.dtype,
+        bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """codes [T, H] -> context [T, heads * head_dim], importance [T] if any."""
         parts = self._multiply(projections, codes, dtype)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in parts)
-        result = _attention(query, key, value, sequences, importance, self.attention_options)
+        result = _attention(query, key, value, sequences, importance, {**self.attention_options, "bias": bias})
         return result.output.flatten(1), result.importance
 
     def _run_rest(self, weights: Weights, context: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, Codes]:
@@ -418,12 +439,15 @@ def check(config: LowbitConfig) -> None:
         raise ValueError(f"a fused encoder needs {' and '.join(missing)}; run the model without fused=True")
 
 
-def _attention_options(quantizers: Any) -> dict[str, Any]:
-    """Of `attention`, for the quantizers of an attention module (empty: a float one)."""
-    if not quantizers:
-        return {}
-    asymmetric = tuple(site for site in _SITES if not quantizers[site].symmetric)
-    return {"bits": quantizers["query"].bits, "asymmetric": asymmetric}
+def _attention_options(architecture: Architecture, layer: nn.Module) -> dict[str, Any]:
+    """Of `attention`, for a layer: how it scales its scores, and its quantizers (none: float)."""
+    module: Any = layer.get_submodule(architecture.attention)
+    options: dict[str, Any] = {"scaling": getattr(module, "scaling", architecture.head_dim(layer) ** -0.5)}
+    quantizers = getattr(module, "quantizers", None)
+    if quantizers:
+        options["bits"] = quantizers["query"].bits
+        options["asymmetric"] = tuple(site for site in _SITES if not quantizers[site].symmetric)
+    return options
 
 
 def _attention(

@@ -31,6 +31,7 @@ from ..quantizers import (
     WEIGHT_QUANTIZERS,
     ActivationQuantizer,
     activation_values,
+    check_weight_quantizer,
     dequantize_weight,
     weight_codes,
     weight_values,
@@ -173,7 +174,7 @@ class PackedLinear(Packed):
 
         Raises:
             TypeError: another kind of module.
-            ValueError: NaN or infinity in the weight.
+            ValueError: NaN or infinity in the weight, or a quantizer of other bits than the configuration's.
         """
         if not isinstance(linear, nn.Linear | QuantLinear):
             raise TypeError(
@@ -188,6 +189,7 @@ class PackedLinear(Packed):
                 granularity=linear.granularity,
                 split=weight.dim() == 3,
             )
+        check_weight_quantizer(config.weight_quantizer, config.weight_bits)
         packed = cls(
             linear.in_features, linear.out_features, linear.bias is not None, config, site, weight.device, weight.dtype
         )
@@ -204,7 +206,7 @@ class PackedLinear(Packed):
         return packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float [..., K] -> float [..., N] in x's dtype."""
+        """float [..., K] -> float [..., N] in x's dtype; ValueError for another K."""
         if self.input_quantizer is None:
             return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
         if x.shape[-1] != self.in_features:
