@@ -434,7 +434,8 @@ def test_doctor_as_a_program_of_its_own() -> None:
     found = json.loads(result.stdout)
     assert (result.returncode, found["ok"], found["backend"]) == (0, True, lowbit.backend())
     said = {check["name"]: check for check in found["checks"]}
-    assert said["torch"]["value"] == torch.__version__ and said["transformers"]["value"] == transformers.__version__
+    assert torch.__version__.startswith(said["torch"]["value"])  # "2.11.0+cu130", where its metadata say 2.11.0
+    assert said["transformers"]["value"] == transformers.__version__
     assert "exact" in said["product"]["value"]
 
 
