@@ -279,6 +279,9 @@ def loss_aware_case(integer: Integer) -> Case:
     }  # fmt: skip
 
     def best(w: Tensor, granularity: str, curvature: Tensor, iterations: int) -> Any:
+        assert isinstance(granularity, str) and granularity in ("per_row", "per_tensor")
+        if curvature is None:  # without it the threshold of TWN, of which the scale is the plain mean
+            curvature = torch.ones_like(w)
         assert curvature.shape == w.shape and isinstance(iterations, int) and iterations >= 0
         return w.double(), curvature.double(), granularity
 
@@ -885,3 +888,23 @@ def _on_meta(case: Case) -> str:
         if other is not None:
             assert one.is_meta and (one.shape, one.dtype) == (other.shape, other.dtype), "another shape on meta"
     return "on meta"
+
+
+def by_hypothesis(name: str, count: int) -> list[str]:
+    """Failures of one kind of op in `count` examples, the smallest that hypothesis finds."""
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import strategies as st
+
+    @settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, print_blob=False,
+        suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink],
+    )  # fmt: skip
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        run(name, lambda low, high: data.draw(st.integers(low, high)))
+
+    try:
+        check()
+    except Exception as error:
+        return [f"{name}, by hypothesis: {type(error).__name__}: {str(error)[:200]}"]
+    return []
