@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHECKSUMS, _CONFIG = "lowbit.checksums", "lowbit.config"  # keys in the safetensors header
-_BYTES_ONLY = "lowbit.crc32"  # of older files: CRC-32 of the bytes alone, and no record of the configuration
+_BYTES_ONLY = "lowbit.crc32"  # of earlier files: CRC-32 of the bytes alone, and no record of the configuration
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # Fields of config.json that people edit, and that change nothing of what a loaded model computes. So does dropout.
@@ -52,7 +52,7 @@ def verify(folder: str | PathLike[str]) -> None:
 
     Raises:
         CheckpointError: a file is missing, damaged, of another checkpoint, no regular file, or has no records (written
-            long ago or by another program: load it and save it again).
+            by an earlier version or another program: load it and save it again).
     """
     folder = Path(folder)
     values = _read_json(folder / "config.json")

@@ -321,13 +321,15 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
     """Refuse files where tensors of the encoder are missing, of another type or shape, or changed since written."""
     if model.name_or_path:
         checkpoints.check_inside(model.name_or_path, files)
-    expected, own = _expected_tensors(model), model.state_dict()
+    expected, own, base = _expected_tensors(model), model.state_dict(), model.base_model.state_dict()
     found: set[str] = set()
 
     def check(file: str, name: str, tensor: torch.Tensor) -> None:
         bare = _bare(model, name)
         found.add(bare)
-        dtype, shape = expected.get(bare, (None, tensor.shape))
+        # Of what need not be there: a pooler has one shape; a head may be given another size by the caller.
+        free = own[name].shape if bare in base and name in own else tensor.shape
+        dtype, shape = expected.get(bare, (None, free))
         wants_float = dtype is None and (bare in expected or (name in own and own[name].is_floating_point()))
         fits = tensor.is_floating_point() if wants_float else dtype in (None, tensor.dtype)
         if not fits or tensor.shape != shape:
