@@ -183,7 +183,7 @@ def _check_finite(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta or parameter.numel() == 0:
             continue
-        if not all(math.isfinite(extreme) for extreme in parameter.aminmax()):  # quicker than looking at each
+        if not all(math.isfinite(extreme) for extreme in parameter.detach().aminmax()):  # quicker than looking at each
             raise ValueError(f"{name} holds NaN or infinity and cannot be quantized; check the float model")
 
 
