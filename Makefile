@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Nothing that runs from here may reach for a model hub.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test lint unit interpreter aot bench gpu clean
+.PHONY: help demo test lint unit docs interpreter aot aoti bench soak gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,15 +34,19 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 demo: $(VENV)/.installed  ## compress a real BERT to 2 and 1 bits, offline, and print the table (about 10 minutes)
 	$(OFFLINE) $(BIN)/python examples/demo.py
 
-test: lint unit interpreter aot  ## everything CI runs
+test: lint unit docs interpreter aot  ## everything CI runs
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-unit: $(VENV)/.installed  ## unit tests on the CPU, README included
+unit: $(VENV)/.installed  ## unit tests on the CPU, the code of README and docs included
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+
+docs: $(VENV)/.installed  ## the documentation site in site/: no warning, no dead link or anchor, nothing from the network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@! grep -rE --include='*.html' '<(script|img|iframe|source)[^>]* src="?(https?:)?//|<link[^>]* href="?(https?:)?//' site
 
 interpreter: $(VENV)/.installed  ## Triton kernels in the interpreter, on CPU tensors
 	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -n 2 tests/kernels -k triton
@@ -50,12 +54,19 @@ interpreter: $(VENV)/.installed  ## Triton kernels in the interpreter, on CPU te
 aot: $(VENV)/.installed  ## Triton kernels compiled for sm_80, 89, 90 and 100: no spills, tensor cores used
 	$(BIN)/python -m lowbit_kernels.aot
 
+aoti: $(VENV)/.installed  ## an AOTInductor package of a packed model, run in a process without lowbit (minutes of compiling)
+	$(OFFLINE) OMP_NUM_THREADS=1 LOWBIT_AOTI=1 $(BIN)/python -m pytest -q tests/test_exporting.py
+
 bench: $(VENV)/.installed-bench  ## CPU benchmarks against float32, torch int8 and onnxruntime
 	$(OFFLINE) $(BIN)/python -m benchmarks.cpu --results $(RESULTS)
+
+soak: $(VENV)/.installed  ## damaged checkpoints, fuzzed ops, load, concurrency, interruption; writes docs/reliability.md (about 40 minutes)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 
 gpu:  ## the GPU run with the current python: correctness, then attention, models and linears against every peer installed
 	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(ONLY),--only $(ONLY))
 
 clean:  ## remove .venv and everything generated
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks demo-output
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf demo-output soak-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

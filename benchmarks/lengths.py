@@ -2,8 +2,8 @@
 
     python -m benchmarks.lengths runs/length runs/squad --results benchmarks/results
 
-One case a run, one row a budget, as `examples/_lengths.py` measured it; what is said of the machine is of this one, so
-run it where the examples ran.
+One case a run, one row a budget, as `lowbit.recipes.lengths.compare` measured it; what is said of the machine is of
+this one, so run it where the examples ran.
 """
 
 from __future__ import annotations

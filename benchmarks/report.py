@@ -11,6 +11,7 @@ from .results import read
 
 RESULTS = Path("benchmarks/results")
 DOCS = Path("docs")
+OWN_PAGES = ("features", "reliability", "transformers-suite")  # their scripts render them
 GPU_SUITES = ("gpu-attention", "gpu-ceilings", "gpu-linear", "gpu-model", "gpu-training")
 
 Report = dict[str, Any]
@@ -126,8 +127,13 @@ def page(reports: list[Report], plots: dict[str, list[Path]]) -> str:
     return "\n".join(parts)
 
 
+def committed() -> list[Report]:
+    """All that docs/benchmarks.md shows."""
+    return [read(path) for path in sorted(RESULTS.glob("*.json")) if path.stem not in OWN_PAGES]
+
+
 def main() -> None:
-    reports = [read(path) for path in sorted(RESULTS.glob("*.json"))]
+    reports = committed()
     plots = {report["suite"]: plot(report, DOCS) for report in reports}
     (DOCS / "benchmarks.md").write_text(page(reports, plots))
     print(f"{DOCS / 'benchmarks.md'}: {len(reports)} suites, {sum(map(len, plots.values()))} plots")

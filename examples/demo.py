@@ -17,14 +17,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
-from transformers import Trainer
-
 import lowbit
-from _common import Run, arguments, common, default_model, distil, fine_tune, load_teacher, measure, parse, start, table
+from _common import default_model, run_example
 from lowbit import sentiment
+from lowbit.recipes.measure import measure, table
+from lowbit.recipes.stages import Run, distill, fine_tune, load_teacher, start, training_batches
 from lowbit.tasks import Task, tokenize
 
 TASK = Task(("sentence",), ("negative", "positive"), ("accuracy",), max_length=40)
@@ -82,15 +81,14 @@ def build(run: Run) -> None:
     model, _ = load_teacher(options, TASK)
     teacher = run.stage("teacher", lambda: fine_tune(run, "teacher", model, options.teacher_steps, 1e-4))
     student = lowbit.prepare(copy.deepcopy(teacher), lowbit.TernaryConfig())
-    run.stage("ternary-packed", lambda: lowbit.convert(distil(run, "ternary", student, teacher, options.steps, 3e-4)))
+    run.stage("ternary-packed", lambda: lowbit.convert(distill(run, "ternary", student, teacher, options.steps, 3e-4)))
     half = copy.deepcopy(teacher)
-    trainer = Trainer(model=half, args=arguments(run, "slim", 1, 1e-4), **common(run))
-    lowbit.slim(half, 0.5, dataloader=list(islice(trainer.get_train_dataloader(), 8)))
-    half = distil(run, "half-width", half, teacher, options.slim_steps, 1e-4)
+    lowbit.slim(half, 0.5, dataloader=training_batches(run, half, 8))
+    half = distill(run, "half-width", half, teacher, options.slim_steps, 1e-4)
     half = lowbit.prepare(half, lowbit.TernaryConfig())
-    half = distil(run, "half-width-ternary", half, teacher, options.steps, 3e-4)
+    half = distill(run, "half-width-ternary", half, teacher, options.steps, 3e-4)
     binary = lowbit.split(half)
-    run.stage("binary-packed", lambda: lowbit.convert(distil(run, "binary", binary, teacher, options.steps, 3e-4)))
+    run.stage("binary-packed", lambda: lowbit.convert(distill(run, "binary", binary, teacher, options.steps, 3e-4)))
 
 
 def plot(rows: dict[str, dict[str, float]], path: Path) -> None:
@@ -125,7 +123,9 @@ def main(options: DemoOptions) -> None:
     build(open_run(options))
     for stage in MODELS.values():
         command = [sys.executable, __file__, "--output_dir", str(folder), "--measure_only", stage]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        measured = subprocess.run(command, capture_output=True, text=True)
+        if measured.returncode:
+            raise SystemExit(f"error: measuring {stage} failed:\n{measured.stderr}")
     results = json.loads((folder / "results.json").read_text())
     rows = {name: results[stage] for name, stage in MODELS.items()}
     for row in rows.values():
@@ -142,4 +142,4 @@ def main(options: DemoOptions) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(DemoOptions, __doc__))
+    run_example(main, DemoOptions, __doc__)

@@ -19,8 +19,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from _common import GlueOptions, Run, evaluate, fine_tune, load_teacher, parse
-from _lengths import LengthOptions, adaptive_stages, compare, search
+from _common import GlueOptions, run_example
+from lowbit.recipes.lengths import adaptive_stages, compare, search, set_apart
+from lowbit.recipes.measure import evaluate
+from lowbit.recipes.options import LengthOptions
+from lowbit.recipes.stages import teacher_stage
 from ternarybert_glue import open_run
 
 
@@ -29,27 +32,10 @@ class LengthGlueOptions(LengthOptions, GlueOptions):
     """Options of this example."""
 
 
-def set_apart(run: Run, count: int) -> None:
-    """Split `run.data["train"]`: its last `4 * count` examples are not trained on; of these some are searched on."""
-    train = run.data["train"]
-    begin = max(len(train) - 4 * count, len(train) // 2)
-    known = {tuple(ids) for ids in train.select(range(begin))["input_ids"]}
-    ids = train["input_ids"]
-    chosen = [i for i in range(begin, len(train)) if len(ids[i]) >= 9 and tuple(ids[i]) not in known]
-    if not chosen:
-        raise SystemExit("no training example is fit to search lengths on; use more of them (--max_train_samples)")
-    run.data["train"], run.data["search"] = train.select(range(begin)), train.select(chosen[:count])
-
-
 def main(options: LengthGlueOptions) -> None:
     run = open_run(options)
     set_apart(run, options.search_samples)
-
-    def teacher_stage() -> object:
-        model, _ = load_teacher(options, run.task)
-        return fine_tune(run, "teacher", model, options.teacher_steps, options.teacher_learning_rate)
-
-    name, model = adaptive_stages(run, run.stage("teacher", teacher_stage))
+    name, model = adaptive_stages(run, teacher_stage(run))
     apart = dataclasses.replace(run, task=dataclasses.replace(run.task, validation=("search",)))
     lengths = [len(ids) for ids in run.data["search"]["input_ids"]]
     front = search(run, name, model, lambda model: next(iter(evaluate(apart, model).values())), lengths)
@@ -60,4 +46,4 @@ def main(options: LengthGlueOptions) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(LengthGlueOptions, __doc__))
+    run_example(main, LengthGlueOptions, __doc__)

@@ -29,9 +29,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from _common import Options, Run, distil, fine_tune, measure, offline_if_local, parse, start, table
-from _lengths import LengthOptions, adaptive_stages, compare, search
+from _common import Options, print_step_times, run_example
 from lowbit import models
+from lowbit.recipes.data import offline_if_local
+from lowbit.recipes.lengths import adaptive_stages, compare, search
+from lowbit.recipes.measure import measure, table
+from lowbit.recipes.options import LengthOptions
+from lowbit.recipes.stages import Run, distill, fine_tune, start
 from lowbit.squad import best_answers, featurize, load_squad, score_answers
 
 
@@ -57,7 +61,7 @@ class SquadOptions(LengthOptions, Options):
 
 def open_run(options: SquadOptions) -> Run:
     """Load questions and tokenizer; windows for training and evaluation."""
-    offline_if_local(options)
+    offline_if_local(options.model, options.data_dir)
     config = AutoConfig.from_pretrained(options.model)
     if options.max_length > config.max_position_embeddings:
         raise SystemExit(f"--max_length {options.max_length}: the model has {config.max_position_embeddings} positions")
@@ -101,7 +105,7 @@ def student_stage(run: Run, teacher: PreTrainedModel) -> PreTrainedModel:
 
     def build() -> PreTrainedModel:
         student = every_kth_layer(teacher, run.options.layers)
-        return distil(run, "student", student, teacher, run.options.steps, run.options.learning_rate)
+        return distill(run, "student", student, teacher, run.options.steps, run.options.learning_rate)
 
     return run.stage("student", build)
 
@@ -146,9 +150,7 @@ def main(options: SquadOptions) -> None:
         stages.append("student")
     rows = {name: measure(run, name, options.max_length, score=evaluate) for name in stages}
     print("\n" + table(rows, {key: key for key in rows["teacher"]}))
-    for name, values in run.results.items():
-        if "seconds_per_step" in values:
-            print(f"{name}: {values['seconds_per_step']:.3f} s a step")
+    print_step_times(run)
     print(f"CPU latency at sequence length {options.max_length}")
     name, model = adaptive_stages(run, model)
     front = search(
@@ -165,4 +167,4 @@ def main(options: SquadOptions) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(SquadOptions, __doc__))
+    run_example(main, SquadOptions, __doc__)

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 from . import _plugin
 
 if TYPE_CHECKING:
-    from . import nn
+    from . import card, nn
+    from .checkpoints import verify
     from .compiling import compile
     from .config import BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
     from .conversion import convert, left_in_float, prepare, quantize, split
     from .distill import AttentionScoreLoss, DistillationTrainer, HiddenStateLoss, LogitsLoss, TaskLoss
     from .errors import CheckpointError
+    from .exporting import export
     from .graphs import compile_for
     from .info import backend
     from .length.soft import LearnedThresholds, SoftExtract
@@ -50,6 +52,7 @@ _HOME = {
     "LogitsLoss": "distill",
     "TaskLoss": "distill",
     "CheckpointError": "errors",
+    "export": "exporting",
     "backend": "info",
     "LearnedThresholds": "length.soft",
     "SoftExtract": "length.soft",
@@ -58,6 +61,7 @@ _HOME = {
     "SoftLengthTrainer": "length.training",
     "set_length": "unpadding",
     "slim": "slimming",
+    "verify": "checkpoints",
 }
 
 __all__ = [
@@ -77,9 +81,11 @@ __all__ = [
     "TaskLoss",
     "TernaryConfig",
     "backend",
+    "card",
     "compile",
     "compile_for",
     "convert",
+    "export",
     "fuse",
     "left_in_float",
     "nn",
@@ -88,12 +94,13 @@ __all__ = [
     "set_length",
     "slim",
     "split",
+    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "nn":
-        return importlib.import_module(".nn", __name__)
+    if name in ("card", "nn"):
+        return importlib.import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

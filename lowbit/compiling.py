@@ -34,14 +34,20 @@ def compile(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
         TypeError, ValueError: not a supported model.
     """
     layers = [layer for _, layer in models.layers(model)]
-    if model.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
-        raise RuntimeError(
-            "torch.compile on a CPU needs a C++ compiler and found neither $CXX, g++ nor clang++; install one "
-            "(apt install g++), or run the model as it is"
-        )
+    if model.device.type == "cpu":
+        check_compiler()
     encoders = [module for module in model.modules() if isinstance(module, UnpaddedEncoder)]
     for encoder in encoders:
         encoder.compile_layers(**options)
     for layer in [] if encoders else layers:
         layer.compile(**options)
     return model
+
+
+def check_compiler() -> None:
+    """Raise RuntimeError where there is no C++ compiler for what Inductor makes for a CPU."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        raise RuntimeError(
+            "torch.compile on a CPU needs a C++ compiler and found neither $CXX, g++ nor clang++; install one "
+            "(apt install g++), or run the model as it is"
+        )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -120,7 +121,7 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
 
 
 def quantize(model: PreTrainedModel, config: LowbitConfig, fused: bool = False) -> PreTrainedModel:
-    """Post-training quantization: `convert(prepare(model, config), fused)`."""
+    """Post-training quantization: `convert(prepare(model, config), fused)`; arguments and errors are theirs."""
     return convert(prepare(model, config), fused)
 
 
@@ -176,6 +177,7 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     if config.stage == "float":
         return
     if config.stage == "prepared":
+        check_weight_quantizer(config.weight_quantizer, config.weight_bits)
         modules: dict[str, Any] = _quantized(model, config)
         for module in modules.values():
             if config.split and (isinstance(module, QuantLinear) or module.bits == 1):
@@ -254,7 +256,9 @@ def _check_names(model: PreTrainedModel, config: LowbitConfig) -> None:
 
 def _check_finite(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+        if parameter.is_meta or parameter.numel() == 0:
+            continue
+        if not all(math.isfinite(extreme) for extreme in parameter.detach().aminmax()):  # quicker than looking at each
             raise ValueError(f"{name} holds NaN or infinity and cannot be quantized; check the float model")
 
 
@@ -263,6 +267,11 @@ def _expect_prepared(model: PreTrainedModel, verb: str) -> LowbitConfig:
     if config.stage != "prepared":
         hint = "it is already packed" if config.stage == "packed" else "call lowbit.prepare(model, config) first"
         raise ValueError(f"{verb} takes a prepared model; this one is {config.stage}: {hint}")
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise ValueError(
+            f"{verb} needs whole weights, these are sharded (FSDP2); load the full state dict of "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict into a prepared model that is not"
+        )
     return config
 
 
@@ -330,7 +339,12 @@ def _expect(model: PreTrainedModel, name: str, kind: type) -> Any:
 
 def _swap(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
     for name, module in modules.items():
-        module.train(model.get_submodule(name).training)
+        old = model.get_submodule(name)
+        module.train(old.training)
+        if hasattr(old, "_hf_hook"):  # of accelerate, where a device map spreads the model
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(module, old._hf_hook)  # type: ignore[arg-type]
         model.set_submodule(name, module)
 
 

@@ -29,12 +29,25 @@ Batch = Mapping[str, torch.Tensor]
 
 
 class Objective(Protocol):
-    """A named loss. `needs` lists what forward must return: "hidden_states", "scores"."""
+    """A named loss: any object with these two attributes and this call will do.
+
+    Attributes:
+        name: logged as `loss_<name>`.
+        needs: what forward has to return besides: "hidden_states", "scores" (of attention before softmax, as
+            `attentions`), or nothing.
+    """
 
     name: str
     needs: tuple[str, ...]
 
-    def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor: ...
+    def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
+        """The loss of a batch, a float scalar, already weighted.
+
+        Args:
+            student, teacher: outputs of the two models, as transformers gives them; the teacher's carry no gradient.
+            batch: what the student was called with.
+        """
+        ...
 
 
 def _layer_map(student: Sequence[Any], teacher: Sequence[Any], what: str) -> list[tuple[Any, Any]]:

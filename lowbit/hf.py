@@ -1,42 +1,50 @@
 """The transformers plug-in: `save_pretrained` and `from_pretrained` of slimmed, prepared and packed models.
 
 A model's `config.quantization_config` is a `LowbitConfig`; with `quant_method: "lowbit"` in config.json, transformers
-hands the freshly built model (on the meta device) to `LowbitQuantizer`, which gives it the checkpoint's modules. Packed
-checkpoints carry a CRC-32 of every tensor in the safetensors header and are verified before any weight is used.
+hands the freshly built model (on the meta device) to `LowbitQuantizer`, which gives it the checkpoint's modules. Files
+carry checksums and the configuration in the safetensors header (`checkpoints`) and are verified before any weight is
+used.
 
 Files hold ternary codes five to a byte, modules four to a byte, both as `weight`. So ternary modules get a buffer of
 the file's shape before transformers loads (by whatever route: shards, other heads, device maps), and the codes are
 expanded where they have landed. `state_dict()` and `load_state_dict` know the modules' form only.
+
+`attach` replaces methods of the model where transformers' own would do the wrong thing without a word.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import json
+import logging
 import os
 import re
 import shutil
 import tempfile
-import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trits
 
-from .config import FORMAT_VERSION, LengthConfig, LowbitConfig
+from . import card, checkpoints, publishing
+from ._files import exclusive
+from .config import FORMAT_VERSION, BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
 from .errors import CheckpointError
+from .nn import UnpaddedEncoder, attention
 from .nn._packed import Packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CHECKSUMS = "lowbit.crc32"  # key in the safetensors header
+_log = logging.getLogger("lowbit")
+
+_OWN_ATTENTION = (attention.NAME, attention.UNPADDED)
+_EXPANDED_AT_A_TIME = 2**19  # codes: so many stay in cache, and take little memory beside the packed model
 _WEIGHTS = re.compile(
     r"model(?:\.(?!safetensors)([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json"
 )
@@ -44,7 +52,10 @@ _WEIGHTS = re.compile(
 
 @register_quantization_config("lowbit")
 class _RegisteredConfig(QuantizationConfigMixin):
-    """What transformers calls to read config.json; the object it gets is a `LowbitConfig`."""
+    """What transformers calls to read config.json; the object it gets is a `LowbitConfig`.
+
+    Its class is the one a user would have passed: transformers compares the names, where both are given.
+    """
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -52,6 +63,9 @@ class _RegisteredConfig(QuantizationConfigMixin):
             config = LowbitConfig.from_dict(config_dict)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"config.json: {error}") from error
+        kind = {2: TernaryConfig, 1: BinaryConfig}.get(config.weight_bits or 0, LowbitConfig)
+        if config.stage != "float":
+            config = kind.from_dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
 
@@ -86,6 +100,12 @@ class LowbitQuantizer(HfQuantizer):
         if not self.pre_quantized:
             from .conversion import quantize
 
+            offloaded = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
+            if offloaded is not None:
+                raise ValueError(
+                    f"{offloaded} is offloaded (device_map) and cannot be quantized while loading; "
+                    "load with a device_map that keeps all weights on devices, or device_map='cpu'"
+                )
             # transformers has already noted the wanted config on the model, which is still float.
             wanted, model.config.quantization_config = self.quantization_config, None
             return quantize(model, wanted)
@@ -103,10 +123,12 @@ class LowbitQuantizer(HfQuantizer):
         if self.quantization_config.stage == "packed" and self.quantization_config.format_version >= 2:
             for name, module in _ternary_modules(model).items():
                 state[f"{name}.weight"] = pack_trits(unpack_ternary(state[f"{name}.weight"], module.row_length))
-        return state, {_CHECKSUMS: json.dumps({name: _crc32(tensor) for name, tensor in state.items()})}
+        return state, checkpoints.record(model, state)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        raise ValueError("a lowbit model cannot be dequantized in place; load the float checkpoint it came from")
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from .dequantizing import dequantize
+
+        return dequantize(model, dtype)
 
 
 def _set_saved_length(model: PreTrainedModel) -> PreTrainedModel:
@@ -150,16 +172,42 @@ def own_config(model: PreTrainedModel) -> None:
 def attach(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     """Make `model` save and load as what `config` says it is."""
     model.config.quantization_config = config
-    model.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
-    # transformers refuses .half() and .float() on models marked quantized; lowbit modules survive both.
-    model.is_quantized = False
     model.config._is_quantized = config.stage == "packed"
-    model.save_pretrained = functools.partial(_save_pretrained, model)  # unlike a method, it can be pickled
+    for part in {model, model.base_model}:  # `model.bert.save_pretrained` is a way to drop the head
+        part.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
+        # transformers refuses .half() and .float() on models marked quantized; lowbit modules survive both.
+        part.is_quantized = False
+        for name, method in _METHODS.items():
+            setattr(part, name, functools.partial(method, part))  # unlike a method, it can be pickled
     return model
 
 
-def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+def detach(model: PreTrainedModel) -> None:
+    """Undo `attach`: what `model` holds are float modules again."""
+    for part in {model, model.base_model}:
+        for name in (*_METHODS, "hf_quantizer", "quantization_method"):
+            part.__dict__.pop(name, None)
+        part.is_quantized = False
+    del model.config.quantization_config
+    model.config.__dict__.pop("_is_quantized", None)
+
+
+def _save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    *,
+    push_to_hub: bool = False,
+    self_contained: bool = False,
+    **kwargs: Any,
+) -> None:
     """`PreTrainedModel.save_pretrained`, with files written aside and renamed: a failure leaves the old ones intact.
+
+    A model card is written too, but never over one that a person wrote (`lowbit.card`).
+
+    Args:
+        save_directory, push_to_hub, **kwargs: as transformers has them.
+        self_contained: add a small modeling file, so that `from_pretrained(..., trust_remote_code=True)` loads the
+            folder in a program that does not import lowbit (which must be installed still).
 
     Raises:
         NotADirectoryError: `save_directory` is a file.
@@ -169,25 +217,98 @@ def _save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[s
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; save_pretrained needs a directory")
     target.mkdir(parents=True, exist_ok=True)
+    hub = {name: kwargs.pop(name) for name in publishing.OPTIONS if name in kwargs}
     # Names are the modules' own: those of other libraries, which transformers writes for some types, say other shapes.
     kwargs.setdefault("save_original_format", False)
-    if kwargs.get("push_to_hub"):
-        kwargs.setdefault("repo_id", target.name)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     model.hf_quantizer.given_state = kwargs.get("state_dict")
     try:
         type(model).save_pretrained(model, staging, **kwargs)
+        if (staging / "config.json").exists():  # not on the other ranks
+            _complete(model, staging, target, self_contained)
         written = {path.name for path in staging.iterdir()}
-        # config.json last: until then a reader sees the old configuration, and mismatches are refused by the checks.
-        for name in sorted(written, key=lambda name: (name == "config.json", name)):
-            os.replace(staging / name, target / name)
         variants = {_variant(name) for name in written} - {None}
-        for path in target.iterdir():
-            if path.name not in written and _variant(path.name) in variants:
-                path.unlink()  # shards of the checkpoint before
+        with exclusive(target):  # of two processes that save, one checkpoint stays, not parts of both
+            # config.json last: until then a reader sees the old one, and mismatches are refused by the checks.
+            for name in sorted(written, key=lambda name: (name == "config.json", name)):
+                os.replace(staging / name, target / name)
+            for path in target.iterdir():
+                if path.name not in written and _variant(path.name) in variants:
+                    path.unlink()  # shards of the checkpoint before
     finally:
         model.hf_quantizer.given_state = None
         shutil.rmtree(staging, ignore_errors=True)
+    if push_to_hub and written:
+        publishing.upload(target, written | {card.FILE}, hub.pop("repo_id", target.name), **hub)
+
+
+def _push_to_hub(model: PreTrainedModel, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
+    """`PreTrainedModel.push_to_hub`: what `save_pretrained` writes; a card that the repository has is left alone."""
+    hub = {name: kwargs.pop(name) for name in publishing.OPTIONS if name in kwargs}
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, **kwargs)
+        if tags:
+            card.model_card(model, tags=tags).save(Path(folder) / card.FILE)
+        return publishing.upload(Path(folder), set(os.listdir(folder)), repo_id, **hub)
+
+
+def _complete(model: PreTrainedModel, staging: Path, target: Path, self_contained: bool) -> None:
+    """Add to a saved model what transformers does not write."""
+    if card.may_write(target / card.FILE):
+        card.model_card(model).save(staging / card.FILE)
+    if self_contained:
+        publishing.add_modeling_file(model, staging)
+
+
+def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | dict[str, str], **kwargs: Any) -> None:
+    """`PreTrainedModel.set_attn_implementation`, which would leave out the quantization of attention unasked.
+
+    "lowbit" is right at every stage. "eager", by which programs ask for attention maps, stays "lowbit" where attention
+    is quantized: that gives maps too.
+
+    Raises:
+        ValueError: another one, and the model's attention is quantized.
+    """
+    wanted: Any = attn_implementation
+    if isinstance(wanted, dict):
+        wanted = wanted.get("", model.config._attn_implementation)
+    unpadded = any(isinstance(module, UnpaddedEncoder) for module in model.modules())
+    own = attention.UNPADDED if unpadded else attention.NAME
+    if wanted in (attention.NAME, attention.UNPADDED):
+        wanted = own
+    elif any(getattr(module, "quantizers", None) for module in model.modules()):
+        if wanted != "eager":
+            raise ValueError(
+                f"attn_implementation={wanted!r} would leave out the quantization of this model's attention; accepted: "
+                "'lowbit'. For float attention quantize with quantize_attention=False, or call model.dequantize()"
+            )
+        _log.warning("attn_implementation='eager': kept 'lowbit', which quantizes attention and returns its maps too")
+        wanted = own
+    type(model).set_attn_implementation(model, wanted, **kwargs)
+
+
+def _resize_token_embeddings(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    """`PreTrainedModel.resize_token_embeddings`, for float tables.
+
+    Raises:
+        ValueError: the table is quantized.
+    """
+    table = model.get_input_embeddings()
+    if not isinstance(table, torch.nn.Embedding) and (args or kwargs):
+        raise ValueError(
+            f"the word embedding is quantized ({type(table).__name__}) and cannot be resized; resize the float model "
+            "before quantizing it, or call model.dequantize() first"
+        )
+    return type(model).resize_token_embeddings(model, *args, **kwargs)
+
+
+# What `attach` puts in place of transformers' methods.
+_METHODS: dict[str, Callable[..., Any]] = {
+    "save_pretrained": _save_pretrained,
+    "push_to_hub": _push_to_hub,
+    "set_attn_implementation": _set_attn_implementation,
+    "resize_token_embeddings": _resize_token_embeddings,
+}
 
 
 def _variant(file_name: str) -> str | None:
@@ -198,28 +319,31 @@ def _variant(file_name: str) -> str | None:
 
 def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
     """Refuse files where tensors of the encoder are missing, of another type or shape, or changed since written."""
-    expected = _expected_tensors(model)
+    if model.name_or_path:
+        checkpoints.check_inside(model.name_or_path, files)
+    expected, own, base = _expected_tensors(model), model.state_dict(), model.base_model.state_dict()
     found: set[str] = set()
-    for file in files:
-        if not str(file).endswith(".safetensors"):
-            raise CheckpointError(f"{file}: lowbit models are read from safetensors only")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                checksums = json.loads((tensors.metadata() or {}).get(_CHECKSUMS, "{}"))
-                for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    tensor = tensors.get_tensor(name)
-                    if name in checksums and checksums[name] != _crc32(tensor):
-                        raise CheckpointError(f"{file}: {name} does not match its checksum; the file is damaged")
-                    bare = _bare(model, name)
-                    found.add(bare)
-                    dtype, shape = expected.get(bare, (None, tensor.shape))
-                    if (tensor.dtype if dtype else None, tensor.shape) != (dtype, shape):
-                        raise CheckpointError(
-                            f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, config.json asks for "
-                            f"{dtype or 'float'} {tuple(shape)}"
-                        )
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from error
+
+    def check(file: str, name: str, tensor: torch.Tensor) -> None:
+        bare = _bare(model, name)
+        found.add(bare)
+        # Of what need not be there: a pooler has one shape; a head may be given another size by the caller.
+        free = own[name].shape if bare in base and name in own else tensor.shape
+        dtype, shape = expected.get(bare, (None, free))
+        wants_float = dtype is None and (bare in expected or (name in own and own[name].is_floating_point()))
+        fits = tensor.is_floating_point() if wants_float else dtype in (None, tensor.dtype)
+        if not fits or tensor.shape != shape:
+            raise CheckpointError(
+                f"{file}: {name} is {tensor.dtype} {tuple(tensor.shape)}, config.json asks for "
+                f"{dtype or 'float'} {tuple(shape)}"
+            )
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{file}: {name} holds NaN or infinity, values must be finite; the file is damaged")
+
+    recorded = checkpoints.read_tensors(files, check)
+    config = Path(files[0]).parent / "config.json"
+    if config.is_file():
+        checkpoints.check_config(config, recorded, type(model.config))
     missing = sorted(set(expected) - found)
     if missing:
         raise CheckpointError(
@@ -260,9 +384,18 @@ def _expand_trits(model: PreTrainedModel) -> None:
         try:
             # As in PackedLinear: of an inference tensor the CPU path could not keep its int8 expansion.
             with torch.inference_mode(False):
-                module.weight = pack_ternary(unpack_trits(module.weight, module.row_length))
+                module.weight = _expanded(module.weight, module.row_length)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
+
+
+def _expanded(trits: torch.Tensor, columns: int) -> torch.Tensor:
+    """Layout b3 [N, ceil(columns/5)] -> lb2."""
+    expanded = trits.new_empty(trits.shape[0], -(-columns // 128) * 32)
+    rows = max(1, _EXPANDED_AT_A_TIME // columns)
+    for source, target in zip(trits.split(rows), expanded.split(rows), strict=True):
+        target.copy_(pack_ternary(unpack_trits(source, columns)))
+    return expanded
 
 
 def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype | None, torch.Size]]:
@@ -287,8 +420,3 @@ def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype | N
 def _bare(model: PreTrainedModel, name: str) -> str:
     """A tensor's name without the base model's prefix: heads and bare models load each other's files."""
     return name.removeprefix(f"{model.base_model_prefix}.")
-
-
-def _crc32(tensor: torch.Tensor) -> int:
-    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return zlib.crc32(data)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@
     activation q(x) = scale * (code - zero)     dq/dx = 1, and 0 where |x| reaches the clip
 
 A weight quantizer is any function `codes(w, granularity) -> (codes int8, scale float32)`; add one to
-`WEIGHT_QUANTIZERS` under a name and `LowbitConfig(weight_quantizer=name)` finds it.
+`WEIGHT_QUANTIZERS` under a name and `LowbitConfig(weight_quantizer=name)` finds it (docs/extending.md).
 """
 
 from __future__ import annotations
@@ -30,18 +30,54 @@ def bwn(weight: torch.Tensor, granularity: str) -> Codes:
     return binarize(weight, granularity=granularity)
 
 
-# name -> (bits of the codes, function)
 WEIGHT_QUANTIZERS: dict[str, tuple[int, Callable[[torch.Tensor, str], Codes]]] = {"twn": (2, twn), "bwn": (1, bwn)}
-DEFAULT_FOR_BITS = {2: "twn", 1: "bwn"}
+"""Name -> (bits of the codes, function).
+
+The function takes a float weight [N, K] without gradient and a granularity, "per_row" or "per_tensor", and returns
+codes int8 [N, K], of -1, 0, 1 for 2 bits or -1, 1 for 1 bit, and scales float32, [N] or [1] by granularity, not
+negative. Add to it before a model is prepared or a prepared checkpoint loaded; packed models need it no more.
+"""
+
+DEFAULT_FOR_BITS = {2: "twn", 1: "bwn"}  # of embeddings, too
+CODES = {2: (-1, 0, 1), 1: (-1, 1)}
 
 
 def check_weight_quantizer(name: str, bits: int | None) -> None:
-    """Raise ValueError unless a quantizer of this name gives codes of so many bits (None: nothing is quantized)."""
-    if bits is not None and (name not in WEIGHT_QUANTIZERS or WEIGHT_QUANTIZERS[name][0] != bits):
+    """Raise ValueError unless a quantizer of this name gives codes of so many bits (None: nothing is quantized).
+
+    Raises:
+        ValueError: no such quantizer, one of other bits, or one that returns something else than it has to.
+    """
+    if bits is None:
+        return
+    if name not in WEIGHT_QUANTIZERS or WEIGHT_QUANTIZERS[name][0] != bits:
         fitting = [repr(known) for known, (own, _) in WEIGHT_QUANTIZERS.items() if own == bits]
+        hint = "" if name in WEIGHT_QUANTIZERS else (
+            "; a quantizer of your own goes into lowbit.quantizers.WEIGHT_QUANTIZERS before a model is prepared, and "
+            "before a prepared checkpoint is loaded"
+        )  # fmt: skip
         raise ValueError(
-            f"weight_quantizer={name!r} with weight_bits={bits}; accepted for {bits} bits: {', '.join(fitting)}"
+            f"weight_quantizer={name!r} with weight_bits={bits}; accepted for {bits} bits: {', '.join(fitting)}{hint}"
         )
+    if name not in DEFAULT_FOR_BITS.values():
+        _try_out(name, bits)
+
+
+def _try_out(name: str, bits: int) -> None:
+    """Raise ValueError unless a user's quantizer returns what it has to, for a small weight."""
+    values = [[0.9, -0.1, 0.4, -0.7, 0.0], [-0.2, 0.3, 1.5, -1.0, 0.1], [0.05, 0.0, -0.6, 0.6, -0.02]]
+    weight = torch.tensor(values, device="cpu")  # whatever the default device: a model may be loading
+    for granularity, scales in (("per_row", 3), ("per_tensor", 1)):
+        codes, scale = WEIGHT_QUANTIZERS[name][1](weight, granularity)
+        found = (codes.dtype, tuple(codes.shape), scale.dtype, tuple(scale.shape))
+        wanted = (torch.int8, (3, 5), torch.float32, (scales,))
+        wrong = sorted(set(codes.flatten().tolist()) - set(CODES[bits]))
+        if found != wanted or wrong or not bool((scale >= 0).all()):
+            raise ValueError(
+                f"weight_quantizer={name!r} returns for a [3, 5] weight, {granularity!r}: codes {found[0]} "
+                f"{list(found[1])}{f' with {wrong}' if wrong else ''}, scale {found[2]} {list(found[3])}; needed: "
+                f"codes torch.int8 [3, 5] of {CODES[bits]}, scale torch.float32 [{scales}], not negative"
+            )
 
 
 def weight_codes(weight: torch.Tensor, quantizer: str, granularity: str) -> Codes:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     from datasets import Dataset, DatasetDict
     from transformers import PreTrainedTokenizerBase
 
@@ -53,13 +52,14 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def load_task(name: str, data_dir: str | Path | None = None) -> DatasetDict:
-    """Training and validation splits of a GLUE task, with columns named as on the Hub.
+def load_task(name: str, data_dir: str | Path | None = None, splits: Sequence[str] | None = None) -> DatasetDict:
+    """Splits of a GLUE task, with columns named as on the Hub.
 
     Args:
         name: a key of `TASKS`.
         data_dir: a folder holding `<name>/train.*` and `<name>/validation.*`, or those files themselves; JSON lines
             (gzipped or not), parquet, csv or tsv. None downloads `nyu-mll/glue`.
+        splits: None for training and validation.
 
     Raises:
         ValueError: an unknown task, or a file without the task's columns.
@@ -69,7 +69,7 @@ def load_task(name: str, data_dir: str | Path | None = None) -> DatasetDict:
     from datasets import DatasetDict, load_dataset
 
     task = get_task(name)
-    splits = ("train", *task.validation)
+    splits = ("train", *task.validation) if splits is None else splits
     if data_dir is None:
         try:
             hub = load_dataset("nyu-mll/glue", name)
@@ -159,6 +159,8 @@ def compute_metrics(task: Task) -> Callable[[Any], dict[str, float]]:
     Scores are fractions; NaN where a logit is NaN. Constant predictions correlate 0.
     """
 
+    import numpy as np
+
     def compute(prediction: Any) -> dict[str, float]:
         logits, labels = np.asarray(prediction[0]), np.asarray(prediction[1])
         predicted = logits.squeeze(-1) if _is_regression(task) else logits.argmax(-1)
@@ -188,6 +190,7 @@ def _matthews(labels: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _pearson(labels: np.ndarray, predicted: np.ndarray) -> float:
+    import numpy as np
     from scipy.stats import pearsonr
 
     return 0.0 if np.ptp(predicted) == 0 or np.ptp(labels) == 0 else pearsonr(labels, predicted).statistic

@@ -120,6 +120,36 @@ def unpadded_encoder(model: PreTrainedModel) -> UnpaddedEncoder:
     return unpadded
 
 
+def restore_padding(model: PreTrainedModel) -> None:
+    """Put transformers' own encoder and embeddings back: the inverse of `fuse` and `set_length`, whatever was called.
+
+    Parameters that `fuse` froze want gradients again. Attention keeps its name.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, UnpaddedEncoder):
+            _put_back(model, name, module, module._by_layer[0])
+        elif isinstance(module, FusedEmbeddings):
+            _put_back(model, name, module, module._by_module[0])
+        if isinstance(module, PackedEncoder):
+            model.base_model.requires_grad_(True)
+    for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
+        for key in [key for key, other in module._forward_pre_hooks.items() if other is hook]:
+            del module._forward_pre_hooks[key]
+            module._forward_pre_hooks_with_kwargs.pop(key, None)
+    if hasattr(model.config, "length_config"):
+        del model.config.length_config
+
+
+def _put_back(model: PreTrainedModel, name: str, module: nn.Module, original: nn.Module) -> None:
+    """Replace what stands in for `original`, whose children and buffers may have been replaced since."""
+    original._modules.update({key: child for key, child in module._modules.items() if key in original._modules})
+    original._buffers.update({key: buffer for key, buffer in module._buffers.items() if key in original._buffers})
+    if hasattr(module, "config"):
+        original.config = module.config
+    original.training = module.training  # not of its children, which stay as they are
+    model.set_submodule(name, original)
+
+
 def reads_first_token_only(model: PreTrainedModel) -> bool:
     """Whether the model's head reads nothing but the first token's last hidden state.
 

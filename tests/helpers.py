@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 from transformers.models import bert as bert_package
+
+from lowbit import sentiment
 
 HEADS = {
     "BertModel": {},
@@ -69,3 +72,19 @@ def minilm_folder() -> Path | None:
 def minilm() -> BertModel:
     """all-MiniLM-L6-v2: 6 layers, hidden 384, real weights."""
     return BertModel.from_pretrained(minilm_folder()).eval()
+
+
+def tiny_task(folder: Path) -> tuple[Path, Path]:
+    """60 sentences in the form of SST-2, and a tiny random classifier with a word-level tokenizer: their folders."""
+    rows = {"train": sentiment.generate(48, False, 0), "validation": sentiment.generate(12, True, 0)}
+    words = sorted({word for row in rows["train"] for word in row["sentence"].split()})
+    data, model = folder / "data/sst2", folder / "model"
+    data.mkdir(parents=True)
+    for split, part in rows.items():
+        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    model.mkdir()
+    (model / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+    BertTokenizerFast.from_pretrained(model).save_pretrained(model)
+    config = tiny_config(vocab_size=2500, max_position_embeddings=128)
+    BertForSequenceClassification(config).save_pretrained(model)
+    return folder / "data", model

@@ -341,7 +341,7 @@ def test_reports_of_another_shape_are_refused(change: dict[str, Any], tmp_path: 
 
 
 def test_committed_results_are_valid_and_the_page_is_theirs() -> None:
-    reports = [results.read(path) for path in sorted(report.RESULTS.glob("*.json"))]
+    reports = report.committed()
     plots = {r["suite"]: [report.DOCS / f"{name}.png" for name in report.PLOTS.get(r["suite"], {})] for r in reports}
     assert (report.DOCS / "benchmarks.md").read_text() == report.page(reports, plots)
     assert all(path.exists() for paths in plots.values() for path in paths)

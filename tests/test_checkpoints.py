@@ -301,7 +301,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
         packed().save_pretrained(tmp_path)
     monkeypatch.undo()
     assert same(old, load(tmp_path))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_a_kill_while_saving_keeps_the_old_checkpoint(tmp_path: Path) -> None:

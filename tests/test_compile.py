@@ -104,16 +104,6 @@ def copy_of(model: torch.nn.Module) -> torch.nn.Module:
     return copied
 
 
-def test_export_with_dynamic_batch_and_length() -> None:
-    model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
-    rows, length = torch.export.Dim("rows", max=64), torch.export.Dim("length", min=2, max=40)
-    shapes = {key: {0: rows, 1: length} for key in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        exported = torch.export.export(model, (), kwargs=batch(), dynamic_shapes=shapes).module()
-    inputs = batch(rows=5, length=17)
-    assert torch.equal(exported(**inputs).logits, outputs(model, inputs)[0])
-
-
 def test_a_missing_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lowbit.compiling.shutil.which", lambda name: None)
     with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler"):

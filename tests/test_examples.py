@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertForSequenceClassification, BertTokenizerFast
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
-from helpers import batch, tiny, tiny_config
+from helpers import batch, tiny, tiny_task
 from lowbit import sentiment
 from lowbit.length import Front
 
@@ -41,19 +40,7 @@ def test_help_explains_with_an_example(script: str) -> None:
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny random BERT with a word-level tokenizer, and 60 sentences in GLUE's form."""
-    folder = tmp_path_factory.mktemp("examples")
-    rows = {"train": sentiment.generate(48, False, 0), "validation": sentiment.generate(12, True, 0)}
-    words = sorted({word for row in rows["train"] for word in row["sentence"].split()})
-    data, model = folder / "data/sst2", folder / "model"
-    data.mkdir(parents=True)
-    for split, part in rows.items():
-        (data / f"{split}.jsonl").write_text("\n".join(map(json.dumps, part)))
-    model.mkdir()
-    (model / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
-    BertTokenizerFast.from_pretrained(model).save_pretrained(model)
-    config = tiny_config(vocab_size=2500, max_position_embeddings=128)
-    BertForSequenceClassification(config).save_pretrained(model)
-    return folder / "data", model
+    return tiny_task(tmp_path_factory.mktemp("examples"))
 
 
 def options(setup: tuple[Path, Path], output: Path) -> list[str]:
@@ -69,6 +56,23 @@ def test_ternarybert_runs_and_does_not_repeat_finished_stages(setup: tuple[Path,
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["ternary-packed"]) >= {"accuracy", "accuracy_heldout", "disk_mb", "latency_b1_ms"}
     assert "== " not in run("ternarybert_glue.py", *options(setup, tmp_path), *heldout)
+
+
+def test_heldout_needs_a_number_of_training_examples(setup: tuple[Path, Path], tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "ternarybert_glue.py"), *options(setup, tmp_path), "--heldout", "5"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0 and "give max_train_samples too" in result.stderr
+
+
+def test_demo_shows_why_a_measurement_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    demo = importlib.import_module("demo")
+    for name in ("build", "open_run"):
+        monkeypatch.setattr(demo, name, lambda _: None)
+    (tmp_path / "options.json").write_text("no options")
+    monkeypatch.setattr(demo, "clear", lambda _: None)
+    with pytest.raises(SystemExit, match=r"measuring teacher failed:[\s\S]*JSONDecodeError"):
+        demo.main(demo.DemoOptions(output_dir=str(tmp_path)))
 
 
 def test_a_fine_tuned_model_can_be_the_teacher(setup: tuple[Path, Path], tmp_path: Path) -> None:

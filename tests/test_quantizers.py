@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
-from lowbit.quantizers import ActivationQuantizer, dequantize_weight, weight_codes
+import lowbit
+from helpers import batch, outputs, tiny
+from lowbit.nn import PackedLinear
+from lowbit.quantizers import WEIGHT_QUANTIZERS, ActivationQuantizer, dequantize_weight, weight_codes
 
 
 def quantize_weight(weight: torch.Tensor, name: str, granularity: str) -> torch.Tensor:
@@ -117,3 +124,47 @@ def test_nan_stays_visible() -> None:
     quantized = ActivationQuantizer(8, True)(x)
     assert quantized[0].isnan().all()
     assert not quantized[1].isnan().any()
+
+
+def absmean(weight: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """BitNet b1.58: a quantizer that a user adds."""
+    scale = weight.float().abs().mean(-1 if granularity == "per_row" else (0, 1)).view(-1)
+    return (weight / scale.clamp(min=1e-8).unsqueeze(-1)).round().clamp(-1, 1).to(torch.int8), scale
+
+
+def test_a_packed_checkpoint_loads_without_its_quantizer_and_a_prepared_one_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WEIGHT_QUANTIZERS, "absmean", (2, absmean))
+    model, inputs = tiny(), batch()
+    dense = model.bert.encoder.layer[1].output.dense.weight.detach().double()
+    lowbit.prepare(model, lowbit.TernaryConfig(weight_quantizer="absmean")).save_pretrained(tmp_path / "prepared")
+    lowbit.convert(model).save_pretrained(tmp_path / "packed")
+    scale = dense.abs().mean(1, keepdim=True)
+    expected = (dense / scale).round().clamp(-1, 1) * scale
+    torch.testing.assert_close(model.bert.encoder.layer[1].output.dense.dequantize().double(), expected)
+
+    monkeypatch.delitem(WEIGHT_QUANTIZERS, "absmean")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed")
+    assert torch.equal(outputs(loaded, inputs)[0], outputs(model, inputs)[0])
+    with pytest.raises(ValueError, match=r"'absmean' with weight_bits=2; .*'twn'; a quantizer of your own goes into"):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path / "prepared")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (lambda w, g: (absmean(w, g)[0].float(), absmean(w, g)[1]), r"codes torch.float32 \[3, 5\]"),
+        (lambda w, g: (absmean(w, g)[0] * 2, absmean(w, g)[1]), r"with \[-2, 2\]"),
+        (lambda w, g: absmean(w, "per_row"), r"'per_tensor': codes torch.int8 \[3, 5\], scale torch.float32 \[3\]"),
+        (lambda w, g: (absmean(w, g)[0], absmean(w, g)[1].view(-1, 1)), r"scale torch.float32 \[3, 1\]"),
+    ],
+)
+def test_a_quantizer_that_returns_something_else_is_refused(
+    wrong: Callable, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(WEIGHT_QUANTIZERS, "mine", (2, wrong))
+    with pytest.raises(ValueError, match=f"weight_quantizer='mine' returns .*{found}.*; needed: codes torch.int8"):
+        lowbit.prepare(tiny(), lowbit.TernaryConfig(weight_quantizer="mine"))
+    with pytest.raises(ValueError, match="'mine' with weight_bits=1"):
+        PackedLinear.from_float(torch.nn.Linear(8, 4), lowbit.BinaryConfig(weight_quantizer="mine"))

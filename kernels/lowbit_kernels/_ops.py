@@ -60,8 +60,15 @@ def check_device(**tensors: torch.Tensor | None) -> None:
 
 def check_choice(name: str, value: object, accepted: tuple[object, ...]) -> None:
     """Raise ValueError unless `value` is one of `accepted`."""
-    if value not in accepted:
+    # `in` alone lets 8.0 and one-element tensors through, which an op's schema refuses with a RuntimeError.
+    if not (value is None or isinstance(value, int | str | torch.dtype)) or value not in accepted:
         raise ValueError(f"{name}={value!r}, accepted: {', '.join(map(repr, accepted))}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}, accepted: True, False")
 
 
 def traced_on_cpu(x: torch.Tensor) -> bool:

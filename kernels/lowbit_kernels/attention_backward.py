@@ -29,6 +29,7 @@ from .varlen_attention import (
     SITES,
     _flags,
     _load,
+    _load_bias,
     _operand,
     _quantized,
     _scores,
@@ -52,15 +53,6 @@ def _values(x_ptr, start, row, length, stride_t, BITS: tl.constexpr, SYMMETRIC: 
     return x
 
 
-@triton.jit
-def _with_bias(scores, bias_ptr, head, row, column, length, stride_head, stride_row, stride_column):
-    """Scores plus the bias of their places in the sequence."""
-    bias_ptr += head.to(tl.int64) * stride_head
-    bias_ptrs = bias_ptr + row.to(tl.int64)[:, None] * stride_row + column.to(tl.int64)[None, :] * stride_column
-    bias = tl.load(bias_ptrs, mask=(row < length)[:, None] & (column < length)[None, :], other=0.0)
-    return scores + bias.to(tl.float32) * 1.4426950408889634
-
-
 @triton.jit(do_not_specialize=["T", "blocks"])
 def _query_gradient_kernel(
     grad_out_ptr, query_ptr, key_ptr, value_ptr, out_ptr, lse_ptr, bias_ptr, cu_seqlens_ptr,
@@ -77,6 +69,8 @@ def _query_gradient_kernel(
     head = tl.program_id(1)
     key_ptr += head * stride_kh
     value_ptr += head * stride_vh
+    if HAS_BIAS:
+        bias_ptr += head.to(tl.int64) * stride_bh
     row = first + tl.arange(0, BLOCK_M)
     own_row = row < length
     place = head.to(tl.int64) * T + start + row
@@ -101,7 +95,7 @@ def _query_gradient_kernel(
                 BITS, SYMMETRIC_QUERY, SYMMETRIC_KEY, D,
             )  # fmt: skip
             if HAS_BIAS:
-                scores = _with_bias(scores, bias_ptr, head, row, column, length, stride_bh, stride_bq, stride_bk)
+                scores += _load_bias(bias_ptr, row, column, length, stride_bq, stride_bk)
             highest = tl.maximum(highest, tl.max(tl.where(own, scores, float("-inf")), axis=1))
             lowest = tl.minimum(lowest, tl.min(tl.where(own, scores, float("inf")), axis=1))
             probs = tl.where(own, tl.exp2(scores - lse[:, None]), 0.0)
@@ -130,7 +124,7 @@ def _query_gradient_kernel(
         else:
             scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scaling_log2
         if HAS_BIAS:
-            scores = _with_bias(scores, bias_ptr, head, row, column, length, stride_bh, stride_bq, stride_bk)
+            scores += _load_bias(bias_ptr, row, column, length, stride_bq, stride_bk)
         # Of keys beyond the sequence the score is 0, whose exponential may overflow and meet the 0 of the key.
         probs = tl.where((column < length)[None, :], tl.exp2(scores - lse[:, None]), 0.0)
         grad_scores = probs * (tl.dot(grad_out, tl.trans(value), input_precision="ieee") - delta[:, None])
@@ -154,6 +148,8 @@ def _key_gradient_kernel(
     head = tl.program_id(1)
     grad_out_ptr += head * stride_gh
     query_ptr += head * stride_qh
+    if HAS_BIAS:
+        bias_ptr += head.to(tl.int64) * stride_bh
     row = first + tl.arange(0, BLOCK_N)
     scaling_log2 = scaling * 1.4426950408889634
     key = _load(key_ptr + head * stride_kh, start, row, length, stride_kt, D)
@@ -183,7 +179,7 @@ def _key_gradient_kernel(
         else:
             scores = tl.dot(key, tl.trans(query), input_precision="ieee") * scaling_log2
         if HAS_BIAS:
-            scores = _with_bias(scores, bias_ptr, head, row, column, length, stride_bh, stride_bk, stride_bq)
+            scores += _load_bias(bias_ptr, row, column, length, stride_bk, stride_bq)
         probs = tl.exp2(scores - lse[None, :])
         grad_probs = tl.dot(value, tl.trans(grad_out), input_precision="ieee")
         grad_scores = probs * (grad_probs - delta[None, :])

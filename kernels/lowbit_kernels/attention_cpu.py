@@ -268,6 +268,7 @@ def check_arguments(
     asymmetric: Sequence[str],
     bias: torch.Tensor | None,
     importance: str | None,
+    scaling: float | None,
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
     """What `attention` and `attention_eager` accept, of query and bias `dtypes`."""
@@ -282,10 +283,12 @@ def check_arguments(
     check_device(query=query, key=key, value=value, cu_seqlens=cu_seqlens, bias=bias)
     check_choice("bits", bits, (None, 8, 4))
     check_choice("importance", importance, IMPORTANCE)
+    if not (scaling is None or isinstance(scaling, int | float)):
+        raise TypeError(f"scaling={scaling!r}, accepted: None or a number")
     unknown = sorted(set(asymmetric) - set(SITES))
     if unknown:
         raise ValueError(f"asymmetric={unknown}, accepted: {', '.join(SITES)}")
-    if cu_seqlens.shape[0] == 0 or max_seqlen < 0:
+    if not isinstance(max_seqlen, int | torch.SymInt) or cu_seqlens.shape[0] == 0 or not 0 <= max_seqlen < 2**31:
         raise ValueError(
             f"cu_seqlens has {cu_seqlens.shape[0]} entries and max_seqlen={max_seqlen}, expected B + 1 and at least 0"
         )
@@ -327,7 +330,7 @@ def attention_eager(
     Raises:
         TypeError, ValueError: as `attention`; a dropout_p outside [0, 1].
     """
-    check_arguments(query, key, value, cu_seqlens, max_seqlen, bits, asymmetric, bias, importance, FLOATS)
+    check_arguments(query, key, value, cu_seqlens, max_seqlen, bits, asymmetric, bias, importance, scaling, FLOATS)
     D = query.shape[2]
     if D == 0:
         raise ValueError("query has D=0, accepted: any above 0")
@@ -335,5 +338,5 @@ def attention_eager(
         raise ValueError(f"dropout_p={dropout_p}, accepted: 0 to 1")
     if query.device.type == "cpu" and not torch.compiler.is_compiling():
         check_cu_seqlens(cu_seqlens, query.shape[0], max_seqlen)
-    mode = Mode(D**-0.5 if scaling is None else scaling, bits, asymmetric, bias, False, importance, dropout_p)
+    mode = Mode(D**-0.5 if scaling is None else float(scaling), bits, asymmetric, bias, False, importance, dropout_p)
     return attend(query, key, value, cu_seqlens, max_seqlen, mode)

@@ -121,11 +121,18 @@ def _embedding_cpu(
     if ids.numel() == 0:
         return packed.new_empty(0, dim, dtype=out_dtype)
     check_ids("ids", ids, packed.shape[0])
+    return gather_rows(ids, packed, scale, bits, dim, out_dtype)
+
+
+def gather_rows(
+    ids: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, bits: int, dim: int, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """The op in torch's own, for ids that are rows of the table."""
     rows = packed.index_select(0, ids)
     scale = scale.expand(*scale.shape[:-1], packed.shape[0]).index_select(-1, ids).unsqueeze(-1)
     if scale.dim() == 3:
         first, second = unpack_split(rows, dim)
-        return (first * scale[0]).add_(second * scale[1]).to(out_dtype)
+        return (first * scale[0] + second * scale[1]).to(out_dtype)
     codes = rows[:, :dim] if bits == 8 else (unpack_ternary if bits == 2 else unpack_binary)(rows, dim)
     return (codes * scale).to(out_dtype)
 
@@ -196,7 +203,7 @@ def check_table(
     block = 1 if bits == 8 else 32 * per_byte
     columns = packed.shape[1] * per_byte
     dim = columns if embedding_dim is None else embedding_dim
-    if dim < 0 or -(-dim // block) * block != columns:
+    if not isinstance(dim, int | torch.SymInt) or dim < 0 or -(-dim // block) * block != columns:
         raise ValueError(
             f"embedding_dim={dim} does not fit {packed.shape[1]} packed bytes a row (up to {columns} columns)"
         )

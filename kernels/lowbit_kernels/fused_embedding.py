@@ -255,7 +255,7 @@ def embedding_layernorm(
     tables = {"token_type_table": token_type_table, "position_table": position_table}
     check_tensor("weight", weight, FLOATS, ndim=1)
     K = weight.shape[0]
-    check_layernorm(K, weight, bias, eps, bits)
+    check_layernorm(K, weight, bias, eps, bits, symmetric)
     check_table(ids, packed, scale, "embedding_bits", embedding_bits, K)
     check_choice("out_dtype", out_dtype, SINGLE)
     for name, table in tables.items():

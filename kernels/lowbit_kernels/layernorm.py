@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from ._ops import FLOATS, SINGLE, check_choice, check_device, check_tensor, define, traced_on_cpu
+from ._ops import FLOATS, SINGLE, check_choice, check_device, check_flag, check_tensor, define, traced_on_cpu
 from ._triton import tl, triton
 from .quantize import Quantized, outputs, per_token_cpu, quantize_per_token, quantize_row
 
@@ -190,14 +190,17 @@ _op = define(
 )
 
 
-def check_layernorm(K: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, bits: int | None) -> None:
+def check_layernorm(
+    K: int, weight: torch.Tensor, bias: torch.Tensor, eps: float, bits: int | None, symmetric: bool
+) -> None:
     """Raise TypeError or ValueError unless these fit rows of K values."""
     for name, parameter in (("weight", weight), ("bias", bias)):
         check_tensor(name, parameter, FLOATS)
         if tuple(parameter.shape) != (K,):
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected ({K},)")
-    if not eps >= 0:
+    if not isinstance(eps, int | float) or not 0 <= eps < 1e30:  # as float32
         raise ValueError(f"eps={eps!r}, accepted: numbers from 0 up")
+    check_flag("symmetric", symmetric)
     check_choice("bits", bits, (None, 8, 4))
 
 
@@ -246,7 +249,7 @@ def add_layernorm(
             raise ValueError(f"residual has shape {tuple(residual.shape)}, expected that of x {tuple(x.shape)}")
         residual = residual.detach()
     tokens, K = x.shape[:-1], x.shape[-1]
-    check_layernorm(K, weight, bias, eps, bits)
+    check_layernorm(K, weight, bias, eps, bits, symmetric)
     check_device(x=x, residual=residual, weight=weight, bias=bias)
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
     if traceable(x, x.dtype, bits) and x.numel():

@@ -10,6 +10,7 @@ follows (residual, LayerNorm, GELU, the next quantization).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -63,7 +64,7 @@ def expand(packed: Sequence[torch.Tensor], scale: Sequence[torch.Tensor], K: int
 
     def make() -> Expanded:
         codes = torch.cat([unpacked(tensor, K, layout).flatten(0, -2) for tensor in packed])
-        return expand_codes(codes, torch.cat([_row_scale(s, p.shape[0]) for s, p in zip(scale, packed, strict=True)]))
+        return expand_codes(codes, torch.cat([row_scale(s, p.shape[0]) for s, p in zip(scale, packed, strict=True)]))
 
     return _kept.get([*packed, *scale], (K, layout), make) if _keep else make()
 
@@ -78,7 +79,7 @@ def expand_codes(codes: torch.Tensor, scale: torch.Tensor) -> Expanded:
     return Expanded(K, codes.shape[0], weight, scale, row_sum, prepacked)
 
 
-def _row_scale(scale: torch.Tensor, N: int) -> torch.Tensor:
+def row_scale(scale: torch.Tensor, N: int) -> torch.Tensor:
     """[N] or [1] -> [N]; of a pair [2, N] or [2, 1] -> [2N]."""
     return scale.expand(*scale.shape[:-1], N).reshape(-1).contiguous()
 
@@ -119,7 +120,7 @@ def linears_cpu(
     layout: str,
 ) -> torch.Tensor:
     """Linears on one input: one product, one epilogue, results side by side [M, sum N]."""
-    scaled = _scaled_op if traced_on_cpu(x) else _scaled
+    scaled = scaled_op if traced_on_cpu(x) else _scaled
     y = scaled(x, packed, scale, x_zero_point, layout)
     sizes = [tensor.shape[0] for tensor in packed]
     if layout == "split":
@@ -147,7 +148,8 @@ def codes_linear_cpu(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`linears_cpu` for one linear given by its codes int8 [N, K] or [2, N, K]."""
-    expanded = expand_codes(codes.reshape(-1, x.shape[1]), _row_scale(scale, codes.shape[-2]))
+    rows = math.prod(codes.shape[:-1])
+    expanded = expand_codes(codes.reshape(rows, x.shape[1]), row_scale(scale, codes.shape[-2]))
     y = _product(x, expanded, x_zero_point)
     y = y[:, : y.shape[1] // 2] + y[:, y.shape[1] // 2 :] if layout == "split" else y
     return _finish(y, bias, x_scale, None, out_dtype)
@@ -188,7 +190,7 @@ def _scaled_fake(
 
 
 # What torch.compile cannot look into: oneDNN's weights have no strides.
-_scaled_op = define(
+scaled_op = define(
     "cpu_product(Tensor x, Tensor[] packed, Tensor[] scale, Tensor? x_zero_point, str layout) -> Tensor",
     cpu=_scaled,
     fake=_scaled_fake,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from ._ops import check_tensor
+from ._ops import check_device, check_tensor
 from ._triton import tl, triton
 
 BLOCK_BYTES = 32
@@ -98,9 +98,10 @@ def _pack(codes: torch.Tensor, shifts: list[int]) -> torch.Tensor:
     """Codes uint8 [N, K] (K a multiple of the block) -> bytes; plane p of a block goes to bit `shifts[p]`."""
     rows, blocks = codes.shape[0], codes.shape[1] // (len(shifts) * BLOCK_BYTES)
     planes = codes.view(rows, blocks, len(shifts), BLOCK_BYTES)
-    packed = torch.zeros(rows, blocks, BLOCK_BYTES, dtype=torch.uint8, device=codes.device)
-    for plane, shift in enumerate(shifts):
-        packed |= planes[:, :, plane] << shift
+    first, *others = sorted(range(len(shifts)), key=lambda plane: -shifts[plane])
+    packed = planes[:, :, first].clone(memory_format=torch.contiguous_format)
+    for plane in others:  # in place: loading a model packs all its weights
+        packed.bitwise_left_shift_(8 // len(shifts)).bitwise_or_(planes[:, :, plane])
     return packed.flatten(1)
 
 
@@ -108,10 +109,8 @@ def _unpack(packed: torch.Tensor, shifts: list[int], mask: int, columns: int) ->
     """Inverse of `_pack`: bytes -> codes int8 [N, columns]."""
     rows = packed.shape[0]
     blocks = packed.view(rows, packed.shape[1] // BLOCK_BYTES, BLOCK_BYTES)
-    codes = torch.empty(rows, blocks.shape[1], len(shifts), BLOCK_BYTES, dtype=torch.uint8, device=packed.device)
-    for plane, shift in enumerate(shifts):
-        torch.bitwise_and(blocks >> shift, mask, out=codes[:, :, plane])
-    return codes.view(torch.int8).flatten(1)[:, :columns]
+    planes = [(blocks >> shift) & mask for shift in shifts]
+    return torch.stack(planes, 2).view(torch.int8).flatten(1)[:, :columns]
 
 
 _LB2 = [6, 4, 2, 0]
@@ -167,7 +166,11 @@ def pack_ternary(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_ternary(packed: torch.Tensor, K: int) -> torch.Tensor:
-    """Inverse of `pack_ternary`: uint8 [N, ceil(K/128)*32] -> int8 [N, K]."""
+    """Inverse of `pack_ternary`: uint8 [N, ceil(K/128)*32] -> int8 [N, K].
+
+    Raises:
+        TypeError, ValueError: another dtype or rank, or bytes a row that do not fit K.
+    """
     _check_packed(packed, K, 4)
     return _unpack(packed, _LB2, 3, K) - 1
 
@@ -183,7 +186,11 @@ def pack_binary(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_binary(packed: torch.Tensor, K: int) -> torch.Tensor:
-    """Inverse of `pack_binary`: uint8 [N, ceil(K/256)*32] -> int8 [N, K]."""
+    """Inverse of `pack_binary`: uint8 [N, ceil(K/256)*32] -> int8 [N, K].
+
+    Raises:
+        TypeError, ValueError: another dtype or rank, or bytes a row that do not fit K.
+    """
     _check_packed(packed, K, 8)
     return _unpack(packed, _LB1, 1, K) * 2 - 1
 
@@ -202,13 +209,18 @@ def pack_split(codes1: torch.Tensor, codes2: torch.Tensor) -> torch.Tensor:
     """
     _check_codes("codes1", codes1, (-1, 1))
     _check_codes("codes2", codes2, (-1, 1))
+    check_device(codes1=codes1, codes2=codes2)
     if codes1.shape != codes2.shape:
         raise ValueError(f"codes1 {tuple(codes1.shape)} and codes2 {tuple(codes2.shape)} must have one shape")
     return pack_codes(torch.stack([codes1, codes2]), "split")
 
 
 def unpack_split(packed: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of `pack_split`: uint8 [N, ceil(K/128)*32] -> two int8 [N, K]."""
+    """Inverse of `pack_split`: uint8 [N, ceil(K/128)*32] -> two int8 [N, K].
+
+    Raises:
+        TypeError, ValueError: another dtype or rank, or bytes a row that do not fit K.
+    """
     _check_packed(packed, K, 4)
     pair = _unpack(packed, _LB2, 3, K)
     return (pair >> 1) * 2 - 1, (pair & 1) * 2 - 1
@@ -249,12 +261,13 @@ def unpack_trits(packed: torch.Tensor, K: int) -> torch.Tensor:
     rows, columns = packed.shape
     if K < 0 or columns != -(-K // len(_DIGITS)):
         raise ValueError(f"packed has {columns} bytes a row, K={K} needs {-(-K // len(_DIGITS))}")
-    if packed.numel() and int(packed.max()) >= 3 ** len(_DIGITS):
+    if packed.numel() and not packed.is_meta and int(packed.max()) >= 3 ** len(_DIGITS):
         raise ValueError(f"packed holds {int(packed.max())}; five trits reach from 0 to {3 ** len(_DIGITS) - 1}")
     codes = torch.empty(rows, len(_DIGITS), columns, dtype=torch.uint8, device=packed.device)
-    rest = packed
+    rest = packed.short()
     for plane in range(len(_DIGITS)):
-        quotient = rest // 3
-        torch.sub(rest, quotient * 3, out=codes[:, plane])
+        # A third, rounded down, exact up to 256: integer division has no vector instruction.
+        quotient = (rest + 1).mul_(85).bitwise_right_shift_(8)
+        codes[:, plane] = rest.sub_(quotient, alpha=3)
         rest = quotient
     return codes.view(torch.int8).flatten(1)[:, :K] - 1

@@ -286,7 +286,7 @@ def _above_threshold(
         raise ValueError(f"keep={keep!r} with unit='threshold', accepted: a number that is not NaN")
     if importance.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_lengths(cu_seqlens, len(importance), None)
-    stays = importance.double() >= keep
+    stays = importance.double() >= float(keep)
     if protected is not None:
         stays |= protected
     stays = torch.nn.functional.pad(stays, (0, 1))  # room for the start of empty sequences at the end
@@ -334,13 +334,15 @@ def kept_cu_seqlens(
     if unit == "ratio":
         kept = (lengths.double() * keep).ceil()
     else:
-        kept = torch.zeros_like(lengths, dtype=torch.float64) + keep
+        kept = torch.zeros_like(lengths, dtype=torch.float64) + (
+            keep if isinstance(keep, torch.Tensor) else float(keep)
+        )
     return _cu_seqlens(kept, lengths, min_tokens)
 
 
 def _cu_seqlens(kept: torch.Tensor, lengths: torch.Tensor, min_tokens: int) -> torch.Tensor:
     """cu_seqlens of so many tokens, but at least min_tokens and at most the length."""
-    kept = torch.minimum(kept.clamp(min=min_tokens), lengths)
+    kept = torch.minimum(kept.clamp(min=min(min_tokens, 2**31 - 1)), lengths)
     return torch.nn.functional.pad(kept.cumsum(-1, dtype=torch.int32), (1, 0))
 
 
@@ -380,4 +382,8 @@ def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     if not isinstance(x, torch.Tensor) or x.dim() == 0:
         raise TypeError(f"x must be a tensor with at least 1 dimension, got {x!r}")
     check_device(x=x, index=index)
+    if x.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(end) for end in index.aminmax())
+        if low < 0 or high >= x.shape[0]:  # index_select itself raises one error or another, by the shape of x
+            raise IndexError(f"index runs from {low} to {high}, x has rows 0 to {x.shape[0] - 1}")
     return x.index_select(0, index)

@@ -16,7 +16,7 @@ import math
 
 import torch
 
-from ._ops import FLOATS, check_choice, check_device, check_tensor, define, stored, traced_on_cpu
+from ._ops import FLOATS, check_choice, check_device, check_flag, check_tensor, define, stored, traced_on_cpu
 from ._triton import tl, triton
 
 Quantized = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -473,6 +473,7 @@ def quantize_per_token(
     """
     check_tensor("x", x, FLOATS)
     check_choice("bits", bits, (8, 4))
+    check_flag("symmetric", symmetric)
     if x.dim() == 0:
         raise ValueError("x is a scalar, expected [..., K]; use x.reshape(1, 1) or quantize_per_tensor")
     tokens = x.shape[:-1]
@@ -499,6 +500,7 @@ def fake_quantize_per_token(x: torch.Tensor, bits: int = 8, symmetric: bool = Tr
     """
     check_tensor("x", x, FLOATS)
     check_choice("bits", bits, (8, 4))
+    check_flag("symmetric", symmetric)
     if x.dim() == 0:
         raise ValueError("x is a scalar, expected [..., K]")
     if not x.numel():
@@ -530,6 +532,7 @@ def quantize_per_tensor(
     """
     check_tensor("x", x, FLOATS)
     check_choice("bits", bits, (8, 4))
+    check_flag("symmetric", symmetric)
     if scale is None:
         if zero_point is not None:
             raise ValueError("zero_point without scale: pass both for static quantization, or neither")

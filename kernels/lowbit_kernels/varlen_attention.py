@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 from . import attention_cpu
-from ._ops import SINGLE, define, traced_on_cpu
+from ._ops import SINGLE, check_flag, define, traced_on_cpu
 from ._triton import tl, triton
 from .attention_cpu import SITES, AttentionOutput, Mode, attend, check_arguments, check_cu_seqlens, outputs
 from .quantize import _rint, _scale_and_zero
@@ -560,11 +560,12 @@ def attention(
             only `attention_eager` gives; cu_seqlens that do not fit (CPU; on CUDA, where a check would stall the
             device, rows outside every sequence or beyond max_seqlen are undefined, but for importance: 0).
     """
-    check_arguments(query, key, value, cu_seqlens, max_seqlen, bits, asymmetric, bias, importance, SINGLE)
+    check_arguments(query, key, value, cu_seqlens, max_seqlen, bits, asymmetric, bias, importance, scaling, SINGLE)
+    check_flag("return_lse", return_lse)
     D = query.shape[2]
     if D == 0 or (query.device.type == "cuda" and D not in HEAD_DIMS):
         raise ValueError(f"query has D={D}, accepted: {', '.join(map(str, HEAD_DIMS))} on CUDA, any above 0 on the CPU")
-    scaling = D**-0.5 if scaling is None else scaling
+    scaling = D**-0.5 if scaling is None else float(scaling)
     differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if bias is not None:
         if bias.requires_grad and torch.is_grad_enabled():

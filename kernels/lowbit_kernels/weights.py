@@ -537,8 +537,8 @@ def ternarize(
         TypeError, ValueError: dtype, rank, granularity, negative iterations, or a curvature of another shape.
     """
     per_row = _check(w, granularity)
-    if iterations < 0:
-        raise ValueError(f"iterations={iterations}, accepted: 0 or more")
+    if not isinstance(iterations, int) or not 0 <= iterations < 2**31:
+        raise ValueError(f"iterations={iterations!r}, accepted: a whole number from 0")
     if curvature is not None:
         check_tensor("curvature", curvature, FLOATS)
         check_device(w=w, curvature=curvature)
@@ -564,7 +564,8 @@ def binarize(w: torch.Tensor, *, granularity: str = "per_row") -> tuple[torch.Te
     Raises:
         TypeError, ValueError: dtype, rank or granularity.
     """
-    return _binarize(w.detach(), _check(w, granularity))
+    per_row = _check(w, granularity)
+    return _binarize(w.detach(), per_row)
 
 
 def split_ternary(w: torch.Tensor, *, granularity: str = "per_row") -> tuple[torch.Tensor, torch.Tensor]:
@@ -585,4 +586,5 @@ def split_ternary(w: torch.Tensor, *, granularity: str = "per_row") -> tuple[tor
     Raises:
         TypeError, ValueError: dtype, rank or granularity.
     """
-    return _split_op(w.detach(), _check(w, granularity))
+    per_row = _check(w, granularity)
+    return _split_op(w.detach(), per_row)

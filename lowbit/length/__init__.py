@@ -5,8 +5,9 @@ Training for it is in `lowbit.length.training` and `lowbit.length.soft` (`lowbit
 
 from __future__ import annotations
 
-from ..config import Front, FrontPoint, LengthConfig
+from ..config import LengthConfig
 from .cost import LatencyTable, kept_lengths, macs, measure_latency
+from .front import Front, FrontPoint
 from .search import search_lengths
 
 __all__ = [

@@ -20,8 +20,9 @@ from tqdm.auto import tqdm
 
 from .. import models
 from .._files import write_text
-from ..config import Front, FrontPoint, LengthConfig
+from ..config import LengthConfig
 from ..unpadding import reads_first_token_only
+from .front import Front, FrontPoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

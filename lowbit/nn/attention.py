@@ -1,4 +1,4 @@
-"""Attention with quantized Q, K, V and probabilities, registered with transformers as `attn_implementation="lowbit"`.
+"""`attn_implementation="lowbit"`: attention of encoders, quantized where `lowbit.prepare` says so, float elsewhere.
 
     scores = q(Q) q(K)^T / sqrt(d)        probs = softmax(scores + mask)        out = q(dropout(probs)) q(V)
 
@@ -6,6 +6,9 @@
 `torch.nn.ModuleDict` by site name, put there by `lowbit.prepare`); a float model has none and is left exact.
 The scores that distillation compares are returned instead of the probabilities where the caller passes
 `output_scores=True` to the model's forward.
+
+Float attention on the GPU runs in `lowbit_kernels.attention`, over the tokens without padding and without a map of
+probabilities, unless a map, scores or dropout are asked for.
 """
 
 from __future__ import annotations
@@ -15,8 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowbit_kernels import attention
+from lowbit_kernels.varlen_attention import HEAD_DIMS
+
 NAME = "lowbit"
-UNPADDED = "lowbit_unpadded"  # of a model with an `UnpaddedEncoder`, which wants the padding mask itself
+UNPADDED = "lowbit_unpadded"  # of a model with an `UnpaddedEncoder`
 
 
 def attention_forward(
@@ -29,7 +35,7 @@ def attention_forward(
     dropout: float = 0.0,
     output_scores: bool = False,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """transformers' attention interface.
 
     Args:
@@ -39,15 +45,22 @@ def attention_forward(
         output_scores: return the scaled scores before mask and softmax in place of the probabilities.
 
     Returns:
-        output [B, S, H, D] and [B, H, S, S] probabilities (after dropout) or scores.
+        output [B, S, H, D] and [B, H, S, S] probabilities (after dropout) or scores. On the GPU a float model has
+        probabilities where its forward is called with `output_attentions=True` only, None elsewhere; its output at
+        padding is finite, but not that of other implementations.
+
+    Raises:
+        ValueError: causal attention, cross-attention, a cache or grouped heads.
     """
-    quantizers = getattr(module, "quantizers", {})
+    _refuse_decoders(module, query, key, kwargs)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
+    if _fits_kernel(module, query, attention_mask, dropout, output_scores, kwargs):
+        return attend_without_padding(query, key, value, attention_mask, scaling), None
+    quantizers = getattr(module, "quantizers", {})
     if quantizers:
         query, key, value = quantizers["query"](query), quantizers["key"](key), quantizers["value"](value)
     if attention_mask is not None and attention_mask.dim() == 2:
-        # A padding mask as it came: of a model made from the configuration of one that wants it so (`UNPADDED`).
         attention_mask = attention_mask[:, None, None, :].bool()
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     masked = scores
@@ -64,19 +77,110 @@ def attention_forward(
     return output, scores if output_scores else probs
 
 
-def padding_mask(*_: Any, attention_mask: torch.Tensor | None = None, **__: Any) -> torch.Tensor | None:
-    """transformers' mask interface for `UNPADDED`: the padding mask [B, S] as it came."""
-    return attention_mask
+def attend_without_padding(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
+    """Float attention by `lowbit_kernels.attention`, with nothing to wait for: shapes do not depend on the mask.
+
+    The padding of a row becomes a sequence of its own behind that of the row's tokens, wherever it was.
+
+    Args:
+        query, key, value: [B, H, S, D]; what other implementations take for granted, rows of [B, S, H, D], is free.
+        mask: padding mask [B, S] or None.
+
+    Returns:
+        [B, S, H, D]; at padding, something finite.
+    """
+    B, _, S, _ = query.shape
+    query, key, value = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    if mask is None:
+        cu_seqlens = torch.arange(0, B * S + 1, S, dtype=torch.int32, device=query.device)
+        return attention(query, key, value, cu_seqlens, S, scaling=scaling).unflatten(0, (B, S))
+    order, cu_seqlens = _tokens_first(mask)
+    query, key, value = (x.index_select(0, order) for x in (query, key, value))
+    output = attention(query, key, value, cu_seqlens, S, scaling=scaling)
+    return torch.empty_like(output).index_copy(0, order, output).unflatten(0, (B, S))
+
+
+def _tokens_first(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places in [B * S], int64, each row's tokens before its padding; where these 2 B sequences begin, int32 [2 B + 1].
+
+    Kept with the mask, which all layers of a forward pass share (`padding_mask` makes a new one for each pass).
+    """
+    kept = None if torch.compiler.is_compiling() else getattr(mask, "_lowbit_tokens_first", None)
+    if kept is not None:
+        return kept  # type: ignore[no-any-return]
+    B, S = mask.shape
+    padding = ~mask.bool()
+    begins = torch.arange(0, B * S, S, device=mask.device)
+    order = (padding.to(torch.uint8).argsort(stable=True, dim=1) + begins[:, None]).flatten()
+    ends = torch.stack([begins + S - padding.sum(1), begins + S], 1).flatten()
+    result = order, nn.functional.pad(ends, (1, 0)).int()
+    if not torch.compiler.is_compiling():
+        mask._lowbit_tokens_first = result  # type: ignore[attr-defined]
+    return result
+
+
+def _fits_kernel(
+    module: nn.Module,
+    query: torch.Tensor,
+    mask: torch.Tensor | None,
+    dropout: float,
+    output_scores: bool,
+    kwargs: dict[str, Any],
+) -> bool:
+    """Whether `attend_without_padding` gives all that is asked for."""
+    maps = kwargs.get("output_attentions")
+    maps = getattr(getattr(module, "config", None), "output_attentions", False) if maps is None else maps
+    return (
+        query.is_cuda
+        and not getattr(module, "quantizers", None)
+        and not (maps or output_scores or (dropout and module.training))
+        and (mask is None or mask.dim() == 2)
+        and query.shape[-1] in HEAD_DIMS
+        and query.dtype != torch.float64
+    )
+
+
+def _refuse_decoders(module: nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> None:
+    problem = None
+    if kwargs.get("is_causal", getattr(module, "is_causal", False)):
+        problem = "causal attention (is_decoder=True?)"
+    elif key.shape != query.shape:
+        problem = f"keys {tuple(key.shape)} for queries {tuple(query.shape)}: cross-attention, a cache or grouped heads"
+    elif given := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+        problem = f"{given[0]}"
+    if problem:
+        raise ValueError(
+            f"{type(module).__name__} wants {problem}, which attn_implementation='lowbit' does not have: it is that of "
+            "encoders; use model.set_attn_implementation('sdpa')"
+        )
+
+
+def padding_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """transformers' mask interface: the padding mask [B, S] or None, a mask [B, 1, S, S] where more is hidden.
+
+    On the GPU a mask that hides nothing stays, where others look whether it does: that is to wait for the device.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, eager_mask
+    from transformers.utils.import_utils import is_tracing
+
+    plain = kwargs.get("mask_function") is bidirectional_mask_function
+    if not plain or not kwargs.get("allow_is_bidirectional_skip", True):  # the model goes on to work with the mask
+        return eager_mask(*args, **kwargs)
+    mask = kwargs.get("attention_mask")
+    if mask is None or (not mask.is_cuda and not is_tracing(mask) and bool(mask.all())):
+        return None
+    return mask.detach()  # a tensor of our own, see `_tokens_first`
 
 
 def register() -> None:
     """Make both names known to transformers: attention and mask, since without a mask function padding is ignored."""
     from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import eager_mask
 
-    for name, mask in ((NAME, eager_mask), (UNPADDED, padding_mask)):
+    for name in (NAME, UNPADDED):
         AttentionInterface.register(name, attention_forward)
-        AttentionMaskInterface.register(name, mask)
+        AttentionMaskInterface.register(name, padding_mask)
 
 
 register()

@@ -141,7 +141,7 @@ class PackedEmbedding(Packed):
         return packed
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [...] -> float [..., K]."""
+        """ids int64 or int32 [...] -> float [..., K]; IndexError for an id outside the table (CPU)."""
         return quantized_embedding(ids, *self.table(), embedding_dim=self.embedding_dim, out_dtype=self._dtype.dtype)
 
     def table(self) -> tuple[torch.Tensor, torch.Tensor, int]:

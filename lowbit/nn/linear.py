@@ -31,6 +31,7 @@ from ..quantizers import (
     WEIGHT_QUANTIZERS,
     ActivationQuantizer,
     activation_values,
+    check_weight_quantizer,
     dequantize_weight,
     weight_codes,
     weight_values,
@@ -173,7 +174,7 @@ class PackedLinear(Packed):
 
         Raises:
             TypeError: another kind of module.
-            ValueError: NaN or infinity in the weight.
+            ValueError: NaN or infinity in the weight, or a quantizer of other bits than the configuration's.
         """
         if not isinstance(linear, nn.Linear | QuantLinear):
             raise TypeError(
@@ -188,6 +189,7 @@ class PackedLinear(Packed):
                 granularity=linear.granularity,
                 split=weight.dim() == 3,
             )
+        check_weight_quantizer(config.weight_quantizer, config.weight_bits)
         packed = cls(
             linear.in_features, linear.out_features, linear.bias is not None, config, site, weight.device, weight.dtype
         )
@@ -204,7 +206,7 @@ class PackedLinear(Packed):
         return packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float [..., K] -> float [..., N] in x's dtype."""
+        """float [..., K] -> float [..., N] in x's dtype; ValueError for another K."""
         if self.input_quantizer is None:
             return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
         if x.shape[-1] != self.in_features:
@@ -287,7 +289,8 @@ def autocast(x: torch.Tensor) -> torch.Tensor:
 class JointProjection:
     """Query, key and value of one attention in one product, although the attention calls them one after the other.
 
-    The first one called with a tensor computes all; each result is handed out once.
+    The first one called with a tensor computes all; each result is handed out once. An edit of the tensor between the
+    calls is noticed by its version, which inference tensors and traced ones do not have: there, do not edit it.
 
     Args:
         linears: of the same kind, in the order in which they are called.

@@ -1,45 +1,26 @@
-"""What the dynamic length examples share: LengthDrop training, the search, and what budgets cost and lose."""
+"""Dropped tokens: LengthDrop training, the search for lengths, and what budgets cost and lose."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
 import lowbit
-from _common import Run, arguments, common, distil, table, train
-from lowbit.length import Front, LatencyTable, macs, measure_latency, search_lengths
+
+from ..length import Front, LatencyTable, macs, measure_latency, search_lengths
+from . import RecipeError, log
+from .measure import table
+from .stages import Run, arguments, common, distill, train
 
 BUDGETS = ("1.5x", "2x", "3x")
-
-
-@dataclass
-class LengthOptions:
-    """Options of the examples that drop tokens."""
-
-    length_steps: int = field(
-        default=1000, metadata={"help": "steps of LengthDrop training; 0: tokens are dropped from the model as it is"}
-    )
-    length_learning_rate: float = 5e-5
-    drop_ratio: float = field(
-        default=0.35, metadata={"help": "the most that a layer drops in training; published: 0.2"}
-    )
-    search_samples: int = field(
-        default=1000, metadata={"help": "training examples set apart, that the search scores on"}
-    )
-    iterations: int = field(default=5, metadata={"help": "of the search, of 10 mutations and 10 crossovers each"})
-    cost: str = field(
-        default="macs", metadata={"help": "what the search saves: macs, or latency by a table that it measures first"}
-    )
-    score: str = field(default="all", metadata={"help": "importance: attention from all queries, or from [CLS] (cls)"})
-    ternary: bool = field(default=False, metadata={"help": "quantize to 2-2-8 before LengthDrop, and pack"})
 
 
 def adaptive_stages(run: Run, teacher: PreTrainedModel) -> tuple[str, PreTrainedModel]:
@@ -53,7 +34,7 @@ def adaptive_stages(run: Run, teacher: PreTrainedModel) -> tuple[str, PreTrained
 
         def quantized() -> PreTrainedModel:
             student = lowbit.prepare(copy.deepcopy(teacher), lowbit.TernaryConfig())
-            return distil(run, "ternary", student, teacher, options.steps, options.learning_rate)
+            return distill(run, "ternary", student, teacher, options.steps, options.learning_rate)
 
         model = run.stage(name, quantized)
     if options.length_steps:
@@ -121,7 +102,10 @@ def search(
         # Budgets count what the last layer saves where only the first token is read.
         front = dataclasses.replace(front, full_cost=macs(model, None, lengths, first_token_only=False))
     front.save(run.folder / "front.json")
-    front.plot(run.folder / "front.png")
+    if importlib.util.find_spec("matplotlib"):
+        front.plot(run.folder / "front.png")
+    else:
+        log.warning("front.png is not drawn: pip install matplotlib")
     return front
 
 
@@ -132,7 +116,7 @@ def cost_of(
     if run.options.cost == "macs":
         return lambda config: macs(model, config, lengths), "MACs"
     if run.options.cost != "latency":
-        raise SystemExit(f"--cost {run.options.cost}: accepted are macs and latency")
+        raise RecipeError(f"cost {run.options.cost}: accepted are macs and latency")
     path = run.folder / f"latency-{name}.json"
     if not path.is_file():  # measured once: a search that is resumed needs the same costs
         measure_latency(model, 8, round(statistics.mean(lengths)), score=run.options.score).save(path)
@@ -190,7 +174,7 @@ def affordable(front: Front, budget: str) -> bool:
     try:
         front.for_budget(budget)
     except ValueError as error:
-        print(error)
+        log.warning("%s", error)
         return False
     return True
 
@@ -213,3 +197,19 @@ def timed(
                 if repeat:
                     times[name][number].append(1000 * (time.perf_counter() - begin))
     return {name: statistics.mean(map(statistics.median, each)) for name, each in times.items()}
+
+
+def set_apart(run: Run, count: int) -> None:
+    """Split `run.data["train"]`: its last `4 * count` examples are not trained on; of these some are searched on.
+
+    Raises:
+        RecipeError: none of them has 9 tokens or more and is not among those trained on.
+    """
+    train = run.data["train"]
+    begin = max(len(train) - 4 * count, len(train) // 2)
+    known = {tuple(ids) for ids in train.select(range(begin))["input_ids"]}
+    ids = train["input_ids"]
+    chosen = [i for i in range(begin, len(train)) if len(ids[i]) >= 9 and tuple(ids[i]) not in known]
+    if not chosen:
+        raise RecipeError("no training example is fit to search lengths on; use more of them (--max_train_samples)")
+    run.data["train"], run.data["search"] = train.select(range(begin)), train.select(chosen[:count])

@@ -1,0 +1,35 @@
+"""The ops that stay opaque when CPU code is traced, in terms of torch's own: for programs that run without lowbit.
+
+    program = torch.export.export(model, ...).run_decompositions(TABLE)
+
+The same integers as the ops. Weights stay packed in the program and are unpacked in every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .embedding import embedding_op, gather_rows
+from .linear_cpu import row_scale, scaled_op
+from .packing import unpacked
+
+
+def _product(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    x_zero_point: torch.Tensor | None,
+    layout: str,
+) -> torch.Tensor:
+    K = x.shape[1]
+    codes = torch.cat([unpacked(tensor, K, layout).flatten(0, -2) for tensor in packed])
+    scales = torch.cat([row_scale(own, tensor.shape[0]) for own, tensor in zip(scale, packed, strict=True)])
+    y = torch._int_mm(x.contiguous(), codes.t()).float()
+    if x_zero_point is not None:
+        y = y - x_zero_point.float().unsqueeze(-1) * codes.sum(1, dtype=torch.int32).float()
+    return y * scales
+
+
+TABLE = {scaled_op: _product, embedding_op: gather_rows}

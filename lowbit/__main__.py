@@ -1,0 +1,5 @@
+"""`python -m lowbit`: the command line."""
+
+from .cli import main
+
+main()

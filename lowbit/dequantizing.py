@@ -1,0 +1,104 @@
+"""Back to float: `model.dequantize()` of a prepared or packed model gives a plain Hugging Face one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lowbit_kernels import quantized_embedding
+
+from . import hf, models
+from .config import LowbitConfig
+from .conversion import FUSED_ACTIVATIONS, _swap, _untie
+from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
+from .nn.embedding import table_codes
+from .quantizers import weight_codes, weight_values
+from .unpadding import restore_padding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Replace lowbit's modules by `nn.Linear` and `nn.Embedding` that hold scale x code, in place.
+
+    Weights are the quantized ones, not the latent ones that were trained. Activations and attention are not quantized
+    any more, so outputs move by as much as quantizing them had moved them. A fused model and one that drops tokens get
+    transformers' encoder back; lengths are forgotten. Attention is transformers' default.
+
+    A model of full width then saves and loads without lowbit. A slimmed one stays slim, which transformers'
+    configuration cannot say: it still needs lowbit to load.
+
+    Args:
+        model: prepared or packed, in any form.
+        dtype: of the whole model afterwards; None keeps the model's own.
+
+    Returns:
+        The same model, float.
+
+    Raises:
+        ValueError: the model is float already, or weights are offloaded.
+    """
+    config = hf.current_config(model)
+    if config.stage == "float":
+        raise ValueError("the model is float already; dequantize takes a prepared or packed one")
+    offloaded = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+    if offloaded is not None:
+        raise ValueError(f"{offloaded} is offloaded (device_map) and cannot be dequantized; load without offloading")
+    hf.own_config(model)
+    _untie(model)
+    restore_padding(model)
+    _restore_activations(model)
+    own = model.dtype
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear | QuantLinear):
+            _swap(model, {name: _linear(module, own)})
+        elif isinstance(module, PackedEmbedding | QuantEmbedding):
+            _swap(model, {name: _embedding(module, own)})
+        module._modules.pop("quantizers", None)  # of attention
+    hf.detach(model)
+    model.config._attn_implementation = model.get_correct_attn_implementation(None)  # transformers' default
+    if config.num_attention_heads is not None:
+        hf.attach(model, LowbitConfig(stage="float", num_attention_heads=config.num_attention_heads))
+    return model if dtype is None else model.to(dtype)
+
+
+@torch.no_grad()
+def _linear(module: PackedLinear | QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    if isinstance(module, PackedLinear):
+        weight = module.dequantize()
+    else:
+        weight = weight_values(*weight_codes(module.weight, module.quantizer, module.granularity), torch.float32)
+    linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.to(dtype))
+    linear.register_parameter("bias", module.bias)
+    return linear
+
+
+@torch.no_grad()
+def _embedding(module: PackedEmbedding | QuantEmbedding, dtype: torch.dtype) -> nn.Embedding:
+    rows, columns = module.num_embeddings, module.embedding_dim
+    if isinstance(module, PackedEmbedding):
+        ids = torch.arange(rows, device=module.weight.device)
+        weight = quantized_embedding(ids, *module.table(), embedding_dim=columns, out_dtype=torch.float32)
+    else:
+        weight = weight_values(*table_codes(module.weight, module.bits, module.granularity), torch.float32)
+    table = nn.Embedding(rows, columns, module.padding_idx, device="meta")
+    table.weight = nn.Parameter(weight.to(dtype))
+    return table
+
+
+def _restore_activations(model: PreTrainedModel) -> None:
+    """Out of the linears, back into the layers."""
+    from transformers.activations import ACT2FN
+
+    if not any(isinstance(module, PackedLinear) and module.activation for module in model.modules()):
+        return
+    names = {fused: name for name, fused in FUSED_ACTIVATIONS.items()}
+    architecture = models.describe(model)
+    for _, layer in models.layers(model):
+        linear = layer.get_submodule(architecture.ffn_input)
+        if isinstance(linear, PackedLinear) and linear.activation is not None:
+            layer.set_submodule(architecture.ffn_activation, ACT2FN[names[linear.activation]])

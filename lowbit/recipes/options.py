@@ -1,0 +1,83 @@
+"""What a run is asked to do. Fields are the options of the examples, with their help texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..tasks import TASKS
+
+
+@dataclass
+class Options:
+    """Options of every run on real data."""
+
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder with TASK/train.jsonl[.gz] and TASK/validation.jsonl[.gz]; default: Hub"},
+    )
+    model: str = field(default="google-bert/bert-base-uncased", metadata={"help": "float BERT: folder or Hub id"})
+    output_dir: str = field(default="runs", metadata={"help": "stages, results.json; finished stages are not repeated"})
+    max_train_samples: int = field(default=0, metadata={"help": "use only the first N training examples, 0 for all"})
+    teacher_steps: int = field(default=500, metadata={"help": "steps of plain fine-tuning; 0: --model is fine-tuned"})
+    steps: int = field(default=1000, metadata={"help": "steps of each distillation stage"})
+    batch_size: int = 32
+    teacher_learning_rate: float = field(default=1e-4, metadata={"help": "BERT-base: 2e-5 to 5e-5"})
+    learning_rate: float = field(
+        default=3e-4, metadata={"help": "of the distillation stages; published for BERT-base: 2e-5, split stage 5e-5"}
+    )
+    group_by_length: bool = field(default=True, metadata={"help": "batches of like length: half the padding"})
+    save_steps: int = field(default=500, metadata={"help": "checkpoint interval for resuming inside a stage, 0: none"})
+    seed: int = 0
+
+
+@dataclass
+class GlueOptions(Options):
+    """Options of runs on a GLUE task."""
+
+    task: str = field(default="sst2", metadata={"help": f"GLUE task: {', '.join(TASKS)}"})
+    heldout: int = field(
+        default=0, metadata={"help": "evaluate also on N training examples of 6 words or more beyond max_train_samples"}
+    )
+
+
+@dataclass
+class BinaryOptions(GlueOptions):
+    """Options of runs that end in a binary model: which one."""
+
+    method: str = field(default="tws", metadata={"help": "tws (ternary weight splitting) or bwn (binary at once)"})
+    width: float = field(default=0.5, metadata={"help": "tws: fraction of heads and FFN neurons; published: 0.5"})
+    slim_steps: int = field(default=250, metadata={"help": "tws: distillation steps of the slimmed float model"})
+
+
+@dataclass
+class FileOptions(BinaryOptions):
+    """Options of runs on a GLUE task or on files of the user's."""
+
+    bits: str = field(default="ternary", metadata={"help": "ternary or binary"})
+    train_file: str | None = None
+    validation_file: str | None = None
+    text_columns: list[str] = field(default_factory=list)
+    label_column: str = "label"
+    max_length: int = 128
+
+
+@dataclass
+class LengthOptions:
+    """Options of runs that drop tokens."""
+
+    length_steps: int = field(
+        default=1000, metadata={"help": "steps of LengthDrop training; 0: tokens are dropped from the model as it is"}
+    )
+    length_learning_rate: float = 5e-5
+    drop_ratio: float = field(
+        default=0.35, metadata={"help": "the most that a layer drops in training; published: 0.2"}
+    )
+    search_samples: int = field(
+        default=1000, metadata={"help": "training examples set apart, that the search scores on"}
+    )
+    iterations: int = field(default=5, metadata={"help": "of the search, of 10 mutations and 10 crossovers each"})
+    cost: str = field(
+        default="macs", metadata={"help": "what the search saves: macs, or latency by a table that it measures first"}
+    )
+    score: str = field(default="all", metadata={"help": "importance: attention from all queries, or from [CLS] (cls)"})
+    ternary: bool = field(default=False, metadata={"help": "quantize to 2-2-8 before LengthDrop, and pack"})
