@@ -301,6 +301,18 @@ def test_decoders_and_first_segments_are_refused() -> None:
             )
 
 
+@pytest.mark.parametrize("prefix", [*KNOWN, *FALLBACK])
+def test_dequantize_gives_transformers_modules_back(prefix: str) -> None:
+    config = lowbit.TernaryConfig(quantize_attention=False)
+    model = tiny(prefix)
+    inputs, classes = batch(model), [type(module) for module in model.modules()]
+    weights_only = outputs(lowbit.quantize(copy.deepcopy(model), config.replace(activation_bits=None)), inputs)[0]
+    lowbit.quantize(model, config, fused=prefix in KNOWN)
+    model.dequantize()
+    assert [type(module) for module in model.modules()] == classes
+    assert torch.allclose(outputs(model, inputs)[0], weights_only, rtol=0, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------- fallback
 
 
