@@ -60,9 +60,12 @@ class Library:
     trainable: Callable[[Any], Any]
     wrong_bits: Callable[[Any], Any]
 
+    by_layer: Callable[[Any], Any] | None = None  # where `in_place` does not know BERT
+
     def quantized(self, model: Any) -> Any:
-        """The model in the library's usual way: in place, or else by loading it again."""
-        return self.in_place(model) if self.in_place else loaded(model, self.at_load)
+        """The model in the library's usual way: in memory, or else by loading it again."""
+        in_memory = self.by_layer or self.in_place
+        return in_memory(model) if in_memory else loaded(model, self.at_load)
 
 
 def loaded(model: Any, config: Callable[[], Any] | None) -> Any:
@@ -137,12 +140,23 @@ def _quanto_at_load() -> Any:
     return QuantoConfig(weights="int8")
 
 
-def _hqq(model: Any, bits: int) -> Any:
+def _hqq_model(model: Any) -> Any:
     from hqq.core.quantize import BaseQuantizeConfig
     from hqq.models.hf.base import AutoHQQHFModel
 
-    config = BaseQuantizeConfig(nbits=bits, group_size=64)
+    config = BaseQuantizeConfig(nbits=4, group_size=64)
     AutoHQQHFModel.quantize_model(model, quant_config=config, compute_dtype=torch.float32, device="cpu")
+    return model
+
+
+def _hqq(model: Any, bits: int) -> Any:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=bits, group_size=64)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            packed = HQQLinear(module, config, compute_dtype=torch.float32, device="cpu")
+            model.set_submodule(name, packed)
     return model
 
 
@@ -194,8 +208,10 @@ LIBRARIES: dict[str, Library] = {
         wrong_bits=lambda model: _quanto(model, "qint5"),
     ),
     "HQQ": Library(
-        "hqq.core.quantize", "hqq", "`AutoHQQHFModel.quantize_model(model, BaseQuantizeConfig(nbits=4, ...), ...)`",
-        in_place=lambda model: _hqq(model, 4),
+        "hqq.core.quantize", "hqq", "each linear as `HQQLinear(linear, BaseQuantizeConfig(nbits=4, group_size=64), ...)`"
+        "; in one call `AutoHQQHFModel.quantize_model`",
+        in_place=_hqq_model,
+        by_layer=lambda model: _hqq(model, 4),
         at_load=_hqq_at_load,
         low=_hqq,
         trainable=lambda model: _hqq(model, 4),
@@ -321,7 +337,7 @@ def reloaded(model: Any) -> str:
 def save_in_place(library: Library) -> str:
     if library.in_place is None:
         raise Missing("while loading only")
-    return reloaded(library.in_place(small_bert()))
+    return reloaded(library.quantized(small_bert()))
 
 
 def save_loaded(library: Library) -> str:
@@ -343,7 +359,8 @@ def low_bits(bits: int) -> Callable[[Library], str]:
 
 
 def dequantize(library: Library) -> str:
-    model = library.quantized(small_bert())
+    # transformers' own method, so on a model that came from transformers where that is possible
+    model = loaded(small_bert(), library.at_load) if library.at_load else library.quantized(small_bert())
     expected = logits(model)
     result = model.dequantize()
     model = model if result is None else result

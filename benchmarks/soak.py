@@ -14,10 +14,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -49,6 +51,7 @@ OPS_CASES = 600  # of each kind, by random numbers
 HYPOTHESIS_CASES = 100  # of each kind
 ATHERIS_RUNS = {"loader": 800, "ops": 6000}
 REQUESTS = 20_000
+PROCESSES = 4  # for ops
 ROUNDS = {"concurrency": 10, "resume": 6}
 
 Part = Callable[[], dict[str, Any]]
@@ -79,51 +82,36 @@ def checkpoints() -> dict[str, Any]:
 
 
 def ops() -> dict[str, Any]:
-    """Cases drawn by random numbers, then by hypothesis, which shrinks what fails."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
+    """Cases drawn by random numbers, then by hypothesis, which shrinks what fails; kinds side by side."""
     started = time.monotonic()
     rows: dict[str, Counter[str]] = {}
-    failures = []
-    with _bar(len(soak_ops.CASES) * OPS_CASES, "ops") as bar:
-        for name in soak_ops.CASES:
-            rows[name] = Counter(equal=0, refused=0)
-            for case in range(OPS_CASES):
-                try:
-                    rows[name][soak_ops.run(name, op_case(name, case).randint)] += 1
-                except Exception as error:
-                    rows[name]["failed"] += 1
-                    failures.append(f"{name}, case {case}: {type(error).__name__}: {str(error)[:200]}")
-                bar.update()
-    with _bar(len(soak_ops.CASES), "ops by hypothesis") as bar:
-        for name in soak_ops.CASES:
-            failures += by_hypothesis(name, HYPOTHESIS_CASES)
+    failures: list[str] = []
+    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool, _bar(len(soak_ops.CASES), "ops") as bar:
+        for name, row, failed in pool.imap_unordered(_cases_of, soak_ops.CASES):
+            rows[name] = row
+            failures += failed
             bar.update()
-    return {"seconds": round(time.monotonic() - started), "rows": rows, "failures": failures}
+    return {
+        "seconds": round(time.monotonic() - started), "rows": {name: rows[name] for name in soak_ops.CASES},
+        "failures": failures,
+    }  # fmt: skip
+
+
+def _cases_of(name: str) -> tuple[str, Counter[str], list[str]]:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    row, failures = Counter(equal=0, refused=0), []
+    for case in range(OPS_CASES):
+        try:
+            row[soak_ops.run(name, op_case(name, case).randint)] += 1
+        except Exception as error:
+            row["failed"] += 1
+            failures.append(f"{name}, case {case}: {type(error).__name__}: {str(error)[:200]}")
+    return name, row, failures + soak_ops.by_hypothesis(name, HYPOTHESIS_CASES)
 
 
 def op_case(name: str, case: int) -> random.Random:
     return random.Random(f"{SEED} {name} {case}")
-
-
-def by_hypothesis(name: str, count: int) -> list[str]:
-    """Failures of one kind of op in `count` examples, the smallest that hypothesis finds."""
-    from hypothesis import HealthCheck, Phase, given, settings
-    from hypothesis import strategies as st
-
-    @settings(
-        max_examples=count, deadline=None, derandomize=True, database=None, print_blob=False,
-        suppress_health_check=list(HealthCheck), phases=[Phase.generate, Phase.shrink],
-    )  # fmt: skip
-    @given(st.data())
-    def check(data: st.DataObject) -> None:
-        soak_ops.run(name, lambda low, high: data.draw(st.integers(low, high)))
-
-    try:
-        check()
-    except Exception as error:
-        return [f"{name}, by hypothesis: {type(error).__name__}: {str(error)[:200]}"]
-    return []
 
 
 def atheris() -> dict[str, Any]:
@@ -189,60 +177,80 @@ def column_of(verdict: str) -> str:
 
 def tables(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Row]]:
     """The report's results, from what the parts wrote."""
+    makers = {
+        "checkpoints": _checkpoint_tables, "ops": _ops_tables, "atheris": _atheris_tables,
+        "requests": _request_tables, "concurrency": _concurrency_tables, "resume": _resume_tables,
+    }  # fmt: skip
     results: dict[str, dict[str, Row]] = {}
-    outcomes = parts["checkpoints"]["outcomes"]
+    for name, part in parts.items():
+        results |= makers[name](part)
+    if missing := [name for name in PARTS if name not in parts]:
+        results["not run yet"] = {name: {"note": "not measured"} for name in missing}
+    return results
+
+
+def _checkpoint_tables(part: dict[str, Any]) -> dict[str, dict[str, Row]]:
+    outcomes = part["outcomes"]
     by_verdict = Counter(outcome["verdict"] for outcome in outcomes)
-    results["damaged checkpoints, plain from_pretrained"] = {
-        verdict: {"checkpoints": count} for verdict, count in by_verdict.most_common()
-    }
+    plain: dict[str, Row] = {"all": {"checkpoints": len(outcomes)}}
+    plain |= {verdict: {"checkpoints": count} for verdict, count in by_verdict.most_common()}
+    plain |= {"FAILED": {"checkpoints": sum(verdict.startswith("FAILED") for verdict in by_verdict.elements())}}
     verified = Counter((outcome["verify"], column_of(outcome["verdict"])) for outcome in outcomes)
-    results["lowbit.verify, then from_pretrained"] = {
-        "refused by verify (CheckpointError)": {
-            "checkpoints": sum(count for (verify, _), count in verified.items() if verify == "CheckpointError")
-        },
-        **{
-            f"passed by verify, then: {column}": {"checkpoints": verified["passed", column]}
-            for column in COLUMNS
-            if verified["passed", column]
-        },
-        "anything else": {"checkpoints": sum(count for (_, column), count in verified.items() if column == "failed")},
-    }
+    refused = sum(count for (verify, _), count in verified.items() if verify == "CheckpointError")
+    strict: dict[str, Row] = {"refused by verify (CheckpointError)": {"checkpoints": refused}}
+    for column in COLUMNS:
+        strict[f"passed by verify, then: {column}"] = {"checkpoints": verified["passed", column]}
     kinds: dict[str, Row] = {}
     for kind in soak_checkpoints.KINDS:
         counts = Counter(column_of(outcome["verdict"]) for outcome in outcomes if outcome["kind"] == kind)
         kinds[kind] = {"cases": sum(counts.values()), **{column: counts[column] for column in COLUMNS}}
-    results["kind of damage"] = kinds
-    results["op"] = {
-        name: {
-            "cases": sum(row.values()),
-            **{key: row.get(key, 0) for key in ("equal", "refused", "on meta", "failed")},
-        }
-        for name, row in parts["ops"]["rows"].items()
+    return {
+        "damaged checkpoints, plain from_pretrained": plain,
+        "lowbit.verify, then from_pretrained": strict,
+        "kind of damage, plain from_pretrained": kinds,
     }
-    results["coverage-guided fuzzing (atheris)"] = parts["atheris"].get("rows") or {
-        "atheris": {"note": parts["atheris"]["note"]}
+
+
+def _ops_tables(part: dict[str, Any]) -> dict[str, dict[str, Row]]:
+    columns = ("equal", "refused", "on meta", "failed")
+    rows: dict[str, Row] = {}
+    for name, row in part["rows"].items():
+        rows[name] = {"cases": sum(row.values()), **{key: row.get(key, 0) for key in columns}}
+    return {"op": rows}
+
+
+def _atheris_tables(part: dict[str, Any]) -> dict[str, dict[str, Row]]:
+    rows = part.get("rows") or {"loader, ops": {"note": part["note"]}}
+    return {"coverage-guided fuzzing (atheris)": rows}
+
+
+def _request_tables(part: dict[str, Any]) -> dict[str, dict[str, Row]]:
+    memory = part["memory"]
+    run = {key: value for key, value in part.items() if key != "memory"}
+    return {
+        "requests": {"fused ternary model": {**run, "failures": len(part["failures"])}},
+        "memory over the requests, MB": {
+            f"after {percent} %": {"resident": memory[max(len(memory) * percent // 100 - 1, 0)]}
+            for percent in (1, 10, 25, 50, 75, 100)
+        },
     }
-    load = parts["requests"]
-    results["requests"] = {"fused ternary model": {key: value for key, value in load.items() if key != "memory"}}
-    memory = load["memory"]
-    results["memory over the requests, MB"] = {
-        f"after {percent} %": {"resident": memory[max(len(memory) * percent // 100 - 1, 0)]}
-        for percent in (1, 10, 25, 50, 75, 100)
-    }
-    shared = parts["concurrency"]
-    results["two processes save to one folder"] = {
-        **{f"loaded meanwhile: {key}": {"times": value} for key, value in sorted(shared["loads meanwhile"].items())},
-        **{f"left in the end: {key}": {"times": value} for key, value in shared["left in the end"].items()},
-        "saves": {"times": shared["saves"]},
-        "forward passes of eight threads on one model": {"times": shared["threads on one model, forward passes"]},
-    }
-    results["training killed and resumed"] = {"float, ternary and split students in turn": parts["resume"]}
-    for row in (results["requests"]["fused ternary model"], *results["training killed and resumed"].values()):
-        row["failures"] = len(row["failures"])  # type: ignore[arg-type]
-    return results
+
+
+def _concurrency_tables(part: dict[str, Any]) -> dict[str, dict[str, Row]]:
+    rows: dict[str, Row] = {"saves by two processes": {"times": part["saves"]}}
+    rows |= {f"loaded meanwhile: {key}": {"times": count} for key, count in sorted(part["loads meanwhile"].items())}
+    rows |= {f"left in the end: {key}": {"times": count} for key, count in part["left in the end"].items()}
+    rows["forward passes of eight threads on one model"] = {"times": part["threads on one model, forward passes"]}
+    return {"concurrency": rows}
+
+
+def _resume_tables(part: dict[str, Any]) -> dict[str, dict[str, Row]]:
+    row = {**part, "failures": len(part["failures"])}
+    return {"training killed and resumed": {"float, ternary and split students in turn": row}}
 
 
 def failures(parts: dict[str, dict[str, Any]]) -> list[str]:
+    """What must not have happened, in words."""
     found = [f"{name}: {failure}" for name, part in parts.items() for failure in part.get("failures", [])]
     for outcome in parts.get("checkpoints", {}).get("outcomes", []):
         if outcome["verdict"].startswith("FAILED"):
@@ -343,14 +351,20 @@ def show_checkpoint(case: int) -> None:
                 traceback.print_exc(limit=-3)
 
 
+def finished(name: str) -> dict[str, Any] | None:
+    """What an earlier run of a part found, None where there is none."""
+    path = STATE / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 def run_part(name: str, again: bool) -> dict[str, Any]:
-    """What a part found; from an earlier run where there is one."""
+    """What a part finds; from an earlier run where there is one."""
     path = STATE / f"{name}.json"
     if again:
         for old in (path, STATE / f"{name}.jsonl"):
             old.unlink(missing_ok=True)
-    if path.exists():
-        return json.loads(path.read_text())
+    if (before := finished(name)) is not None:
+        return before
     started = time.monotonic()
     result = PARTS[name]()
     result.setdefault("seconds", round(time.monotonic() - started))
@@ -365,8 +379,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", nargs="?", choices=list(PARTS), help="default: all, and the report")
     parser.add_argument("--again", action="store_true", help="forget what earlier runs found")
+    parser.add_argument("--report", action="store_true", help="write the report of what has been run, and run nothing")
     parser.add_argument("--case", type=int, help="show one case of checkpoints or ops")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that workers and temporary folders go too
     if options.case is not None:
         if options.part == "checkpoints":
             show_checkpoint(options.case)
@@ -374,8 +390,11 @@ def main() -> None:
             for name in soak_ops.CASES:
                 print(name, soak_ops.run(name, op_case(name, options.case).randint))
         return
-    wanted = [options.part] if options.part else list(PARTS)
-    parts = {name: run_part(name, options.again) for name in wanted}
+    if options.report:
+        parts = {name: part for name in PARTS if (part := finished(name))}
+    else:
+        wanted = [options.part] if options.part else list(PARTS)
+        parts = {name: run_part(name, options.again) for name in wanted}
     found = failures(parts) if options.part else write_report(parts)
     for failure in found:
         print(failure)

@@ -1,10 +1,10 @@
 """Start-up: importing lowbit, loading a packed BERT-base, making one out of a float model.
 
-Each figure is the median of several fresh processes with warm file caches: the first call, in which transformers sets
-up tables of its own, and a second one ("again"). "cpu" is the processor time of the same call, all threads together,
-which other programs on the machine disturb less. Memory is of one more process each: the high-water mark during the
-call less what was resident just before it, in all (mapped pages of the file included, which the system can take back)
-and anonymous. Writes startup.json and prints its table.
+Each figure is the median of several fresh processes (forked after the imports) with warm file caches: the first call,
+in which transformers sets up tables of its own, and a second one ("again"). "cpu" is the processor time of the same
+call, all threads together, which other programs on the machine disturb less. Memory is of one more process each: the
+high-water mark during the call less what was resident just before it, in all (mapped pages of the file included, which
+the system can take back) and anonymous. Writes startup.json and prints its table.
 
     python -m benchmarks.startup --results benchmarks/results
 """
@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import json
+import multiprocessing
 import os
 import re
 import statistics
@@ -44,20 +46,6 @@ def prepare_folders(folder: Path) -> None:
     lowbit.quantize(model, lowbit.TernaryConfig()).save_pretrained(folder / "packed")
 
 
-def import_lowbit(folder: Path) -> Callable[[], Any]:
-    """Beyond `import torch`."""
-    import torch  # noqa: F401
-
-    return lambda: __import__("lowbit")
-
-
-def import_transformers(folder: Path) -> Callable[[], Any]:
-    """Its model code, without which nothing loads; beyond `import torch`."""
-    import torch  # noqa: F401
-
-    return lambda: __import__("transformers.models.bert.modeling_bert")
-
-
 def load_float(folder: Path) -> Callable[[], Any]:
     from transformers import BertModel
 
@@ -82,14 +70,11 @@ def convert(folder: Path) -> Callable[[], Any]:
     return lambda: lowbit.convert(lowbit.prepare(models.pop(), lowbit.TernaryConfig()))
 
 
-CASES: dict[str, Callable[[Path], Callable[[], Any]]] = {
-    "import lowbit, after torch": import_lowbit,
-    "import transformers' BERT, after torch": import_transformers,
-    "load float32": load_float,
-    "load packed": load_packed,
-    "prepare and convert": convert,
+IMPORTS = {
+    "import lowbit, after torch": "lowbit",
+    "import transformers' BERT, after torch": "transformers.models.bert.modeling_bert",
 }
-ONCE = [name for name in CASES if name.startswith("import")]  # a second time costs nothing
+CALLS = {"load float32": load_float, "load packed": load_packed, "prepare and convert": convert}
 
 
 def timed(call: Callable[[], Any]) -> dict[str, float]:
@@ -130,38 +115,42 @@ def peaks(call: Callable[[], Any]) -> dict[str, float]:
     }
 
 
-def fresh(name: str, measure: str, folder: Path) -> dict[str, float]:
-    """One measurement in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.startup",
-        "--case",
-        name,
-        "--measure",
-        measure,
-        "--folder",
-        str(folder),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
+def imported(module: str) -> dict[str, float]:
+    """Seconds of an import in a new interpreter that has torch already."""
+    code = (
+        "import json, time, torch; wall, cpu = time.perf_counter(), time.process_time(); "
+        f"import {module}; "
+        "print(json.dumps({'s': time.perf_counter() - wall, 'cpu s': time.process_time() - cpu}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measured(name: str, folder: Path, runs: int) -> Row:
-    """Medians of a case."""
-    times = [fresh(name, "time", folder) for _ in range(runs)]
-    columns = ["s", "cpu s"] if name in ONCE else list(times[0])
-    row: Row = {column: round(statistics.median(each[column] for each in times), 4) for column in columns}
-    if name not in ONCE:
-        if MEMORY.exists():
-            memory = fresh(name, "memory", folder)
-            row |= {column: round(value, 1) for column, value in memory.items()}
-            row["anonymous over model"] = round(memory["peak anonymous MB"] / memory["model MB"], 2)
-        else:
-            row["note"] = "memory not measured: needs Linux"
-    return row
+def forked(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function's result, from a process that has this one's imports and nothing else of its history."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=lambda: send.send(function(*arguments)))
+    process.start()
+    send.close()
+    try:
+        return receive.recv()  # EOFError where it failed; its traceback is on stderr
+    finally:
+        process.join()
+
+
+def medians(runs: list[dict[str, float]]) -> Row:
+    return {column: round(statistics.median(run[column] for run in runs), 4) for column in runs[0]}
+
+
+def measured(build: Callable[[Path], Callable[[], Any]], folder: Path, runs: int) -> Row:
+    """Times and memory of one of `CALLS`."""
+    row = medians([forked(lambda: timed(build(folder))) for _ in range(runs)])
+    if not MEMORY.exists():
+        return {**row, "note": "memory not measured: needs Linux"}
+    memory = forked(lambda: peaks(build(folder)))
+    row |= {column: round(value, 1) for column, value in memory.items()}
+    return {**row, "anonymous over model": round(memory["peak anonymous MB"] / memory["model MB"], 2)}
 
 
 def suite(runs: int) -> dict[str, Any]:
@@ -170,10 +159,14 @@ def suite(runs: int) -> dict[str, Any]:
 
     from .cpu import machine
 
+    rows = {name: medians([imported(module) for _ in range(runs)]) for name, module in tqdm(IMPORTS.items(), "imports")}
+    for module in (*IMPORTS.values(), "lowbit.conversion", "lowbit.nn"):
+        importlib.import_module(module)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        prepare_folders(folder)
-        rows = {name: measured(name, folder, runs) for name in tqdm(CASES)}
+        forked(prepare_folders, folder)
+        for name, build in tqdm(CALLS.items(), "calls"):
+            rows[name] = measured(build, folder, runs)
     return {
         "suite": "startup",
         "model": "imports, loading and converting BERT-base (12 layers, random weights), ternary 2-2-8",
@@ -188,14 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder for startup.json")
     parser.add_argument("--runs", type=int, default=5, help="processes for each figure")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
-    parser.add_argument("--measure", choices=("time", "memory"), help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.case:
-        call = CASES[options.case](options.folder)
-        print(json.dumps((timed if options.measure == "time" else peaks)(call)))
-        return
     from .cpu import show
 
     show(suite(options.runs), options.results)

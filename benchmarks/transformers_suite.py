@@ -309,10 +309,16 @@ def render(report: dict[str, Any]) -> str:
     lines += ["## Skipped by transformers", "", "| transformers says | tests |", "| --- | --- |"]
     for case, tests in sorted(results.items(), key=lambda item: -len(item[1])):
         if case.startswith(SKIPPED):
-            names = ", ".join(f"`{test}`" for test in tests)
+            names = ", ".join(f"`{test}`{_only(row)}" for test, row in tests.items())
             lines.append(f"| {_cell(case.removeprefix(f'{SKIPPED}: '))} | {names} |")
     lines += ["", "## Pass at every stage", "", ", ".join(f"`{test}`" for test in results.get(PASSED, {})), ""]
     return "\n".join(lines)
+
+
+def _only(row: Row) -> str:
+    """The stages at which a test is skipped, where it is not at all."""
+    stages = [stage for stage in STAGES if str(row[stage]).startswith(SKIPPED)]
+    return "" if len(stages) == len(STAGES) else f" ({', '.join(stages)} only)"
 
 
 def _kind(line: str) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CHECKSUMS, _CONFIG = "lowbit.checksums", "lowbit.config"  # keys in the safetensors header
-_BYTES_ONLY = "lowbit.crc32"  # of older files: CRC-32 of the bytes alone, and no record of the configuration
+_BYTES_ONLY = "lowbit.crc32"  # of earlier files: CRC-32 of the bytes alone, and no record of the configuration
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # Fields of config.json that people edit, and that change nothing of what a loaded model computes. So does dropout.
@@ -52,7 +52,7 @@ def verify(folder: str | PathLike[str]) -> None:
 
     Raises:
         CheckpointError: a file is missing, damaged, of another checkpoint, no regular file, or has no records (written
-            long ago or by another program: load it and save it again).
+            by an earlier version or another program: load it and save it again).
     """
     folder = Path(folder)
     values = _read_json(folder / "config.json")
@@ -127,12 +127,13 @@ def read_tensors(
     return _loads(files[0], records[_CONFIG]) if _CONFIG in records else None
 
 
-def check_config(path: Path, recorded: dict[str, Any] | None, strict: bool = False) -> None:
+def check_config(path: Path, recorded: dict[str, Any] | None, config_class: Any = None, strict: bool = False) -> None:
     """Raise CheckpointError where a config.json says another model than was recorded with the weights.
 
     What the caller of `from_pretrained` changes by keywords is not in the file, and free.
 
     Args:
+        config_class: reads the file; None: the one that transformers has for its model_type.
         strict: refuse fields too that were not there, of which transformers knows more than any version writes.
     """
     if recorded is None:
@@ -143,7 +144,7 @@ def check_config(path: Path, recorded: dict[str, Any] | None, strict: bool = Fal
     try:
         from transformers import CONFIG_MAPPING
 
-        found = _described(CONFIG_MAPPING[values["model_type"]].from_dict(values))
+        found = _described((config_class or CONFIG_MAPPING[values["model_type"]]).from_dict(values))
     except Exception as error:  # validation in transformers and huggingface_hub has no common exception
         raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from error
     same_version = recorded.get("transformers_version") == found.get("transformers_version")

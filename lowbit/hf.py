@@ -33,7 +33,7 @@ from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trit
 
 from . import card, checkpoints, publishing
 from ._files import exclusive
-from .config import FORMAT_VERSION, LengthConfig, LowbitConfig
+from .config import FORMAT_VERSION, BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
 from .errors import CheckpointError
 from .nn import UnpaddedEncoder, attention
 from .nn._packed import Packed
@@ -52,7 +52,10 @@ _WEIGHTS = re.compile(
 
 @register_quantization_config("lowbit")
 class _RegisteredConfig(QuantizationConfigMixin):
-    """What transformers calls to read config.json; the object it gets is a `LowbitConfig`."""
+    """What transformers calls to read config.json; the object it gets is a `LowbitConfig`.
+
+    Its class is the one a user would have passed: transformers compares the names, where both are given.
+    """
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -60,6 +63,9 @@ class _RegisteredConfig(QuantizationConfigMixin):
             config = LowbitConfig.from_dict(config_dict)
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"config.json: {error}") from error
+        kind = {2: TernaryConfig, 1: BinaryConfig}.get(config.weight_bits or 0, LowbitConfig)
+        if config.stage != "float":
+            config = kind.from_dict(config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
 
@@ -315,13 +321,15 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
     """Refuse files where tensors of the encoder are missing, of another type or shape, or changed since written."""
     if model.name_or_path:
         checkpoints.check_inside(model.name_or_path, files)
-    expected, own = _expected_tensors(model), model.state_dict()
+    expected, own, base = _expected_tensors(model), model.state_dict(), model.base_model.state_dict()
     found: set[str] = set()
 
     def check(file: str, name: str, tensor: torch.Tensor) -> None:
         bare = _bare(model, name)
         found.add(bare)
-        dtype, shape = expected.get(bare, (None, tensor.shape))
+        # Of what need not be there: a pooler has one shape; a head may be given another size by the caller.
+        free = own[name].shape if bare in base and name in own else tensor.shape
+        dtype, shape = expected.get(bare, (None, free))
         wants_float = dtype is None and (bare in expected or (name in own and own[name].is_floating_point()))
         fits = tensor.is_floating_point() if wants_float else dtype in (None, tensor.dtype)
         if not fits or tensor.shape != shape:
@@ -335,7 +343,7 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
     recorded = checkpoints.read_tensors(files, check)
     config = Path(files[0]).parent / "config.json"
     if config.is_file():
-        checkpoints.check_config(config, recorded)
+        checkpoints.check_config(config, recorded, type(model.config))
     missing = sorted(set(expected) - found)
     if missing:
         raise CheckpointError(

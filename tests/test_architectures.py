@@ -96,6 +96,8 @@ def names_of(model: Any, *kinds: type) -> set[str]:
 def test_every_head_keeps_its_function_from_prepare_to_file(prefix: str, head: str, tmp_path: Path) -> None:
     model = tiny(prefix, head)
     inputs, base = batch(model), models.base_name(model)
+    if head == "ForMultipleChoice" and getattr(model.base_model, "pooler", head) is None:
+        pytest.skip("transformers 5.10 builds this head without the pooler that it reads")
     before, linears = outputs(model, inputs), names_of(model, nn.Linear)
     outside = {name for name in linears if not name.startswith(base)}
     words = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())

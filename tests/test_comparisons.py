@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import lowbit
+import lowbit.hf as hf
 from benchmarks import features, results, startup, transformers_suite
 from helpers import batch, outputs, tiny
 
@@ -118,6 +119,33 @@ def test_a_saved_base_model_is_loaded(tmp_path: Path) -> None:
     inputs = batch()
     for one, other in zip(outputs(again, inputs), outputs(model.base_model, inputs), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 700, 10**6])
+def test_files_are_expanded_in_parts(at_a_time: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(hf, "_EXPANDED_AT_A_TIME", at_a_time)
+    again = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_wrong_code_is_found_in_any_row() -> None:
+    table = lowbit.nn.PackedEmbedding(10_000, 8, 2)
+    table.weight.zero_()
+    table.weight_scale.fill_(1.0)
+    assert table.problems() is None
+    table.weight[9_999, 31] = 3
+    assert table.problems() == "ternary codes must be 0, 1 or 2, found 3"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    model = tiny()
+    with torch.no_grad():
+        model.classifier.bias[1] = value
+    with pytest.raises(ValueError, match=r"classifier\.bias holds NaN or infinity"):
+        lowbit.prepare(model, lowbit.TernaryConfig())
 
 
 def test_stages_of_the_suite() -> None:

@@ -36,7 +36,7 @@ def prepared(pair: bool) -> BertForSequenceClassification:
 
 
 def train(folder: Path, processes: int) -> tuple[dict[str, list[dict[str, float]]], dict[str, State], dict[str, State]]:
-    """Loss curves, first and last weights by schedule. Batches of 8; rank r of two takes 4r to 4r + 3 of each."""
+    """Loss curves, first and last weights by schedule. Batches of 8 in all, rank r of two takes 4r to 4r + 3."""
     torch.set_num_threads(1)
     curves, first, last = {}, {}, {}
     for name, stages in SCHEDULES.items():

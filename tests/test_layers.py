@@ -48,7 +48,19 @@ BELOW = {
     "distill": {"nn", "config", "models", "unpadding"},
     "_plugin": {"hf", "nn"},
     "recipes": {"_files", "length", "models", "tasks"},
-    "cli": {"__version__", "config", "conversion", "errors", "info", "nn", "quantizers", "recipes", "tasks"},
+    "cli": {
+        "__init__",
+        "card",
+        "checkpoints",
+        "config",
+        "conversion",
+        "errors",
+        "info",
+        "nn",
+        "quantizers",
+        "recipes",
+        "tasks",
+    },
     "__main__": {"cli"},
     "__init__": None,  # names everything
 }

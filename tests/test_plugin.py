@@ -84,11 +84,14 @@ def test_quantizing_on_load_refuses_offloaded_weights(tmp_path: Path) -> None:
 def test_a_packed_checkpoint_is_not_quantized_a_second_time(tmp_path: Path) -> None:
     model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="quantized with LowbitConfig but you are passing a BinaryConfig"):
+    with pytest.raises(ValueError, match="quantized with TernaryConfig but you are passing a BinaryConfig"):
         Auto.from_pretrained(tmp_path, quantization_config=lowbit.BinaryConfig())
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
-        loaded = Auto.from_pretrained(tmp_path, quantization_config=lowbit.LowbitConfig(weight_bits=2))
+        loaded = Auto.from_pretrained(tmp_path, quantization_config=lowbit.TernaryConfig(activation_bits=4))
     assert equal(model, loaded)
+    lowbit.slim(tiny(), 0.5).save_pretrained(tmp_path / "slim")
+    with pytest.raises(ValueError, match="LowbitConfig but you are passing a TernaryConfig"):
+        Auto.from_pretrained(tmp_path / "slim", quantization_config=lowbit.TernaryConfig())
 
 
 # --------------------------------------------------------------------------------------------------- packed files

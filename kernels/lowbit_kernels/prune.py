@@ -286,7 +286,7 @@ def _above_threshold(
         raise ValueError(f"keep={keep!r} with unit='threshold', accepted: a number that is not NaN")
     if importance.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_lengths(cu_seqlens, len(importance), None)
-    stays = importance.double() >= keep
+    stays = importance.double() >= float(keep)
     if protected is not None:
         stays |= protected
     stays = torch.nn.functional.pad(stays, (0, 1))  # room for the start of empty sequences at the end
