@@ -136,10 +136,14 @@ def main() -> None:
     )
     pairs = load_task("stsb", arguments.data_dir)["validation"]
     pairs = pairs[: arguments.max_pairs or len(pairs)]
-    rows: dict[str, results.Row] = {}
+    folder = Path(arguments.model)
+    name = folder.parent.name if folder.name == "model" else folder.name
+    trained = {each: f"{each}, {arguments.steps} steps of distillation" for each in DISTILLED if arguments.steps}
+    cases = ["float", *(f"{each}, post-training" for each in CONFIGS), *trained.values()]
+    rows: dict[str, results.Row] = {case: {"note": "not measured: the run was cut off"} for case in cases}
     report = {
         "suite": "cpu-sentences",
-        "model": f"{Path(arguments.model).name}: sentence embeddings of packed models",
+        "model": f"{name}: sentence embeddings of packed models",
         "machine": cpu.machine(),
         "method": (
             f"Spearman's correlation (x 100) with the gold scores of {len(pairs['label'])} STS-B validation pairs; "
@@ -147,22 +151,21 @@ def main() -> None:
             f"{arguments.steps} steps of {arguments.batch_size} sentences of STS-B's and SST-2's training splits, "
             f"AdamW, learning rate 2e-4 with linear decay, one seed ({arguments.seed})"
         ),
-        "results": {f"STS-B validation, {Path(arguments.model).name}": rows},
+        "results": {f"STS-B validation, {name}": rows},
     }
 
-    def add(name: str, model: Any, reference: torch.Tensor | None) -> torch.Tensor:
-        rows[name], embeddings = measure(model, tokenizer, pairs, reference)
-        print(name, rows[name], flush=True)
+    def add(case: str, model: Any, reference: torch.Tensor | None) -> torch.Tensor:
+        rows[case], embeddings = measure(model, tokenizer, pairs, reference)
+        print(case, rows[case], flush=True)
         results.write(report, arguments.results)
         return embeddings
 
     reference = add("float", teacher, None)
-    for name, config in CONFIGS.items():
-        add(f"{name}, post-training", lowbit.quantize(copy.deepcopy(teacher), config), reference)
-    for name in DISTILLED if arguments.steps else ():
+    for each, config in CONFIGS.items():
+        add(f"{each}, post-training", lowbit.quantize(copy.deepcopy(teacher), config), reference)
+    for each, case in trained.items():
         sentences = sentences_of(arguments.data_dir, arguments.steps * arguments.batch_size, arguments.seed)
-        model = distilled(teacher, tokenizer, CONFIGS[name], sentences, arguments.steps)
-        add(f"{name}, {arguments.steps} steps of distillation", model, reference)
+        add(case, distilled(teacher, tokenizer, CONFIGS[each], sentences, arguments.steps), reference)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import cpu, gpu, gpu_attention, gpu_linear, gpu_model, gpu_training, lengths, report, results
+from benchmarks import cpu, gpu, gpu_attention, gpu_linear, gpu_model, gpu_training, lengths, report, results, sentences
 
 SMALL = {
     "vocab_size": 20001,
@@ -370,3 +371,16 @@ def test_runs_of_the_length_examples_become_a_suite(tmp_path: Path) -> None:
     written = results.read(results.write(lengths.report([tmp_path]), tmp_path))
     assert written["results"] == {"sst2, minilm, ternary 2-2-8, 3 steps of LengthDrop, all examples": rows}
     assert report.plot(written, tmp_path)[0].stat().st_size > 1000
+
+
+def test_sentence_embeddings_are_means_over_tokens_of_length_1() -> None:
+    states, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    got = sentences.pooled(states, mask)
+    for row, tokens in enumerate((2, 3)):
+        mean = sum(states[row, token] for token in range(tokens)) / tokens
+        assert torch.allclose(got[row], mean / mean.square().sum().sqrt(), atol=1e-6)
+    output = SimpleNamespace(last_hidden_state=states)
+    opposite = SimpleNamespace(last_hidden_state=-states)
+    loss = sentences.EmbeddingLoss(weight=3.0)
+    assert abs(loss(output, output, {"attention_mask": mask})) < 1e-6
+    assert abs(loss(output, opposite, {"attention_mask": mask}) - 6.0) < 1e-5  # 1 - cos of opposite vectors is 2
