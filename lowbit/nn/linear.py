@@ -289,7 +289,8 @@ def autocast(x: torch.Tensor) -> torch.Tensor:
 class JointProjection:
     """Query, key and value of one attention in one product, although the attention calls them one after the other.
 
-    The first one called with a tensor computes all; each result is handed out once.
+    The first one called with a tensor computes all; each result is handed out once. An edit of the tensor between the
+    calls is noticed by its version, which inference tensors and traced ones do not have: there, do not edit it.
 
     Args:
         linears: of the same kind, in the order in which they are called.
