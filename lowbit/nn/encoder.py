@@ -138,7 +138,7 @@ class UnpaddedEncoder(nn.Module):
         fast = self._fast(hidden_states)
         # How many tokens are padding is not known while the whole model is traced (torch.compile, torch.export).
         traced = torch.compiler.is_compiling() and attention_mask is not None
-        if obstacle or not (drops or (fast and not traced)):
+        if obstacle or (not drops and (traced or fast is None)):
             return self._by_layer[0](hidden_states, additive(attention_mask, hidden_states.dtype), **kwargs)
         tokens, sequences, places = without_padding(hidden_states, attention_mask)
         protected = None
@@ -146,7 +146,8 @@ class UnpaddedEncoder(nn.Module):
             protected = protected_tokens.bool().expand(hidden_states.shape[:2]).flatten()
             protected = protected if places is None else protected[places]
         if len(tokens):
-            tokens = (fast or self._run_modules)(tokens, sequences, first_token_only, protected)
+            run = self._run_modules if fast is None else fast  # not `fast or`: Dynamo of torch 2.11 cannot trace that
+            tokens = run(tokens, sequences, first_token_only, protected)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=with_padding(tokens, places, hidden_states.shape)
         )
