@@ -208,8 +208,8 @@ LIBRARIES: dict[str, Library] = {
         wrong_bits=lambda model: _quanto(model, "qint5"),
     ),
     "HQQ": Library(
-        "hqq.core.quantize", "hqq", "each linear as `HQQLinear(linear, BaseQuantizeConfig(nbits=4, group_size=64), ...)`"
-        "; in one call `AutoHQQHFModel.quantize_model`",
+        "hqq.core.quantize", "hqq", "each linear as `HQQLinear(linear, BaseQuantizeConfig(nbits=4, group_size=64))`, "
+        "in one call `AutoHQQHFModel.quantize_model`",
         in_place=_hqq_model,
         by_layer=lambda model: _hqq(model, 4),
         at_load=_hqq_at_load,
