@@ -88,7 +88,12 @@ class LowbitQuantizer(HfQuantizer):
         if self.pre_quantized:
             from .conversion import build
 
-            build(model, self.quantization_config)
+            try:
+                build(model, self.quantization_config)
+            except CheckpointError:
+                raise
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(f"config.json: {error}") from error
             # Without files there is a state dict from memory, which has the modules' form.
             if checkpoint_files:
                 if self.quantization_config.stage == "packed" and self.quantization_config.format_version >= 2:
