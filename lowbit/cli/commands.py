@@ -459,12 +459,15 @@ def search_length(
     offline_if_local(model, data_dir, _text(file))
     with _progress_to_stderr():
         import lowbit
+        from lowbit.length.front import times_less
         from lowbit.recipes import lengths, stages
         from lowbit.recipes.measure import evaluate as metrics
         from lowbit.tasks import get_task, load_task, tokenize
 
         from . import loading
 
+        for name in budget or ():
+            times_less(name)  # refuses what is no budget before the search
         known = get_task(task) if task else None
         classifier = loading.load_classifier(model, known.labels if known else None)
         if task and known:
