@@ -272,7 +272,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Timed forward passes; the median counts.")] = 15,
     fused: Fused = False,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="lowbit.compile the model, and torch.compile the baseline.")
+        bool, typer.Option("--compile", help="lowbit.compile both (a float one: torch.compile by layer).")
     ] = False,
     device: Device = "auto",
     as_json: Json = False,
