@@ -587,7 +587,8 @@ def render(report: dict[str, Any]) -> str:
         f"Filled by `python -m benchmarks.features` from what was run, on a CPU: {report['method']}. Model: "
         f"{report['model']}. Machine: {machine}.",
         "",
-        "Each library is used in its usual way:",
+        "Ratios of times are beside float32 in the same process and turns, on a machine shared with other work. lowbit "
+        "loads its parts on first use, which its import time does not show. Each library is used in its usual way:",
         "",
         *(f"- {name}: {library.usual}" for name, library in LIBRARIES.items()),
         "",
