@@ -69,7 +69,7 @@ def model_card(
         raise ValueError(f"{type(model).__name__} is a float model; model_card takes one that lowbit has changed")
     if results and task is None:
         raise ValueError(f"results={dict(results)} without a task; say what they were measured on: task='sst2'")
-    head = type(model).__name__
+    head = type(model).__name__.removeprefix("FSDP")  # fully_shard gives models a class of their own
     pipeline = next((name for ending, name in _PIPELINES.items() if head.endswith(ending)), None)
     if model is model.base_model:
         pipeline = "feature-extraction"
@@ -88,7 +88,7 @@ def model_card(
     )
     parts = [
         f"# {_title(config, parent, head)}",
-        _description(model, config, parent),
+        _description(model, config, parent, head),
         _sizes(model, config),
         _usage(head),
         _measured(results, teacher_results, task),
@@ -138,16 +138,16 @@ def _title(config: LowbitConfig, parent: str | None, head: str) -> str:
     return f"{(parent or head).rpartition('/')[2]} {what}"
 
 
-def _description(model: PreTrainedModel, config: LowbitConfig, parent: str | None) -> str:
+def _description(model: PreTrainedModel, config: LowbitConfig, parent: str | None, head: str) -> str:
     source = f", made from `{parent}`" if parent else ""
     if config.stage == "float":
-        lines = [f"`{type(model).__name__}`{source}, float, with {config.num_attention_heads} attention heads a layer."]
+        lines = [f"`{head}`{source}, float, with {config.num_attention_heads} attention heads a layer."]
     else:
         kind = {2: "ternary (2-bit)", 1: "binary (1-bit)", None: "float"}[config.weight_bits]
         pairs = ", each the sum of a pair of binary matrices" if config.split else ""
         packed = "packed" if config.stage == "packed" else "prepared for training (the file holds floats)"
         lines = [
-            f"`{type(model).__name__}`{source}, quantized with lowbit, {packed}. Bits of weights, embeddings and "
+            f"`{head}`{source}, quantized with lowbit, {packed}. Bits of weights, embeddings and "
             f"activations: **{_bits(config)}**.",
             "",
             f"- linear weights: {kind}{pairs}, scales {_words(config.granularity)}",
@@ -177,9 +177,11 @@ def _width(bits: int | None) -> str:
 
 def sizes(model: PreTrainedModel) -> tuple[int, int]:
     """Bytes of the model's tensors in its file, and of the same tensors as float32."""
-    tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.numel()}  # tied ones once
-    stored = sum(tensor.nbytes for tensor in tensors.values())
-    as_float = sum(4 * tensor.numel() for tensor in tensors.values())
+    saved = model.state_dict().keys()
+    named = [*model.named_parameters(), *model.named_buffers()]  # tied ones once
+    tensors = [tensor for name, tensor in named if name in saved]
+    stored = sum(tensor.nbytes for tensor in tensors)
+    as_float = sum(4 * tensor.numel() for tensor in tensors)
     version = getattr(model.config.quantization_config, "format_version", 1)
     for module in model.modules():
         if not isinstance(module, Packed):

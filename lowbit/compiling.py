@@ -6,11 +6,9 @@ epilogues of the products into a few loops. On a CPU it needs a C++ compiler.
 
 from __future__ import annotations
 
-import os
-import shutil
 from typing import TYPE_CHECKING, Any
 
-from . import models
+from . import info, models
 from .nn import UnpaddedEncoder
 
 if TYPE_CHECKING:
@@ -23,7 +21,7 @@ def compile(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
     Compile after `lowbit.fuse` and `lowbit.set_length`, which replace what is compiled.
 
     Args:
-        model: `BertModel` or any `BertFor*`, usually packed.
+        model: of an architecture that `lowbit.models` describes, usually packed.
         **options: of `torch.compile`, `dynamic=True` say.
 
     Returns:
@@ -46,8 +44,9 @@ def compile(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
 
 def check_compiler() -> None:
     """Raise RuntimeError where there is no C++ compiler for what Inductor makes for a CPU."""
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+    name, path = info.cpp_compiler()
+    if path is None:
         raise RuntimeError(
-            "torch.compile on a CPU needs a C++ compiler and found neither $CXX, g++ nor clang++; install one "
-            "(apt install g++), or run the model as it is"
+            f"torch.compile on a CPU needs a C++ compiler and found no {name!r}; install one (apt install g++) or name "
+            "another in CXX, or run the model as it is"
         )

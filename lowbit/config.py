@@ -94,16 +94,21 @@ class LowbitConfig:
             value = getattr(self, name)
             if value not in accepted or isinstance(value, bool):
                 raise ValueError(f"{type(self).__name__}: {name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
+        for name in ("quantize_attention", "quantize_pooler", "split"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{type(self).__name__}: {name}={getattr(self, name)!r}; accepted: True, False")
+        if self.modules_to_not_convert is None:  # as other libraries write "none"
+            self.modules_to_not_convert = []
+        for name in ("asymmetric", "modules_to_not_convert"):
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or not all(isinstance(entry, str) for entry in value):
+                raise ValueError(f"{type(self).__name__}: {name}={value!r}; accepted: a list of names")
         unknown = sorted(set(self.asymmetric) - set(_SITES))
         if unknown:
             raise ValueError(f"{type(self).__name__}: asymmetric={unknown}; accepted: {', '.join(_SITES)}")
-        if self.activation_clip is not None and not self.activation_clip > 0:
-            raise ValueError(f"{type(self).__name__}: activation_clip={self.activation_clip}; accepted: None or > 0")
-        if isinstance(self.modules_to_not_convert, str):
-            raise ValueError(
-                f"{type(self).__name__}: modules_to_not_convert is a text, {self.modules_to_not_convert!r}; "
-                "accepted: a list of names"
-            )
+        clip = self.activation_clip
+        if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+            raise ValueError(f"{type(self).__name__}: activation_clip={clip!r}; accepted: None or > 0")
         if self.split and (self.weight_bits != 1 or self.embedding_bits == 2):
             raise ValueError(
                 f"{type(self).__name__}: split=True needs weight_bits=1 and embedding_bits of 1, 8 or None, got "

@@ -185,8 +185,10 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
                 _as_pair(module)
     else:
         modules = _packed_like(model, config)
+    tables = [modules[name] for name in models.embeddings(model)[0] if name in modules]
     _swap(model, modules)
-    if config.embedding_bits is not None and (config.stage == "packed" or config.split):
+    # As `convert` and `split` did. A table left in float, or not a pair, is still the decoder's too.
+    if any(isinstance(table, PackedEmbedding) or table.weight.dim() == 3 for table in tables):
         _forget_ties(model)
     if config.stage == "packed":
         _fuse_linears(model)

@@ -58,7 +58,7 @@ def program(model: PreTrainedModel) -> torch.export.ExportedProgram:
     names = ["input_ids", "attention_mask"]
     if getattr(model.config, "type_vocab_size", 1) > 1:
         names.append("token_type_ids")
-    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=_longest(model))
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1, max=models.longest(model))
     # Of a size that is not traced as if it were the only one, which 0 and 1 are.
     inputs = {name: torch.ones(2, 7, dtype=torch.int64) for name in names}
     shapes = {name: {0: batch, 1: length} for name in names}
@@ -83,12 +83,15 @@ def export(model: PreTrainedModel, path: str | os.PathLike[str], **options: Any)
         `lowbit.compile`. Ids outside the table are an error of the package's or undefined, not an IndexError.
 
     Raises:
+        FileNotFoundError: the folder of `path` does not exist.
         RuntimeError: no C++ compiler.
         TypeError, ValueError: a model that `program` does not take, or another ending of the path.
     """
     path = Path(path)
     if path.suffix != ".pt2":
         raise ValueError(f"an AOTInductor package is a file that ends in '.pt2', got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder, so {path.name} cannot be written there")
     _check(model)
     check_compiler()  # before minutes of tracing
     exported = program(model)
@@ -115,12 +118,3 @@ def _check(model: PreTrainedModel) -> None:
         )
     if type(model).__name__.endswith("ForMultipleChoice"):
         raise ValueError("lowbit.export takes inputs [B, S], a multiple-choice head reads [B, choices, S]")
-
-
-def _longest(model: PreTrainedModel) -> int | None:
-    """Tokens of the longest sequence that the position embeddings reach, None where there are no such."""
-    path = models.describe(model).position_embeddings
-    if path is None:
-        return None
-    table: Any = model.base_model.get_submodule(path)
-    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)  # where RoBERTa begins

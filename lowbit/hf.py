@@ -200,8 +200,10 @@ def detach(model: PreTrainedModel) -> None:
 def _save_pretrained(
     model: PreTrainedModel,
     save_directory: str | os.PathLike[str],
-    *,
+    is_main_process: bool = True,
+    state_dict: dict[str, torch.Tensor] | None = None,
     push_to_hub: bool = False,
+    *,
     self_contained: bool = False,
     **kwargs: Any,
 ) -> None:
@@ -210,7 +212,7 @@ def _save_pretrained(
     A model card is written too, but never over one that a person wrote (`lowbit.card`).
 
     Args:
-        save_directory, push_to_hub, **kwargs: as transformers has them.
+        save_directory, is_main_process, state_dict, push_to_hub, **kwargs: as transformers has them.
         self_contained: add a small modeling file, so that `from_pretrained(..., trust_remote_code=True)` loads the
             folder in a program that does not import lowbit (which must be installed still).
 
@@ -226,9 +228,9 @@ def _save_pretrained(
     # Names are the modules' own: those of other libraries, which transformers writes for some types, say other shapes.
     kwargs.setdefault("save_original_format", False)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
-    model.hf_quantizer.given_state = kwargs.get("state_dict")
+    model.hf_quantizer.given_state = state_dict
     try:
-        type(model).save_pretrained(model, staging, **kwargs)
+        type(model).save_pretrained(model, staging, is_main_process, state_dict, **kwargs)
         if (staging / "config.json").exists():  # not on the other ranks
             _complete(model, staging, target, self_contained)
         written = {path.name for path in staging.iterdir()}
@@ -349,11 +351,15 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
     config = Path(files[0]).parent / "config.json"
     if config.is_file():
         checkpoints.check_config(config, recorded, type(model.config))
+    ties = [(_bare(model, one), _bare(model, other)) for one, other in model.all_tied_weights_keys.items()]
+    for one, other in ties:  # transformers writes one of them
+        found |= {one, other} if found & {one, other} else set()
     missing = sorted(set(expected) - found)
     if missing:
         raise CheckpointError(
             f"{files[0]}: {len(missing)} tensors of the encoder are missing, the first is {missing[0]}; the file is "
-            f"damaged, or was saved from a head without a part that {type(model).__name__} has"
+            f"damaged, or was saved from a head without a part that {type(model).__name__} has (a pooler: pass "
+            "add_pooling_layer=False to from_pretrained)"
         )
 
 

@@ -1,8 +1,11 @@
-"""Which backend runs here, in one line."""
+"""Which backend runs here, in one line, and which C++ compiler."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sys
 
 import torch
 
@@ -20,3 +23,9 @@ def backend() -> str:
         return f"cuda: triton {triton.__version__} on {torch.cuda.get_device_name()}"
     capability = torch.backends.cpu.get_cpu_capability()
     return f"cpu: torch {torch.__version__} int8 products, {capability}, {torch.get_num_threads()} threads"
+
+
+def cpp_compiler() -> tuple[str, str | None]:
+    """The C++ compiler that Inductor runs on a CPU, and its path (None: not there): $CXX, else g++, and no other."""
+    name = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    return name, shutil.which(name)

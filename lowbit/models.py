@@ -224,6 +224,15 @@ def intermediate_size(model: PreTrainedModel) -> int:
     return getattr(model.config, describe(model).intermediate_size)
 
 
+def longest(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest sequence that the position embeddings reach, None where nothing says so."""
+    path = describe(model).position_embeddings if is_known(model) else None
+    if path is None:
+        return getattr(model.config, "max_position_embeddings", None)
+    table: Any = model.base_model.get_submodule(path)
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)  # where RoBERTa begins
+
+
 def base_name(model: PreTrainedModel) -> str:
     """Prefix of the base model's module names: "bert." under a head, "" for the bare model."""
     return "" if model.base_model is model else f"{model.base_model_prefix}."

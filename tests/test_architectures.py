@@ -352,6 +352,18 @@ def test_the_ffn_of_the_fallback_has_its_zero_point() -> None:
     assert [name.rpartition(".")[2] for name, value in symmetric.items() if not value] == ["ffn_output"]
 
 
+@pytest.mark.parametrize(("prefix", "reach"), [("Bert", 40), ("Roberta", 38), ("DebertaV2", 40)])
+def test_the_longest_sequence_is_what_a_model_runs(prefix: str, reach: int) -> None:
+    """RoBERTa's positions begin behind its padding row."""
+    config = getattr(transformers, f"{prefix}Config")
+    sizes = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = getattr(transformers, f"{prefix}Model")(config(**sizes, intermediate_size=64, max_position_embeddings=40))
+    assert models.longest(model) == reach
+    model(torch.full((1, reach), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, reach + 1), 5))
+
+
 def test_a_model_that_takes_no_token_ids_is_refused() -> None:
     config = transformers.ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40)
     model = transformers.ViTModel(config)

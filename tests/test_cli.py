@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 import lowbit
 from helpers import batch, outputs, tiny, tiny_task
-from lowbit.cli import checkpoint, commands, doctor
+from lowbit.cli import checkpoint, commands, doctor, loading
 from lowbit.cli.app import app
 from lowbit.length import Front
 from lowbit.nn import PackedEmbedding, PackedLinear
@@ -258,6 +258,10 @@ def test_evaluate_refuses_models_for_something_else(
     classifier.config.id2label = {0: "Positive", 1: "Negative"}
     classifier.save_pretrained(tmp_path / "turned")
     assert "another order" in call("evaluate", tmp_path / "turned", *task, code=1)
+    # The labels of the task in another spelling are fine: those of the best-known SST-2 model.
+    classifier.config.id2label = {0: "NEGATIVE", 1: "POSITIVE"}
+    classifier.save_pretrained(tmp_path / "upper")
+    loading.load_classifier(str(tmp_path / "upper"), ("negative", "positive"))
     assert "unknown task 'sst3'" in call("evaluate", model, "--task", "sst3", code=1)
     assert "has no tokenizer" in call("evaluate", saved_without_tokenizer(model, tmp_path), *task, code=1)
 
@@ -356,6 +360,10 @@ def test_a_given_teacher_keeps_its_weights_and_its_labels(
     task = ["--task", "sst2", "--data-dir", setup[0], *FEW, "--teacher-steps", 0]
     assert "not fine-tuned for this task" in call("distill", tmp_path / "base", tmp_path / "third", *task, code=1)
     assert "quantized already" in call("distill", found["model"], tmp_path / "third", *task, code=1)
+    turned = AutoModelForSequenceClassification.from_pretrained(setup[1])
+    turned.config.id2label = {0: "positive", 1: "negative"}
+    turned.save_pretrained(tmp_path / "base")  # with its tokenizer
+    assert "another order" in call("distill", tmp_path / "base", tmp_path / "third", *task, code=1)
 
 
 def test_search_length_finds_saves_and_resumes(setup: tuple[Path, Path], tmp_path: Path) -> None:
@@ -372,7 +380,9 @@ def test_search_length_finds_saves_and_resumes(setup: tuple[Path, Path], tmp_pat
     scored = json.loads((tmp_path / "run/search-model.json").read_text())["scores"]
     assert called(*arguments) == found
     assert json.loads((tmp_path / "run/search-model.json").read_text())["scores"] == scored
-    assert "accepted: '<number>x'" in call(*arguments, "--budget", "half", code=1)
+    untouched = [*arguments[:2], tmp_path / "new", *arguments[3:]]
+    assert "accepted: '<number>x'" in call(*untouched, "--budget", "half", code=1)
+    assert not (tmp_path / "new").exists()  # said before the search
 
 
 # -------------------------------------------------------------------------------------------------- files of the user's

@@ -105,6 +105,8 @@ def copy_of(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def test_a_missing_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lowbit.compiling.shutil.which", lambda name: None)
+    """Inductor looks for $CXX or g++ and no other: clang++ alone would end in its own error, after tracing."""
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/clang++" if name == "clang++" else None)
     with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler"):
         lowbit.compile(lowbit.quantize(tiny(), lowbit.TernaryConfig()))

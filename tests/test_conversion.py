@@ -231,6 +231,10 @@ def test_output_scores_are_the_raw_scores() -> None:
         (lambda: lowbit.TernaryConfig(weight_bits=3), "weight_bits=3"),
         (lambda: lowbit.TernaryConfig(granularity="per_group"), "per_tensor"),
         (lambda: lowbit.TernaryConfig(asymmetric=["keys"]), "keys"),
+        (lambda: lowbit.TernaryConfig(asymmetric="linear"), "a list of names"),
+        (lambda: lowbit.TernaryConfig(modules_to_not_convert="pooler"), "a list of names"),
+        (lambda: lowbit.TernaryConfig(activation_clip="2.5"), "None or > 0"),
+        (lambda: lowbit.TernaryConfig(quantize_attention="no"), "True, False"),
     ],
 )
 def test_bad_use_gets_one_clear_error(act: object, message: str) -> None:

@@ -19,7 +19,7 @@ from transformers import BertForSequenceClassification, TrainingArguments
 
 import lowbit
 from helpers import batch, outputs, tiny
-from lowbit import AttentionScoreLoss, HiddenStateLoss, LogitsLoss
+from lowbit import AttentionScoreLoss, HiddenStateLoss, LogitsLoss, card
 
 SCHEDULES = {
     "joint": [(1.0, [HiddenStateLoss(), AttentionScoreLoss(), LogitsLoss()])],
@@ -90,6 +90,8 @@ def shard(folder: Path, rank: int) -> dict[str, State]:
         if rank == 0:
             whole, _ = prepared_with_data(name)
             whole.load_state_dict(last[name])
+            assert card.sizes(model) == card.sizes(whole)
+            assert "FSDP" not in card.model_card(model).text
             lowbit.convert(whole).save_pretrained(folder / name)
     return last
 

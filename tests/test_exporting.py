@@ -88,7 +88,9 @@ def test_what_cannot_be_exported_is_a_clear_error(tmp_path: Path, monkeypatch: p
     refused("drops tokens", lowbit.set_length(packed(), lowbit.LengthConfig(keep=(0.5,))))
     refused("compiles for the CPU", packed().to("meta"))
     refused("reads \\[B, choices, S\\]", lowbit.quantize(tiny("BertForMultipleChoice"), lowbit.TernaryConfig()))
-    monkeypatch.setattr("lowbit.compiling.shutil.which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        lowbit.export(packed(), tmp_path / "none" / "model.pt2")
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler"):
         lowbit.export(packed(), tmp_path / "model.pt2")
     assert not list(tmp_path.iterdir())

@@ -99,6 +99,13 @@ def test_decoders_are_refused(kind: str) -> None:
         model(**inputs)
 
 
+def test_is_causal_none_is_what_the_module_says() -> None:
+    module, query = torch.nn.Module(), torch.randn(1, 2, 3, 16)
+    module.is_causal = True
+    with pytest.raises(ValueError, match="causal attention"):
+        attention.attention_forward(module, query, query, query, None, is_causal=None)
+
+
 @pytest.mark.parametrize("padding", [*PADDING, "a row of padding"])
 @pytest.mark.parametrize("mask", [True, False])
 def test_attention_without_padding_is_that_of_the_own_tokens(padding: str, mask: bool) -> None:

@@ -16,7 +16,15 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import AutoModel, AutoModelForSequenceClassification, BertModel, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    BertModel,
+    T5Config,
+    T5EncoderModel,
+    pipeline,
+)
 
 import lowbit
 from helpers import batch, outputs, tiny
@@ -284,3 +292,48 @@ def test_loading_a_base_model_of_a_packed_head_by_auto_class(tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     loaded = AutoModel.from_pretrained(tmp_path, device_map="cpu", dtype=torch.float32)
     assert type(loaded) is BertModel and equal(model.bert, loaded)
+
+
+# ------------------------------------------------------------------------------------------------- ties, arguments
+
+
+@pytest.mark.parametrize("verb", ["prepare", "quantize", "split"])
+@pytest.mark.parametrize("fields", [{"modules_to_not_convert": ["word_embeddings"]}, {"embedding_bits": 8}, {}])
+def test_a_decoder_is_loaded_as_it_was_saved(verb: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """Tied where the table stays float or latent: one of the two tensors is in the file, the other is no new one."""
+    model, config = tiny("BertForMaskedLM"), lowbit.TernaryConfig(**fields)
+    if verb == "split":
+        lowbit.split(lowbit.prepare(model, config))
+    else:
+        getattr(lowbit, verb)(model, config)
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForMaskedLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert equal(model, loaded)
+    assert not report["missing_keys"]
+
+
+def test_tied_tables_of_other_architectures_need_one_tensor(tmp_path: Path) -> None:
+    """T5 has its table twice; its `wo` reads its own dtype, so it stays float."""
+    sizes = {"vocab_size": 99, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    model = T5EncoderModel(T5Config(**sizes)).eval()
+    ids = torch.randint(5, 99, (2, 9))
+    lowbit.quantize(model, lowbit.TernaryConfig(modules_to_not_convert=["wo"]))
+    model.save_pretrained(tmp_path)
+    loaded = T5EncoderModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(ids)[0], model(ids)[0])
+
+
+def test_save_pretrained_takes_the_arguments_of_transformers_by_place(tmp_path: Path) -> None:
+    model = lowbit.prepare(tiny(), lowbit.TernaryConfig())
+    state = {name: 2 * tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path, True, state)
+    loaded = Auto.from_pretrained(tmp_path)
+    assert torch.equal(loaded.classifier.weight, 2 * model.classifier.weight)
+
+
+def test_a_missing_pooler_says_how_to_load_without(tmp_path: Path) -> None:
+    lowbit.quantize(tiny("BertForMaskedLM"), lowbit.TernaryConfig()).save_pretrained(tmp_path)
+    with pytest.raises(lowbit.CheckpointError, match="add_pooling_layer=False"):
+        AutoModel.from_pretrained(tmp_path)
+    assert isinstance(AutoModel.from_pretrained(tmp_path, add_pooling_layer=False), BertModel)

@@ -185,6 +185,12 @@ def test_contradictions_are_found_before_training(config: Any, message: str) -> 
     assert isinstance(model.bert.pooler.dense, torch.nn.Linear)
 
 
+def test_none_left_in_float_may_be_none() -> None:
+    """As it is written for bitsandbytes, and by default there."""
+    lowbit.quantize(tiny(), config := lowbit.TernaryConfig(modules_to_not_convert=None))
+    assert config == lowbit.TernaryConfig()
+
+
 def test_modules_to_not_convert_takes_whole_parts() -> None:
     model = lowbit.quantize(tiny(), lowbit.TernaryConfig(modules_to_not_convert=["pooler", "layer.0"]))
     kinds = {name: type(module) for name, module in model.named_modules()}

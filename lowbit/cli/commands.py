@@ -272,7 +272,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Timed forward passes; the median counts.")] = 15,
     fused: Fused = False,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="lowbit.compile the model, and torch.compile the baseline.")
+        bool, typer.Option("--compile", help="lowbit.compile both (a float one: torch.compile by layer).")
     ] = False,
     device: Device = "auto",
     as_json: Json = False,
@@ -459,12 +459,15 @@ def search_length(
     offline_if_local(model, data_dir, _text(file))
     with _progress_to_stderr():
         import lowbit
+        from lowbit.length.front import times_less
         from lowbit.recipes import lengths, stages
         from lowbit.recipes.measure import evaluate as metrics
         from lowbit.tasks import get_task, load_task, tokenize
 
         from . import loading
 
+        for name in budget or ():
+            times_less(name)  # refuses what is no budget before the search
         known = get_task(task) if task else None
         classifier = loading.load_classifier(model, known.labels if known else None)
         if task and known:

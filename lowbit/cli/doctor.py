@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import shutil
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -117,10 +116,12 @@ def _cpu() -> list[Check]:
 
 
 def _compiler() -> list[Check]:
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    path = next((path for name in names if (path := shutil.which(name))), None)
+    from ..info import cpp_compiler
+
+    name, path = cpp_compiler()
     if path is None:
-        return [Check("compiler", "note", "no C++ compiler", "lowbit.compile needs one on the CPU: install g++")]
+        hint = "lowbit.compile needs a C++ compiler on the CPU: install g++, or name another in CXX"
+        return [Check("compiler", "note", f"no {name}", hint)]
     return [Check("compiler", "ok", path)]
 
 

@@ -82,14 +82,16 @@ def load_classifier(checkpoint: str, labels: tuple[str, ...] | None = None) -> P
     Raises:
         ValueError: another kind of model, or other labels.
     """
+    from ..recipes.data import check_order
+
     model = load_model(checkpoint)
     if not type(model).__name__.endswith("ForSequenceClassification"):
         raise ValueError(f"{checkpoint} is a {type(model).__name__}; accepted: a model ForSequenceClassification")
-    own = tuple(model.config.id2label.values())
+    own = tuple(map(str, model.config.id2label.values()))
     if labels is not None and len(own) != len(labels):
         raise ValueError(f"{checkpoint} has {len(own)} labels, the task has {len(labels)} ({', '.join(labels)})")
-    if labels is not None and own != labels and sorted(map(str.lower, own)) == sorted(labels):
-        raise ValueError(f"{checkpoint} has the labels {', '.join(own)}, the task {', '.join(labels)}: another order")
+    if labels is not None:
+        check_order(checkpoint, own, labels)
     return model
 
 

@@ -20,6 +20,14 @@ class FrontPoint(NamedTuple):
     score: float
 
 
+def times_less(budget: str) -> float:
+    """The number of a budget like "2x"; ValueError for another text."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)x", budget) if isinstance(budget, str) else None
+    if match is None or float(match[1]) < 1:
+        raise ValueError(f"budget={budget!r}; accepted: '<number>x' with a number from 1, as in '2x' or '1.5x'")
+    return float(match[1])
+
+
 @dataclass(frozen=True)
 class Front:
     """Result of `lowbit.length.search_lengths`: the configurations that no other beats in both cost and score.
@@ -44,10 +52,7 @@ class Front:
         Raises:
             ValueError: another text, or no configuration is cheap enough.
         """
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)x", budget) if isinstance(budget, str) else None
-        if match is None or float(match[1]) < 1:
-            raise ValueError(f"budget={budget!r}; accepted: '<number>x' with a number from 1, as in '2x' or '1.5x'")
-        limit = self.full_cost / float(match[1])
+        limit = self.full_cost / times_less(budget)
         affordable = [point for point in self.points if point.cost <= limit]
         if not affordable:
             cheapest = min((point.cost for point in self.points), default=math.inf)

@@ -144,7 +144,8 @@ def _fits_kernel(
 
 def _refuse_decoders(module: nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> None:
     problem = None
-    if kwargs.get("is_causal", getattr(module, "is_causal", False)):
+    causal = kwargs.get("is_causal")  # None: as the module says
+    if getattr(module, "is_causal", False) if causal is None else causal:
         problem = "causal attention (is_decoder=True?)"
     elif key.shape != query.shape:
         problem = f"keys {tuple(key.shape)} for queries {tuple(query.shape)}: cross-attention, a cache or grouped heads"

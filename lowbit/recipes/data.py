@@ -49,6 +49,13 @@ def held_out(rest: Dataset, known: set[str], task: Task, count: int) -> Dataset:
     return rest.select(chosen[:count])
 
 
+def check_order(model: str, own: Sequence[str], labels: Sequence[str]) -> None:
+    """RecipeError where a model has the labels of a task (in any spelling) in another order."""
+    found, wanted = ([label.lower() for label in names] for names in (own, labels))
+    if found != wanted and sorted(found) == sorted(wanted):
+        raise RecipeError(f"{model} has the labels {', '.join(own)}, the task {', '.join(labels)}: another order")
+
+
 def load_files(
     files: dict[str, str],
     text_columns: Sequence[str] = (),

@@ -15,6 +15,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 import lowbit
 import lowbit_kernels
 
+from ..models import longest
 from ..tasks import compute_metrics
 from . import RecipeError, require
 from .stages import Run
@@ -55,8 +56,8 @@ def latencies(
     times: dict[str, list[float]] = {name: [] for name in models}
     inputs = {}
     for name, model in models.items():
-        positions = getattr(model.config, "max_position_embeddings", length)
-        if length > positions:
+        positions = longest(model)
+        if positions is not None and length > positions:
             raise RecipeError(f"length {length}: {name} has {positions} positions")
         most = model.config.vocab_size
         ids = torch.randint(min(1000, most // 2), most, (batch_size, length), device=model.device)

@@ -30,6 +30,7 @@ import lowbit
 from .._files import write_text
 from ..tasks import Task
 from . import RecipeError, log, require
+from .data import check_order
 
 
 @dataclass
@@ -161,11 +162,14 @@ def load_teacher(options: Any, task: Task) -> tuple[PreTrainedModel, PreTrainedT
     """The float model and its tokenizer; its head is a fresh one for the task unless it has one that fits.
 
     Raises:
-        RecipeError: a quantized model, or (`teacher_steps` 0) one without a head for the task.
+        RecipeError: a quantized model, or (`teacher_steps` 0) one without a head for the task, or with the task's
+            labels in another order.
     """
     config = AutoConfig.from_pretrained(options.model)
     if getattr(config, "quantization_config", None):
         raise RecipeError(f"{options.model} is quantized already; the teacher must be a float model")
+    if not options.teacher_steps:
+        check_order(options.model, list(map(str, config.id2label.values())), task.labels)
     torch.manual_seed(options.seed)
     names = dict(enumerate(task.labels))
     model, loading = AutoModelForSequenceClassification.from_pretrained(
