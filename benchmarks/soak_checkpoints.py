@@ -82,6 +82,13 @@ def write_bases(folder: Path, seed: int) -> None:
     for name, model in models.items():
         model.save_pretrained(folder / name, **({"max_shard_size": "6KB"} if name == "sharded" else {}))
     lowbit.quantize(small(), ternary()).save_pretrained(folder / "other sharded", max_shard_size="6KB")
+    # safetensors writes the records in an order that changes from process to process; a case is to be the same in all.
+    for path in sorted(folder.rglob("*.safetensors")):
+        rewrite_header(path, lambda header: json.dumps({**header, "__metadata__": dict(_sorted(header))}))
+
+
+def _sorted(header: dict[str, Any]) -> list[tuple[str, str]]:
+    return sorted(header["__metadata__"].items())
 
 
 BASES = ("ternary", "sharded", "binary", "split pair", "lengths", "bfloat16", "prepared")

@@ -105,3 +105,8 @@ def test_codes_without_columns(layout: str) -> None:
 
 def test_trits_on_meta_have_a_shape() -> None:
     assert lowbit_kernels.unpack_trits(torch.zeros(3, 2, dtype=torch.uint8, device="meta"), 7).shape == (3, 7)
+
+
+def test_static_codes_of_a_scalar_are_a_scalar() -> None:
+    codes, scale, _ = lowbit_kernels.quantize_per_tensor(torch.tensor(-1.5), scale=torch.ones(1))
+    assert codes.shape == () and codes == -2 and scale.shape == (1,)

@@ -417,7 +417,8 @@ def _static(
     x = x.float().contiguous()
     poison = (x - x).sum()  # NaN if x holds NaN or infinity
     new_zero = scale.new_zeros(0, dtype=torch.int32) if zero_point is None else zero_point.clone()
-    return static_codes(x, bits, scale, zero_point), scale + (scale - scale) + poison, new_zero
+    codes = static_codes(x, bits, scale, zero_point).reshape(x.shape)  # of a scalar x, the scale [1] makes a [1]
+    return codes, scale + (scale - scale) + poison, new_zero
 
 
 # -------------------------------------------------------------------------------------------------------------- ops

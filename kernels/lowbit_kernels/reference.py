@@ -139,7 +139,8 @@ def quantize_per_tensor(
     q_max = 2 ** (bits - 1) - 1
     inverse = 1.0 / scale if float(scale) >= SMALLEST_NORMAL else torch.zeros_like(scale)
     q = torch.round(x.float() * inverse) + (0 if zero_point is None else zero_point)
-    return q.clamp(-q_max if symmetric else -q_max - 1, q_max).to(torch.int8), scale, zero_point
+    q = q.clamp(-q_max if symmetric else -q_max - 1, q_max).to(torch.int8)
+    return q.reshape(x.shape), scale, zero_point
 
 
 # --- linears -------------------------------------------------------------------------------------------------------
