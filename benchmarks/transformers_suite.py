@@ -63,12 +63,11 @@ UNEXPLAINED = "Not explained"
 # Why a test fails once lowbit has had the model: title -> (pattern of test name and outcome, explanation).
 REASONS = {
     "Quantized attention is an implementation of its own": (
-        r"can_set_attention_dynamically|sdpa_can_dispatch_non_composite|eager_matches_sdpa|attention_outputs .*support",
+        r"can_set_attention_dynamically|sdpa_can_dispatch_non_composite|attention_outputs .*support",
         "Queries, keys, values and attention probabilities are quantized by the attention implementation `lowbit`, "
-        'which `prepare` and loading select. The tests ask for "eager" or "sdpa" instead, and compare the two: those '
-        "leave the attention in float, which is another function (outputs differ by 1e-4). transformers' configuration "
-        "takes `output_attentions=True` beside its own implementations only; `model(..., output_attentions=True)` "
-        "works.",
+        'which `prepare` and loading select and which stays: "eager" and "sdpa" would leave the attention in float, '
+        "another function. The tests expect the implementation that they asked for. transformers' configuration takes "
+        "`output_attentions=True` beside its own implementations only; `model(..., output_attentions=True)` works.",
     ),
     "A low-bit table is no `nn.Embedding`": (
         r"model_get_set_embeddings|resize_(tokens_)?embeddings",

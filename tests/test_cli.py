@@ -302,7 +302,8 @@ def test_distill_trains_packs_and_does_not_repeat(setup: tuple[Path, Path], tmp_
     assert found["results"]["ternary-packed"]["disk_mb"] < found["results"]["teacher"]["disk_mb"]
     assert AutoModelForSequenceClassification.from_pretrained(packed).config.quantization_config.stage == "packed"
     card = (packed / "README.md").read_text()
-    assert str(found["results"]["ternary-packed"]["accuracy"]) in card and "sst2" in card
+    share = found["results"]["ternary-packed"]["accuracy"] / 100
+    assert f"value: {round(share, 4)}\n" in card and "sst2" in card
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")}
     assert "ternary-packed" in call(*arguments)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.safetensors")} == written

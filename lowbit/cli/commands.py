@@ -398,7 +398,7 @@ def distill(
         teacher = stages.teacher_stage(run)
         packed = (stages.ternary_stages if bits == Bits.ternary else stages.binary_stages)(run, teacher)
         results = {name: measure(run, name) for name in ("teacher", packed)}
-        _write_card(out / packed, task or Path(str(train_file)).stem, model, results)
+        _write_card(out / packed, task or Path(str(validation_file)).stem, model, results)
         result = {
             "model": str(out / packed),
             "task": task or str(train_file),
@@ -410,9 +410,9 @@ def distill(
 
 
 def _write_card(folder: Path, task: str, teacher: str, results: dict[str, dict[str, Any]]) -> None:
-    """The packed model's README.md: what it is, and its metrics beside the teacher's."""
+    """The packed model's README.md: what it is, and its metrics (shares, as the Hub has them) beside the teacher's."""
     metrics = {
-        name: {key: value for key, value in row.items() if not key.endswith(("_ms", "_mb"))}
+        name: {key: round(value / 100, 4) for key, value in row.items() if not key.endswith(("_ms", "_mb"))}
         for name, row in results.items()
     }
     from lowbit.card import model_card

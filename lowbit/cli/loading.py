@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 TOKENIZER_FILES = (
     "added_tokens.json",
+    "bpe.codes",
     "merges.txt",
     "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "spiece.model",
     "spm.model",
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
