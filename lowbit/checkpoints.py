@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .config import LowbitConfig
+from .config import LengthConfig, LowbitConfig
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -167,7 +167,10 @@ def _described(config: Any) -> dict[str, Any]:
     quantization = values.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "lowbit":
         quantization = json.loads(json.dumps(LowbitConfig.from_dict(quantization).to_dict()))
-    own = {"quantization_config": quantization, "length_config": values.get("length_config")}
+    length = values.get("length_config")
+    if length is not None:
+        length = LengthConfig.from_dict(length).to_dict()
+    own = {"quantization_config": quantization, "length_config": length}
     return {**values, **own, "num_labels": getattr(config, "num_labels", None)}
 
 
