@@ -264,7 +264,7 @@ def failures(parts: dict[str, dict[str, Any]]) -> list[str]:
 INTRO = """# Reliability
 
 Written by `make soak` (`python -m benchmarks.soak`) from `benchmarks/results/reliability.json`; every number on this
-page is a count of that run.
+page was counted there; parts may have been run one by one.
 
 ## What is promised
 

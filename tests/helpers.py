@@ -24,17 +24,20 @@ HEADS = {
 }
 
 
+# Two layers, hidden 64, 4 heads: sizes that are not multiples of a packing block.
+SIZES = {
+    "vocab_size": 101,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 150,
+    "max_position_embeddings": 40,
+}
+
+
 def tiny_config(**changes: object) -> BertConfig:
-    """Two layers, hidden 64, 4 heads: sizes that are not multiples of a packing block."""
-    values = {
-        "vocab_size": 101,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 150,
-        "max_position_embeddings": 40,
-    }
-    return BertConfig(**{**values, **changes})
+    """BERT of `SIZES`."""
+    return BertConfig(**{**SIZES, **changes})
 
 
 def tiny(head: str = "BertForSequenceClassification", **changes: object) -> torch.nn.Module:

@@ -19,19 +19,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
 import lowbit
-from helpers import outputs
+from helpers import SIZES, outputs
 from lowbit import models
 from lowbit.models import ARCHITECTURES, Architecture
 from lowbit.nn import FusedEmbeddings, PackedEmbedding, PackedEncoder, PackedLinear, QuantEmbedding, QuantLinear
 
-SIZES = {
-    "vocab_size": 101,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 150,
-    "max_position_embeddings": 40,
-}
 DISTILBERT = {"vocab_size": 101, "dim": 64, "n_layers": 2, "n_heads": 4, "hidden_dim": 150}
 # class prefix -> configuration; what q, k, v and the first FFN linear of a layer are called
 KNOWN: dict[str, dict[str, Any]] = {

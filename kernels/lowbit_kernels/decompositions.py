@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from .embedding import embedding_op, gather_rows
-from .linear_cpu import row_scale, scaled_op
-from .packing import unpacked
+from .linear_cpu import joint_codes, scaled_op
 
 
 def _product(
@@ -23,9 +22,7 @@ def _product(
     x_zero_point: torch.Tensor | None,
     layout: str,
 ) -> torch.Tensor:
-    K = x.shape[1]
-    codes = torch.cat([unpacked(tensor, K, layout).flatten(0, -2) for tensor in packed])
-    scales = torch.cat([row_scale(own, tensor.shape[0]) for own, tensor in zip(scale, packed, strict=True)])
+    codes, scales = joint_codes(packed, scale, x.shape[1], layout)
     y = torch._int_mm(x.contiguous(), codes.t()).float()
     if x_zero_point is not None:
         y = y - x_zero_point.float().unsqueeze(-1) * codes.sum(1, dtype=torch.int32).float()

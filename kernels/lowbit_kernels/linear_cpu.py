@@ -63,8 +63,7 @@ def expand(packed: Sequence[torch.Tensor], scale: Sequence[torch.Tensor], K: int
     """The expansion of packed weights that share their input; kept, unless `keep_expanded(False)`."""
 
     def make() -> Expanded:
-        codes = torch.cat([unpacked(tensor, K, layout).flatten(0, -2) for tensor in packed])
-        return expand_codes(codes, torch.cat([row_scale(s, p.shape[0]) for s, p in zip(scale, packed, strict=True)]))
+        return expand_codes(*joint_codes(packed, scale, K, layout))
 
     return _kept.get([*packed, *scale], (K, layout), make) if _keep else make()
 
@@ -79,7 +78,15 @@ def expand_codes(codes: torch.Tensor, scale: torch.Tensor) -> Expanded:
     return Expanded(K, codes.shape[0], weight, scale, row_sum, prepacked)
 
 
-def row_scale(scale: torch.Tensor, N: int) -> torch.Tensor:
+def joint_codes(
+    packed: Sequence[torch.Tensor], scale: Sequence[torch.Tensor], K: int, layout: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [rows, K] of several packed linears one below the other, and the scale of each row."""
+    codes = torch.cat([unpacked(tensor, K, layout).flatten(0, -2) for tensor in packed])
+    return codes, torch.cat([_row_scale(own, tensor.shape[0]) for own, tensor in zip(scale, packed, strict=True)])
+
+
+def _row_scale(scale: torch.Tensor, N: int) -> torch.Tensor:
     """[N] or [1] -> [N]; of a pair [2, N] or [2, 1] -> [2N]."""
     return scale.expand(*scale.shape[:-1], N).reshape(-1).contiguous()
 
@@ -149,7 +156,7 @@ def codes_linear_cpu(
 ) -> torch.Tensor:
     """`linears_cpu` for one linear given by its codes int8 [N, K] or [2, N, K]."""
     rows = math.prod(codes.shape[:-1])
-    expanded = expand_codes(codes.reshape(rows, x.shape[1]), row_scale(scale, codes.shape[-2]))
+    expanded = expand_codes(codes.reshape(rows, x.shape[1]), _row_scale(scale, codes.shape[-2]))
     y = _product(x, expanded, x_zero_point)
     y = y[:, : y.shape[1] // 2] + y[:, y.shape[1] // 2 :] if layout == "split" else y
     return _finish(y, bias, x_scale, None, out_dtype)
