@@ -264,7 +264,8 @@ def failures(parts: dict[str, dict[str, Any]]) -> list[str]:
 INTRO = """# Reliability
 
 Written by `make soak` (`python -m benchmarks.soak`) from `benchmarks/results/reliability.json`; every number on this
-page was counted there; parts may have been run one by one.
+page was counted there; parts may have been run one by one. Damage to whole files may hit the model card, which no
+loader reads: that loads correctly.
 
 ## What is promised
 
