@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import native
 from ._ops import FLOATS, check_choice, check_device, check_tensor, stored
 from .quantize import fake_quantize_per_token
 
@@ -222,6 +223,14 @@ def run(
     if not out.numel():
         return out, lse, received.zero_()
     mode = Mode(scaling, bits, asymmetric, bias, return_lse, importance)
+    if (
+        bits is not None
+        and query.dtype == torch.float32
+        and set(asymmetric) <= {"attention_probs"}
+        and native.available()
+    ):
+        _native((query, key, value), cu_seqlens, mode, out, lse, received)
+        return out, lse, received
     targets = (out, lse.t(), received)
     if _is_uniform(query, cu_seqlens, max_seqlen):
         size = _sequences_at_a_time(H, max_seqlen) * max_seqlen
@@ -252,6 +261,48 @@ def run(
                 target.index_copy_(0, tokens[own], result.flatten(0, 1).index_select(0, real))
         first = group.stop
     return out, lse, received
+
+
+def _native(
+    heads: Sequence[torch.Tensor],
+    cu_seqlens: torch.Tensor,
+    mode: Mode,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    received: torch.Tensor,
+) -> None:
+    T, H, D = out.shape
+    query, key, value = (x if x.stride()[1:] == (D, 1) else x.contiguous() for x in heads)
+    cu_seqlens = cu_seqlens.contiguous()
+    bias = None if mode.bias is None else mode.bias.float()
+    by_head = out.new_zeros(H, T) if mode.importance else None
+    op = native_attention(T, H, D, mode, bias, out, lse, by_head)
+    op.query, op.key, op.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    op.query_stride, op.key_stride, op.value_stride = query.stride(0), key.stride(0), value.stride(0)
+    native.function("attention")(op, cu_seqlens.data_ptr(), len(cu_seqlens) - 1)
+    if by_head is not None:
+        torch.sum(by_head, 0, out=received)
+
+
+def native_attention(
+    T: int,
+    H: int,
+    D: int,
+    mode: Mode,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    by_head: torch.Tensor | None,
+) -> native.Attention:
+    """Arguments of the native kernel but for query, key and value; it points to the tensors given, all float32."""
+    op = native.Attention(T=T, H=H, D=D, scaling=mode.scaling, bits=mode.bits)
+    op.probs_symmetric = "attention_probs" not in mode.asymmetric
+    op.first_query_only = mode.importance == "cls"
+    op.out, op.lse, op.importance, op.bias = map(native.pointer, (out, lse, by_head, bias))
+    if bias is not None:
+        op.bias_head = bias.stride(0) if bias.shape[0] > 1 else 0
+        op.bias_query, op.bias_key = bias.stride()[1:]
+    return op
 
 
 def _sequences_at_a_time(H: int, length: int) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from . import native
 from ._ops import FLOATS, SINGLE, check_choice, check_device, check_flag, check_tensor, define, traced_on_cpu
 from ._triton import tl, triton
 from .quantize import Quantized, outputs, per_token_cpu, quantize_per_token, quantize_row
@@ -151,6 +152,16 @@ def _add_layernorm_cpu(
     bits: int,
     symmetric: bool,
 ) -> Normalized:
+    if native.available() and x.numel() and x.dtype == torch.float32:
+        x, weight, bias = x.contiguous(), weight.float().contiguous(), bias.float().contiguous()
+        residual = None if residual is None else residual.contiguous()
+        y = torch.empty_like(x)
+        codes = code_outputs(y, bits, symmetric)
+        native.function("add_layernorm")(
+            x.data_ptr(), native.pointer(residual), *x.shape, native.norm(weight, bias, eps), bits,
+            y.data_ptr(), *map(native.pointer, codes),
+        )  # fmt: skip
+        return y, *codes
     return with_codes(layernorm(_sum(x, residual), weight, bias, eps, x.dtype), bits, symmetric)
 
 

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
+from . import linear_native, native
 from ._derived import Derived
 from ._ops import define, stored, traced_on_cpu
+from .linear_native import row_scale
 from .packing import unpacked
 
 
@@ -83,12 +85,7 @@ def joint_codes(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 [rows, K] of several packed linears one below the other, and the scale of each row."""
     codes = torch.cat([unpacked(tensor, K, layout).flatten(0, -2) for tensor in packed])
-    return codes, torch.cat([_row_scale(own, tensor.shape[0]) for own, tensor in zip(scale, packed, strict=True)])
-
-
-def _row_scale(scale: torch.Tensor, N: int) -> torch.Tensor:
-    """[N] or [1] -> [N]; of a pair [2, N] or [2, 1] -> [2N]."""
-    return scale.expand(*scale.shape[:-1], N).reshape(-1).contiguous()
+    return codes, torch.cat([row_scale(own, tensor.shape[0]) for own, tensor in zip(scale, packed, strict=True)])
 
 
 @functools.lru_cache(maxsize=64)
@@ -127,6 +124,10 @@ def linears_cpu(
     layout: str,
 ) -> torch.Tensor:
     """Linears on one input: one product, one epilogue, results side by side [M, sum N]."""
+    if not torch.compiler.is_compiling() and native.available():
+        weights = linear_native.Weights.packed(packed, scale, bias, layout, x.shape[1], x_zero_point is not None)
+        y = linear_native.linears(x, x_scale, x_zero_point, weights)
+        return _activated(y, activation, out_dtype).to(out_dtype)
     scaled = scaled_op if traced_on_cpu(x) else _scaled
     y = scaled(x, packed, scale, x_zero_point, layout)
     sizes = [tensor.shape[0] for tensor in packed]
@@ -155,8 +156,11 @@ def codes_linear_cpu(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`linears_cpu` for one linear given by its codes int8 [N, K] or [2, N, K]."""
+    if native.available():
+        weights = linear_native.Weights.codes(codes, scale, bias, layout, x_zero_point is not None)
+        return linear_native.linears(x, x_scale, x_zero_point, weights).to(out_dtype)
     rows = math.prod(codes.shape[:-1])
-    expanded = expand_codes(codes.reshape(rows, x.shape[1]), _row_scale(scale, codes.shape[-2]))
+    expanded = expand_codes(codes.reshape(rows, x.shape[1]), row_scale(scale, codes.shape[-2]))
     y = _product(x, expanded, x_zero_point)
     y = y[:, : y.shape[1] // 2] + y[:, y.shape[1] // 2 :] if layout == "split" else y
     return _finish(y, bias, x_scale, None, out_dtype)
@@ -215,7 +219,11 @@ def _finish(
     # Every pass over [M, N] counts, hence the fused multiply and add.
     x_scale = x_scale.unsqueeze(-1)
     y = y * x_scale if bias is None else torch.addcmul(bias.float(), y, x_scale)
-    if activation is not None:
-        y = y.to(out_dtype).float()
-        y = stored(torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none"))
-    return y.to(out_dtype)
+    return _activated(y, activation, out_dtype).to(out_dtype)
+
+
+def _activated(y: torch.Tensor, activation: str | None, out_dtype: torch.dtype) -> torch.Tensor:
+    if activation is None:
+        return y
+    y = y.to(out_dtype).float()
+    return stored(torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none"))

@@ -128,7 +128,7 @@ def _check_codes(name: str, codes: torch.Tensor, accepted: tuple[int, ...]) -> N
         raise ValueError(f"{name} holds {int(wrong[0])}, accepted codes: {', '.join(map(str, accepted))}")
 
 
-def _check_packed(packed: torch.Tensor, columns: int, values_per_byte: int) -> None:
+def check_packed(packed: torch.Tensor, columns: int, values_per_byte: int) -> None:
     check_tensor("packed", packed, (torch.uint8,), ndim=2)
     needed = -(-columns // (BLOCK_BYTES * values_per_byte)) * BLOCK_BYTES
     if columns < 0 or packed.shape[1] != needed:
@@ -171,7 +171,7 @@ def unpack_ternary(packed: torch.Tensor, K: int) -> torch.Tensor:
     Raises:
         TypeError, ValueError: another dtype or rank, or bytes a row that do not fit K.
     """
-    _check_packed(packed, K, 4)
+    check_packed(packed, K, 4)
     return _unpack(packed, _LB2, 3, K) - 1
 
 
@@ -191,7 +191,7 @@ def unpack_binary(packed: torch.Tensor, K: int) -> torch.Tensor:
     Raises:
         TypeError, ValueError: another dtype or rank, or bytes a row that do not fit K.
     """
-    _check_packed(packed, K, 8)
+    check_packed(packed, K, 8)
     return _unpack(packed, _LB1, 1, K) * 2 - 1
 
 
@@ -221,7 +221,7 @@ def unpack_split(packed: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tens
     Raises:
         TypeError, ValueError: another dtype or rank, or bytes a row that do not fit K.
     """
-    _check_packed(packed, K, 4)
+    check_packed(packed, K, 4)
     pair = _unpack(packed, _LB2, 3, K)
     return (pair >> 1) * 2 - 1, (pair & 1) * 2 - 1
 

@@ -16,6 +16,7 @@ import math
 
 import torch
 
+from . import native
 from ._ops import FLOATS, check_choice, check_device, check_flag, check_tensor, define, stored, traced_on_cpu
 from ._triton import tl, triton
 
@@ -358,6 +359,13 @@ def per_token_cpu(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
     if x.numel() == 0:
         return outputs_of_empty(x, symmetric, x.shape[0])
     x = x.contiguous()
+    if native.available() and x.dtype != torch.float64:
+        q, scale, zero_point = outputs(x, symmetric, x.shape[0])
+        x = x.float()
+        native.function("quantize")(
+            x.data_ptr(), *x.shape, bits, q.data_ptr(), scale.data_ptr(), native.pointer(zero_point)
+        )
+        return q, scale, zero_point
     if x.numel() <= CPU_CHUNK:
         return _rows_cpu(x, bits, symmetric)
     parts = [_rows_cpu(rows, bits, symmetric) for rows in x.split(max(1, CPU_CHUNK // x.shape[1]))]

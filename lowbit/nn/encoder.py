@@ -15,12 +15,14 @@ or a mask that is no padding mask are asked for; with dropped tokens these are r
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from lowbit_kernels import AttentionOutput, add_layernorm, attention, attention_eager, joint_linear, quantize_per_token
+from lowbit_kernels.encoder_cpu import encoder_attention, encoder_rest, runs_natively
 from lowbit_kernels.varlen_attention import HEAD_DIMS
 
 from ..config import LengthConfig, LowbitConfig
@@ -383,6 +385,12 @@ class PackedEncoder(UnpaddedEncoder):
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """codes [T, H] -> context [T, heads * head_dim], importance [T] if any."""
+        if dtype == torch.float32 and self._native(codes[0]):
+            context, received = encoder_attention(
+                *codes, *projections, self.layout, *sequences[:2], self.heads, self.attention_options["scaling"],
+                self.attention_options["bits"], self.attention_options["asymmetric"], bias, importance,
+            )  # fmt: skip
+            return context, received if importance else None
         parts = self._multiply(projections, codes, dtype)
         query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in parts)
         result = _attention(query, key, value, sequences, importance, {**self.attention_options, "bias": bias})
@@ -391,6 +399,15 @@ class PackedEncoder(UnpaddedEncoder):
     def _run_rest(self, weights: Weights, context: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, Codes]:
         """What takes each token for itself: context and tokens [T, H] -> tokens of the next layer, their codes."""
         symmetric, dtype = self.symmetric, tokens.dtype
+        if dtype == torch.float32 and self._native(tokens):
+            first, second, third = weights.attention_output, weights.ffn_input, weights.ffn_output
+            packed, scale = first.packed + second.packed + third.packed, first.scale + second.scale + third.scale
+            biases = first.bias + second.bias + third.bias
+            tokens, q, q_scale, zero_point = encoder_rest(
+                context, tokens, packed, scale, biases, [*weights.attention_norm, *weights.ffn_norm], self.layout,
+                self.gelu, self.eps, self.bits, symmetric["linear"], symmetric["ffn_output"],
+            )  # fmt: skip
+            return tokens, (q, q_scale, None if symmetric["linear"] else zero_point)
         codes = quantize_per_token(context, self.bits, symmetric["linear"])
         (output,) = self._multiply(weights.attention_output, codes, dtype)
         tokens, *inner = add_layernorm(
@@ -404,6 +421,11 @@ class PackedEncoder(UnpaddedEncoder):
         )
         return tokens, tuple(last)  # type: ignore[return-value]
 
+    def _native(self, x: torch.Tensor) -> bool:
+        """Whether the halves of a layer run as one operation each."""
+        options = self.attention_options
+        return x.device.type == "cpu" and runs_natively(options.get("bits"), options.get("asymmetric", ()), self.gelu)
+
     def _multiply(
         self, product: Product, codes: Codes, dtype: torch.dtype, activation: str | None = None
     ) -> list[torch.Tensor]:
@@ -413,9 +435,12 @@ class PackedEncoder(UnpaddedEncoder):
 
     def _weights(self, layer: nn.Module) -> Weights:
         """Looked up anew in every forward: `.to(device)` replaces buffers."""
-        paths, find = self.architecture, layer.get_submodule
-        attention_norm: Any = find(paths.attention_norm)
-        ffn_norm: Any = find(paths.ffn_norm)
+        paths = self.architecture
+
+        def find(path: str) -> Any:
+            return attrgetter(path)(layer)  # `get_submodule` takes ten times as long
+
+        attention_norm, ffn_norm = find(paths.attention_norm), find(paths.ffn_norm)
         return Weights(
             _product(*map(find, paths.projections)),
             _product(find(paths.attention_output)),

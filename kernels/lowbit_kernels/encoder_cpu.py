@@ -1,0 +1,157 @@
+"""The two halves of an encoder layer, each as one op of the native CPU kernels: what is between its operations stays in
+cache.
+
+    encoder_attention   codes -> queries, keys and values -> attention -> context
+    encoder_rest        context -> product -> + tokens, LayerNorm -> product, GELU -> product -> + , LayerNorm -> tokens
+
+The same operations as `joint_linear`, `attention`, `quantize_per_token` and `add_layernorm` one by one, with the same
+bits. Arguments are not checked: they come from the modules of a converted model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import native
+from ._ops import define
+from .attention_cpu import Mode, native_attention
+from .linear_native import ACTIVATIONS, Weights
+from .quantize import Quantized, outputs
+
+
+def runs_natively(bits: int | None, asymmetric: Sequence[str], activation: str | None) -> bool:
+    """Whether these ops take a layer of float32 tokens on the CPU: bits and asymmetric sites of its attention, and what
+    follows the first product of the FFN."""
+    return bits is not None and set(asymmetric) <= {"attention_probs"} and activation is not None and native.available()
+
+
+def _attention_cpu(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    layout: str,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    heads: int,
+    scaling: float,
+    bits: int,
+    asymmetric: Sequence[str],
+    position_bias: torch.Tensor | None,
+    importance: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    T, K = x.shape
+    context, received = _attention_fake(
+        x, x_scale, x_zero_point, packed, scale, bias, layout, cu_seqlens, max_seqlen, heads, scaling, bits, asymmetric,
+        position_bias, importance,
+    )  # fmt: skip
+    x, x_scale, cu_seqlens = x.contiguous(), x_scale.contiguous(), cu_seqlens.contiguous()
+    x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
+    position_bias = None if position_bias is None else position_bias.float()
+    weights = Weights.packed(packed, scale, bias, layout, K, x_zero_point is not None)
+    products = (native.Product * len(packed))(*weights.products)
+    by_head = context.new_zeros(heads, T) if importance else None
+    mode = Mode(scaling, bits, asymmetric, importance=importance)
+    op = native_attention(T, heads, context.shape[1] // heads, mode, position_bias, context, None, by_head)
+    native.function("attention_half")(
+        x.data_ptr(), K, x_scale.data_ptr(), native.pointer(x_zero_point), products, len(packed),
+        weights.layout, op, cu_seqlens.data_ptr(), len(cu_seqlens) - 1,
+    )  # fmt: skip
+    if by_head is not None:
+        torch.sum(by_head, 0, out=received)
+    return context, received
+
+
+def _attention_fake(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    layout: str,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    heads: int,
+    scaling: float,
+    bits: int,
+    asymmetric: Sequence[str],
+    position_bias: torch.Tensor | None,
+    importance: str | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    T = x.shape[0]
+    context = x.new_empty(T, packed[0].shape[0], dtype=torch.float32)
+    return context, x.new_empty(T if importance else 0, dtype=torch.float32)
+
+
+encoder_attention = define(
+    "encoder_attention(Tensor x, Tensor x_scale, Tensor? x_zero_point, Tensor[] packed, Tensor[] scale, "
+    "Tensor?[] bias, str layout, Tensor cu_seqlens, SymInt max_seqlen, int heads, float scaling, int bits, "
+    "str[] asymmetric, Tensor? position_bias, str? importance) -> (Tensor, Tensor)",
+    cpu=_attention_cpu,
+    fake=_attention_fake,
+)
+
+
+def _rest_cpu(
+    context: torch.Tensor,
+    tokens: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    norms: Sequence[torch.Tensor],
+    layout: str,
+    activation: str,
+    eps: float,
+    bits: int,
+    symmetric: bool,
+    ffn_symmetric: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    context, tokens = context.contiguous(), tokens.contiguous()
+    T, H = tokens.shape
+    norms = [tensor.contiguous() for tensor in norms]
+    out = torch.empty_like(tokens)
+    codes = outputs(out, symmetric, T)
+    C, F = context.shape[1], packed[1].shape[0]
+    weights = [
+        Weights.packed(packed[i : i + 1], scale[i : i + 1], bias[i : i + 1], layout, K, not is_symmetric)
+        for i, (K, is_symmetric) in enumerate([(C, symmetric), (H, symmetric), (F, ffn_symmetric)])
+    ]
+    op = native.Rest(H=H, C=C, layout=weights[0].layout, activation=ACTIVATIONS.index(activation), bits=bits)
+    op.ffn_symmetric = ffn_symmetric
+    op.attention_output, op.ffn_input, op.ffn_output = (own.products[0] for own in weights)
+    op.attention_norm, op.ffn_norm = native.norm(norms[0], norms[1], eps), native.norm(norms[2], norms[3], eps)
+    if T:
+        native.function("rest")(op, context.data_ptr(), tokens.data_ptr(), T, *map(native.pointer, (out, *codes)))
+    return out, *codes
+
+
+def _rest_fake(
+    context: torch.Tensor,
+    tokens: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    norms: Sequence[torch.Tensor],
+    layout: str,
+    activation: str,
+    eps: float,
+    bits: int,
+    symmetric: bool,
+    ffn_symmetric: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    codes: Quantized = outputs(tokens, symmetric, tokens.shape[0])
+    return torch.empty_like(tokens, memory_format=torch.contiguous_format), *codes
+
+
+encoder_rest = define(
+    "encoder_rest(Tensor context, Tensor tokens, Tensor[] packed, Tensor[] scale, Tensor?[] bias, Tensor[] norms, "
+    "str layout, str activation, float eps, int bits, bool symmetric, bool ffn_symmetric) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_rest_cpu,
+    fake=_rest_fake,
+)

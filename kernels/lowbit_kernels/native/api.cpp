@@ -1,0 +1,143 @@
+// What native.py calls. Pointers are to contiguous memory, unless strides (in elements) come with them; shapes are
+// checked there.
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "layer.h"
+
+using namespace lowbit;
+
+namespace {
+
+constexpr int64_t SMALL = 1 << 14;  // values that one thread takes sooner than two agree on
+
+}  // namespace
+
+extern "C" {
+
+// 0, or an error. Linux hands out the large registers of AMX on request only, once for all threads of a process.
+int lowbit_start() {
+#ifdef __AMX_INT8__
+    constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+    return static_cast<int>(syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA));
+#else
+    return 0;
+#endif
+}
+
+// x float [M, K] -> q int8 [M, K], scale [M], zero_point [M] or null for symmetric codes.
+void lowbit_quantize(const float* x, int64_t M, int64_t K, int bits, int8_t* q, float* scale, int32_t* zero_point) {
+    const Rows codes{M, K, q, scale, zero_point};
+#pragma omp parallel if (M * K > SMALL)
+    {
+        static thread_local Scratch<float> scratch;
+        static thread_local Scratch<int8_t> bytes;
+        float* own = scratch.get(K * LANES);
+#pragma omp for schedule(static)
+        for (int64_t lot = 0; lot < lots_of(M); lot++) {
+            const Lot rows = lot_of(lot, M);
+            load_lot(x + rows.row * K, K, rows.count, K, own);
+            quantize_lot(own, rows, bits, codes, bytes);
+        }
+    }
+}
+
+// y = LayerNorm(x + residual) float [M, K], and unless bits is 0 its codes as above. Residual may be null.
+void lowbit_add_layernorm(
+    const float* x, const float* residual, int64_t M, int64_t K, const Norm* norm, int bits, float* y, int8_t* q,
+    float* scale, int32_t* zero_point) {
+    const Rows codes{M, K, q, scale, zero_point};
+#pragma omp parallel if (M * K > SMALL)
+    {
+        static thread_local Scratch<float> scratch;
+        static thread_local Scratch<int8_t> bytes;
+        float* own = scratch.get(2 * K * LANES);
+        float* more = residual ? own + K * LANES : nullptr;
+#pragma omp for schedule(static)
+        for (int64_t lot = 0; lot < lots_of(M); lot++) {
+            const auto [row, count] = lot_of(lot, M);
+            load_lot(x + row * K, K, count, K, own);
+            if (residual) load_lot(residual + row * K, K, count, K, more);
+            layernorm_lot(own, more, K, *norm, own);
+            store_lot(own, K, y + row * K, K, count);
+            if (bits) quantize_lot(own, {row, count}, bits, codes, bytes);
+        }
+    }
+}
+
+// x int8 [M, K] times `count` weights -> out float [M, features], the sum of their N.
+void lowbit_linears(
+    int8_t* x, int64_t M, int64_t K, float* scale, int64_t scale_stride, int32_t* zero_point, const Product* products,
+    int count, int layout, float* out, int64_t features) {
+    static thread_local CodesBuffer buffer;
+    static thread_local Scratch<float> scratch;
+    const Rows rows{M, K, x, scale, zero_point, scale_stride};
+    const int64_t most = std::min(M, GROUP);
+    Codes codes = buffer.get(most, K, zero_point == nullptr);
+    float* sums = scratch.get(lots_of(most) * LANES * features);
+#pragma omp parallel firstprivate(codes) if (M * K * features > 64 * SMALL)
+    {
+        Tiles tiles;
+        for (int64_t start = 0; start < M; start += GROUP) {
+            codes.M = std::min(GROUP, M - start);
+            const int64_t lots = lots_of(codes.M);
+#pragma omp for schedule(static)
+            for (int64_t lot = 0; lot < lots; lot++) {
+                const auto [row, taken] = lot_of(lot, codes.M);
+                take_lot(rows, {start + row, taken}, lot, codes);
+            }
+            team_linears(codes, products, count, layout, NONE, sums, features);
+#pragma omp for schedule(static)
+            for (int64_t lot = 0; lot < lots; lot++) {
+                const auto [row, taken] = lot_of(lot, codes.M);
+                store_lot(sums + lot * features * LANES, features, out + (start + row) * features, features, taken);
+            }
+        }
+    }
+}
+
+// Sequences of `starts` int32 [B + 1].
+void lowbit_attention(const Attention* op, const int32_t* starts, int64_t B) {
+#pragma omp parallel if (op->T * op->H > 64)
+    {
+        Tiles tiles;
+        team_attention(*op, starts, B);
+    }
+}
+
+// x int8 [T, K] -> projections -> attention: `op` without query, key, value.
+void lowbit_attention_half(
+    int8_t* x, int64_t K, float* scale, int32_t* zero_point, const Product* products, int count, int layout,
+    const Attention* op, const int32_t* starts, int64_t B) {
+    static thread_local CodesBuffer buffer;
+    static thread_local Scratch<float> scratch;
+    const Rows rows{op->T, K, x, scale, zero_point};
+    const Batch batch(starts, B);
+    const Codes codes = buffer.get(batch.most_lots * LANES, K, zero_point == nullptr);
+    float* projected = scratch.get(batch.most_lots * LANES * 3 * op->H * op->D);
+#pragma omp parallel
+    {
+        Tiles tiles;
+        team_attention_half(rows, products, count, layout, *op, starts, batch, codes, projected);
+    }
+}
+
+// context float [T, C], tokens float [T, H] -> out float [T, H] and its codes as above.
+void lowbit_rest(
+    const Rest* op, const float* context, const float* tokens, int64_t T, float* out, int8_t* q, float* scale,
+    int32_t* zero_point) {
+    static thread_local RestBuffers buffers;
+    const int64_t M = std::min(T, GROUP), rows = lots_of(M) * LANES, H = op->H, F = op->ffn_input.N;
+    const Rows codes{T, H, q, scale, zero_point};
+    const bool symmetric = zero_point == nullptr;
+    const Codes inner = buffers.context.get(M, op->C, symmetric), narrow = buffers.narrow.get(M, H, symmetric);
+    const Codes wide = buffers.wide.get(M, F, op->ffn_symmetric);
+    float *sums = buffers.sums.get(rows * std::max(H, F)), *normed = buffers.normed.get(rows * H);
+#pragma omp parallel
+    {
+        Tiles tiles;
+        team_rest(*op, context, tokens, out, codes, inner, narrow, wide, sums, normed);
+    }
+}
+
+}  // extern "C"

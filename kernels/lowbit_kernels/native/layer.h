@@ -1,0 +1,115 @@
+// The two halves of an encoder layer. Both go through the batch in groups of a few hundred tokens, so that what one
+// operation leaves for the next is still in cache.
+#pragma once
+
+#include <vector>
+
+#include "attention.h"
+#include "linear.h"
+
+namespace lowbit {
+
+// Sequences first..last-1, each beginning a lot of its own: `lots` of the group.
+struct Group {
+    int64_t first, last, first_lot, lots;
+};
+
+struct Batch {
+    std::vector<Lot> lots;      // rows of the tensors
+    std::vector<int64_t> lot;   // first lot of every sequence
+    std::vector<Group> groups;
+    int64_t most_lots = 0;      // of a group
+
+    Batch(const int32_t* starts, int64_t B) {
+        for (int64_t b = 0; b < B; b++) {
+            const int64_t length = starts[b + 1] - starts[b], own = lots_of(length);
+            if (groups.empty() || (groups.back().lots + own) * LANES > GROUP)
+                groups.push_back({b, b, static_cast<int64_t>(lots.size()), 0});
+            groups.back().last = b + 1;
+            groups.back().lots += own;
+            most_lots = std::max(most_lots, groups.back().lots);
+            lot.push_back(static_cast<int64_t>(lots.size()));
+            for (int64_t i = 0; i < own; i++) {
+                const auto [row, count] = lot_of(i, length);
+                lots.push_back({starts[b] + row, count});
+            }
+        }
+    }
+};
+
+// Codes [T, K] -> queries, keys and values, of a group at a time in `projected` -> `op.out`. `op` has no inputs; `codes`
+// and `projected` have room for the largest group.
+inline void team_attention_half(
+    const Rows& x, const Product* products, int count, int layout, const Attention& op, const int32_t* starts,
+    const Batch& batch, Codes codes, float* projected) {
+    static thread_local AttentionBuffers buffers;
+    const int64_t head = op.D * LANES, width = op.H * head, stride = 3 * width;
+    for (const Group& group : batch.groups) {
+        codes.M = group.lots * LANES;
+#pragma omp for schedule(static)
+        for (int64_t lot = 0; lot < group.lots; lot++) take_lot(x, batch.lots[group.first_lot + lot], lot, codes);
+        team_linears(codes, products, count, layout, NONE, projected, 3 * op.H * op.D);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = group.first * op.H; task < group.last * op.H; task++) {
+            const int64_t b = task / op.H, h = task % op.H, S = starts[b + 1] - starts[b];
+            const float* query = projected + (batch.lot[b] - group.first_lot) * stride + h * head;
+            if (S > 0) attend(op, {h, starts[b], S, query, query + width, query + 2 * width, stride}, buffers);
+        }
+    }
+}
+
+struct Rest {
+    int64_t H, C;  // of the tokens and of the context, which has fewer values where a model has lost heads
+    Product attention_output, ffn_input, ffn_output;
+    Norm attention_norm, ffn_norm;
+    int layout, activation, bits;
+    bool ffn_symmetric;
+};
+
+// What one group of tokens needs between operations, and its threads.
+struct RestBuffers {
+    CodesBuffer context, narrow, wide;
+    Scratch<float> sums, normed;
+};
+
+// Context [T, C] and tokens [T, H] -> tokens of the next layer, out [T, H], and their codes.
+inline void team_rest(
+    const Rest& op, const float* context, const float* tokens, float* out, const Rows& codes, Codes inner, Codes narrow,
+    Codes wide, float* sums, float* normed) {
+    static thread_local Scratch<float> scratch;
+    static thread_local Scratch<int8_t> bytes;
+    const int64_t H = op.H, C = op.C, lot_size = H * LANES;
+    float* own = scratch.get(std::max(H, C) * LANES);
+    for (int64_t start = 0; start < codes.M; start += GROUP) {
+        const int64_t M = std::min(GROUP, codes.M - start), lots = lots_of(M);
+        inner.M = narrow.M = wide.M = M;
+#pragma omp for schedule(static)
+        for (int64_t lot = 0; lot < lots; lot++) {
+            const auto [row, count] = lot_of(lot, M);
+            load_lot(context + (start + row) * C, C, count, C, own);
+            quantize_lot(own, lot, op.bits, inner);
+        }
+        team_linears(inner, &op.attention_output, 1, op.layout, NONE, sums, H);
+#pragma omp for schedule(static)
+        for (int64_t lot = 0; lot < lots; lot++) {
+            const auto [row, count] = lot_of(lot, M);
+            float* y = normed + lot * lot_size;
+            load_lot(tokens + (start + row) * H, H, count, H, own);
+            layernorm_lot(sums + lot * lot_size, own, H, op.attention_norm, y);
+            quantize_lot(y, lot, op.bits, narrow);
+        }
+        team_linears(narrow, &op.ffn_input, 1, op.layout, op.activation, sums, wide.K);
+#pragma omp for schedule(static)
+        for (int64_t lot = 0; lot < lots; lot++) quantize_lot(sums + lot * wide.K * LANES, lot, op.bits, wide);
+        team_linears(wide, &op.ffn_output, 1, op.layout, NONE, sums, H);
+#pragma omp for schedule(static)
+        for (int64_t lot = 0; lot < lots; lot++) {
+            const auto [row, count] = lot_of(lot, M);
+            layernorm_lot(sums + lot * lot_size, normed + lot * lot_size, H, op.ffn_norm, own);
+            store_lot(own, H, out + (start + row) * H, H, count);
+            quantize_lot(own, {start + row, count}, op.bits, codes, bytes);
+        }
+    }
+}
+
+}  // namespace lowbit

@@ -1,0 +1,150 @@
+// y[m, n] = act(x_scale[m] * scale[n] * (sum_k x[m, k] w[n, k] - x_zero_point[m] * w_sum[n]) + bias[n])
+//
+// Packed weights are expanded, 32 rows of them at a time, to bytes that the matrix instructions take, used for up to
+// 256 tokens and forgotten: in memory a weight stays at its 1 or 2 bits. Layouts and their codes: packing.py.
+#pragma once
+
+#include "tokens.h"
+
+namespace lowbit {
+
+constexpr int64_t GROUP = 256;  // tokens that share an expansion, which then costs a tenth of their products
+
+// Of packed weights; CODES and CODES_SPLIT: -1, 0 and 1, a byte each, as training has them ([N, K], [2, N, K]).
+enum Layout { TERNARY, BINARY, SPLIT, CODES, CODES_SPLIT };
+enum Activation { NONE, GELU, GELU_TANH };
+
+constexpr bool is_pair(int layout) { return layout == SPLIT || layout == CODES_SPLIT; }
+
+// Weights of a linear; native.py has the same.
+struct Product {
+    const uint8_t* packed;
+    int64_t row_bytes, N;
+    const float* scale;  // [N], of a pair [2, N]
+    const float* w_sum;  // likewise; null where no zero point meets them
+    const float* bias;   // [N] or null
+};
+
+// Codes of 16 rows -> tiles; rows past the last repeat it. Of a pair, codes 2 * b1 + b2, those of one plane.
+template <int VALUES>
+void expand(const uint8_t* packed, int64_t row_bytes, int64_t rows, int plane, bool split, uint8_t* tiles) {
+    const __m256i mask = _mm256_set1_epi8(split || VALUES == 8 ? 1 : 3);
+    const int more = split && plane == 0 ? 1 : 0;
+    for (int64_t byte = 0; byte < row_bytes; byte += 32) {
+        uint8_t* out = tiles + byte * VALUES * LANES;
+        for (int64_t row = 0; row < LANES; row++, out += STEP) {
+            const uint8_t* in = packed + std::min(row, rows - 1) * row_bytes + byte;
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+#pragma GCC unroll 8
+            for (int i = 0; i < VALUES; i++) {
+                const __m128i shift = _mm_cvtsi32_si128((VALUES == 8 ? i : 6 - 2 * i) + more);
+                const __m256i codes = _mm256_and_si256(_mm256_srl_epi16(bytes, shift), mask);
+                _mm256_store_si256(reinterpret_cast<__m256i*>(out + i / 2 * STEP * LANES + i % 2 * 32), codes);
+            }
+        }
+    }
+}
+
+// The same of 16 rows of codes in bytes, as ternary ones.
+inline void expand_bytes(const uint8_t* codes, int64_t K, int64_t rows, uint8_t* tiles) {
+    const Ints one = _mm512_set1_epi8(1);
+    for (int64_t k = 0; k < K; k += STEP) {
+        const __mmask64 mask = K - k >= STEP ? ~0ull : (1ull << (K - k)) - 1;
+        for (int64_t row = 0; row < LANES; row++, tiles += STEP) {
+            const Ints bytes = _mm512_maskz_loadu_epi8(mask, codes + std::min(row, rows - 1) * K + k);
+            _mm512_store_si512(tiles, _mm512_add_epi8(bytes, one));
+        }
+    }
+}
+
+// 16 rows from `n0` on of either kind, for a pair of the first or second plane.
+template <int LAYOUT>
+void expand_rows(const Product& w, int64_t n0, int64_t rows, int plane, uint8_t* tiles) {
+    const uint8_t* first = w.packed + n0 * w.row_bytes;
+    if constexpr (LAYOUT == CODES) {
+        expand_bytes(first, w.row_bytes, rows, tiles);
+    } else if constexpr (LAYOUT == CODES_SPLIT) {
+        expand_bytes(first + plane * w.N * w.row_bytes, w.row_bytes, rows, tiles);
+    } else {
+        expand<LAYOUT == BINARY ? 8 : 4>(first, w.row_bytes, rows, plane, LAYOUT == SPLIT, tiles);
+    }
+}
+
+template <int ACTIVATION>
+inline Floats activated(Floats y) {
+    return ACTIVATION == GELU ? gelu(y) : ACTIVATION == GELU_TANH ? gelu_tanh(y) : y;
+}
+
+// Sums c of 32 codes (of a pair, 16 and 16) and one lot -> results [n][16].
+template <int LAYOUT, int ACTIVATION, bool ZERO>
+void finish(const Codes& x, const Product& w, const int32_t* c, int64_t lot, int64_t n0, int64_t columns, float* out) {
+    const Ints x_sum = _mm512_load_si512(x.sum + lot * LANES);
+    const Floats x_scale = _mm512_load_ps(x.scale + lot * LANES);
+    const Floats zero = ZERO ? _mm512_load_ps(x.zero + lot * LANES) : floats(0.0f);
+    const auto scaled = [&](const int32_t* sums, int64_t n) {
+        Ints exact = _mm512_load_si512(sums);  // codes are w + 1, or (w + 1) / 2
+        if (LAYOUT == BINARY || LAYOUT == SPLIT) exact = _mm512_slli_epi32(exact, 1);
+        Floats sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(exact, x_sum));
+        if (ZERO) sum = _mm512_sub_ps(sum, _mm512_mul_ps(zero, floats(w.w_sum[n])));
+        return _mm512_mul_ps(sum, floats(w.scale[n]));
+    };
+    for (int64_t j = 0; j < columns; j++) {
+        const int64_t n = n0 + j;
+        Floats y = scaled(c + j * BLOCK, n);
+        if (is_pair(LAYOUT)) y = _mm512_add_ps(y, scaled(c + (LANES + j) * BLOCK, w.N + n));
+        y = _mm512_fmadd_ps(y, x_scale, floats(w.bias ? w.bias[n] : 0.0f));
+        _mm512_store_ps(out + j * LANES, activated<ACTIVATION>(y));
+    }
+}
+
+template <int LAYOUT, int ACTIVATION>
+void team_linear(const Codes& x, const Product& w, float* out, int64_t features) {
+    constexpr int VALUES = LAYOUT == BINARY ? 8 : LAYOUT == TERNARY || LAYOUT == SPLIT ? 4 : 1;  // in a byte
+    constexpr int WIDTH = is_pair(LAYOUT) ? LANES : BLOCK;
+    constexpr int64_t LOTS = GROUP / LANES;
+    const int64_t tile_bytes = round_up(w.row_bytes * VALUES, STEP) * LANES, lots = lots_of(x.M);
+    const int64_t blocks = (w.N + WIDTH - 1) / WIDTH, groups = (lots + LOTS - 1) / LOTS;
+    static thread_local Scratch<uint8_t> scratch;
+    uint8_t* first = scratch.get(2 * tile_bytes);
+    uint8_t* second = first + tile_bytes;
+    alignas(64) int32_t c[BLOCK * BLOCK];
+    const auto done = x.zero ? finish<LAYOUT, ACTIVATION, true> : finish<LAYOUT, ACTIVATION, false>;
+#pragma omp for collapse(2) schedule(static) nowait
+    for (int64_t group = 0; group < groups; group++) {
+        for (int64_t block = 0; block < blocks; block++) {
+            const int64_t n0 = block * WIDTH, columns = std::min<int64_t>(WIDTH, w.N - n0);
+            const int64_t next = is_pair(LAYOUT) ? 0 : std::min<int64_t>(LANES, columns - 1);
+            expand_rows<LAYOUT>(w, n0, columns, 0, first);
+            expand_rows<LAYOUT>(w, n0 + next, columns - next, 1, second);
+            const int64_t end = std::min(lots, (group + 1) * LOTS);
+            for (int64_t lot = group * LOTS; lot < end; lot += 2) {
+                const bool pair = lot + 1 < end;
+                product(first, second, x.panel(lot), pair ? x.panel(lot + 1) : nullptr, x.width, c);
+                done(x, w, c, lot, n0, columns, out + (lot * features + n0) * LANES);
+                if (pair) done(x, w, c + LANES, lot + 1, n0, columns, out + ((lot + 1) * features + n0) * LANES);
+            }
+        }
+    }
+}
+
+template <int LAYOUT>
+void team_linear(const Codes& x, const Product& w, int activation, float* out, int64_t features) {
+    if (activation == GELU) return team_linear<LAYOUT, GELU>(x, w, out, features);
+    if (activation == GELU_TANH) return team_linear<LAYOUT, GELU_TANH>(x, w, out, features);
+    team_linear<LAYOUT, NONE>(x, w, out, features);
+}
+
+// Linears on one input -> lots of [features][16], one result after the other.
+inline void team_linears(
+    const Codes& x, const Product* products, int count, int layout, int activation, float* out, int64_t features) {
+    for (const Product* w = products; w != products + count; out += w->N * LANES, w++) {
+        if (layout == TERNARY) team_linear<TERNARY>(x, *w, activation, out, features);
+        if (layout == BINARY) team_linear<BINARY>(x, *w, activation, out, features);
+        if (layout == SPLIT) team_linear<SPLIT>(x, *w, activation, out, features);
+        if (layout == CODES) team_linear<CODES, NONE>(x, *w, out, features);
+        if (layout == CODES_SPLIT) team_linear<CODES_SPLIT, NONE>(x, *w, out, features);
+    }
+#pragma omp barrier
+}
+
+}  // namespace lowbit

@@ -1,0 +1,191 @@
+// Arithmetic on 16 tokens at a time, one in each lane of a register: no operation ever goes across lanes, so rows of any
+// length are handled alike. Values that belong together lie as [feature][16 tokens].
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace lowbit {
+
+using Floats = __m512;
+using Ints = __m512i;
+
+constexpr int LANES = 16;
+
+inline Floats floats(float x) { return _mm512_set1_ps(x); }
+inline Ints ints(int32_t x) { return _mm512_set1_epi32(x); }
+inline Ints bits_of(Floats x) { return _mm512_castps_si512(x); }
+inline Floats from_bits(Ints x) { return _mm512_castsi512_ps(x); }
+inline Floats rounded(Floats x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+// Of 1 to 16 lanes.
+inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+
+// e^x by 2^n * e^r with |r| <= ln(2)/2; error below 3 ulp, NaN stays NaN. For x up to 88.
+inline Floats exponential(Floats x) {
+    x = _mm512_max_ps(floats(-200.0f), x);  // less would be infinity times 0 below; e^-200 is 0 too
+    const Floats n = rounded(_mm512_mul_ps(x, floats(1.44269504088896341f)));
+    Floats r = _mm512_fmadd_ps(n, floats(-0.693359375f), x);  // ln(2) in two parts, the first exact in few bits
+    r = _mm512_fmadd_ps(n, floats(2.12194440e-4f), r);
+    Floats p = floats(1.0f / 720);  // of the Taylor series
+    for (float factor : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = _mm512_fmadd_ps(p, r, floats(factor));
+    return _mm512_scalef_ps(p, n);
+}
+
+// x times the normal distribution function: GELU as BERT defines it. That function is 1/2 + x * p(x^2) up to |x| = 5.5,
+// where it is 0 or 1 in float32; p interpolates at Chebyshev nodes, error 8e-8 * |x| and rounding. No division: that
+// alone would take longer.
+inline Floats gelu(Floats x) {
+    constexpr float END = 5.5f;
+    const Floats z = _mm512_max_ps(floats(-END), _mm512_min_ps(floats(END), x));  // NaN, the second operand, stays
+    const Floats u = _mm512_fmadd_ps(_mm512_mul_ps(z, z), floats(2.0f / (END * END)), floats(-1.0f));
+    Floats p = floats(0.0006267166463658214f);
+    for (float factor :
+         {-0.001425138209015131f, 0.0007429543766193092f, -0.001061182119883597f, 0.004582318942993879f,
+          -0.007866469211876392f, 0.010260161012411118f, -0.014567366801202297f, 0.02035137638449669f,
+          -0.026139572262763977f, 0.032072763890028f, -0.03878428414463997f, 0.04773745313286781f,
+          -0.06417256593704224f, 0.1285519301891327f})
+        p = _mm512_fmadd_ps(p, u, floats(factor));
+    return _mm512_mul_ps(x, _mm512_fmadd_ps(z, p, floats(0.5f)));
+}
+
+inline Floats gelu_tanh(Floats x) {
+    const Floats cube = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_mul_ps(x, floats(0.044715f)));
+    const Floats u = _mm512_mul_ps(floats(-1.59576912160573f), _mm512_add_ps(x, cube));  // -2 times tanh's argument
+    const Floats bounded = _mm512_max_ps(floats(-87.0f), _mm512_min_ps(floats(87.0f), u));
+    return _mm512_div_ps(x, _mm512_add_ps(floats(1.0f), exponential(bounded)));
+}
+
+// 16 bytes of each of 16 rows -> their first, second, third and fourth words side by side; rows past the last repeat it.
+inline void transpose_words(const void* first, int64_t stride, int64_t rows, Ints words[4]) {
+    const auto row = [&](int64_t r) {
+        const char* at = static_cast<const char*>(first) + std::min(r, rows - 1) * stride;
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
+    };
+    Ints four[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        four[i] = _mm512_castsi128_si512(row(i));
+        four[i] = _mm512_inserti32x4(four[i], row(i + 4), 1);
+        four[i] = _mm512_inserti32x4(four[i], row(i + 8), 2);
+        four[i] = _mm512_inserti32x4(four[i], row(i + 12), 3);
+    }
+    const Ints low0 = _mm512_unpacklo_epi32(four[0], four[1]), high0 = _mm512_unpackhi_epi32(four[0], four[1]);
+    const Ints low1 = _mm512_unpacklo_epi32(four[2], four[3]), high1 = _mm512_unpackhi_epi32(four[2], four[3]);
+    words[0] = _mm512_unpacklo_epi64(low0, low1);
+    words[1] = _mm512_unpackhi_epi64(low0, low1);
+    words[2] = _mm512_unpacklo_epi64(high0, high1);
+    words[3] = _mm512_unpackhi_epi64(high0, high1);
+}
+
+// Ranges of 16 rows, found by integers that order like the floats: one operation a value, and NaN is beyond infinity.
+struct Range {
+    Ints low = ints(INT32_MAX), high = ints(INT32_MIN);
+
+    static Ints ordered(Ints bits) {
+        return _mm512_xor_si512(bits, _mm512_srli_epi32(_mm512_srai_epi32(bits, 31), 1));
+    }
+    void add(Floats x) {
+        const Ints value = ordered(bits_of(x));
+        low = _mm512_min_epi32(low, value);
+        high = _mm512_max_epi32(high, value);
+    }
+    Floats lowest() const { return from_bits(ordered(low)); }
+    Floats highest() const { return from_bits(ordered(high)); }
+};
+
+// Ranges -> scales, their inverses and zero points, as `_scale_and_zero_torch` in quantize.py, to the last bit.
+struct Quantizer {
+    Floats scale, inverse, zero;  // the zero point, an integer
+    Ints shift;                   // the same
+    int least, most;              // codes
+
+    Quantizer(Floats low, Floats high, int bits, bool symmetric) {
+        const Floats tiny = floats(0x1p-126f), none = floats(0.0f);
+        const int levels = (1 << (bits - 1)) - 1;
+        const Floats magnitude = _mm512_max_ps(high, _mm512_sub_ps(none, low));
+        most = levels;
+        least = symmetric ? -levels : -levels - 1;
+        if (symmetric) {
+            scale = _mm512_div_ps(magnitude, floats(static_cast<float>(levels)));
+        } else {
+            scale = _mm512_div_ps(_mm512_sub_ps(high, low), floats(2.0f * static_cast<float>(levels) + 1.0f));
+            const Floats flat = _mm512_max_ps(_mm512_mul_ps(magnitude, floats(0x1p-30f)), tiny);
+            scale = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(scale, flat, _CMP_LT_OQ), scale, magnitude);
+        }
+        const __mmask16 small = _mm512_cmp_ps_mask(scale, tiny, _CMP_LT_OQ);
+        scale = _mm512_mask_blend_ps(small, scale, none);
+        // Infinity and NaN, of the scale or the ends of the range, become NaN.
+        const Floats poison = _mm512_add_ps(_mm512_sub_ps(low, low), _mm512_sub_ps(high, high));
+        scale = _mm512_add_ps(scale, _mm512_add_ps(_mm512_sub_ps(scale, scale), poison));
+        inverse = _mm512_mask_blend_ps(small, _mm512_div_ps(floats(1.0f), scale), none);
+        const Floats lowest = rounded(_mm512_mul_ps(low, inverse));
+        zero = symmetric ? none : _mm512_sub_ps(floats(static_cast<float>(least)), lowest);
+        shift = _mm512_cvtps_epi32(zero);
+    }
+
+    // Codes as integers. Symmetric ones are in their range: |x| / scale rounds to `most` at most. With a zero point, both
+    // may round away from the middle.
+    template <bool SYMMETRIC>
+    Ints code(Floats x) const {
+        const Ints q = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse));
+        if (SYMMETRIC) return q;
+        return _mm512_max_epi32(ints(least), _mm512_min_epi32(ints(most), _mm512_add_epi32(q, shift)));
+    }
+};
+
+// Of [K][16 tokens].
+inline Quantizer quantizer_of(const float* x, int64_t K, int bits, bool symmetric) {
+    if (symmetric) {
+        const Ints mask = ints(0x7fffffff);
+        Ints magnitude = ints(0);
+        for (int64_t k = 0; k < K; k++)
+            magnitude = _mm512_max_epi32(magnitude, _mm512_and_si512(mask, bits_of(_mm512_load_ps(x + k * LANES))));
+        return Quantizer(floats(0.0f), from_bits(magnitude), bits, true);
+    }
+    Range range;
+    for (int64_t k = 0; k < K; k++) range.add(_mm512_load_ps(x + k * LANES));
+    return Quantizer(range.lowest(), range.highest(), bits, false);
+}
+
+// Four integers of each lane as the bytes of its word, saturated.
+inline Ints saturated_bytes(Ints a, Ints b, Ints c, Ints d) {
+    const Ints bytes = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+    const Ints order = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    return _mm512_shuffle_epi8(bytes, order);
+}
+
+// Likewise their last bytes.
+inline Ints last_bytes(Ints a, Ints b, Ints c, Ints d) {
+    const Ints byte = ints(255);
+    const Ints low = _mm512_or_si512(_mm512_and_si512(a, byte), _mm512_slli_epi32(_mm512_and_si512(b, byte), 8));
+    const Ints high = _mm512_or_si512(_mm512_and_si512(c, byte), _mm512_slli_epi32(d, 8));
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+
+// Memory of a thread that grows and stays, aligned to cache lines.
+template <typename T>
+struct Scratch {
+    T* data = nullptr;
+    int64_t size = 0;
+
+    T* get(int64_t count) {
+        if (count > size) {
+            std::free(data);
+            data = static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64));
+            if (data == nullptr) std::abort();
+            size = count;
+        }
+        return data;
+    }
+    ~Scratch() { std::free(data); }
+};
+
+inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+}  // namespace lowbit
