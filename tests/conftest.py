@@ -12,6 +12,14 @@ import zlib
 import pytest
 import torch
 
+from lowbit_kernels import native
+
+
+@pytest.fixture
+def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPU tensors take torch's own int8 products, as where there is no compiler."""
+    monkeypatch.setattr(native, "chosen", lambda: ("torch", "asked for by a test"))
+
 
 @pytest.fixture(autouse=True)
 def seed(request: pytest.FixtureRequest) -> int:

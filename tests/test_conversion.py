@@ -260,7 +260,7 @@ def test_packed_linear_alone_is_a_drop_in() -> None:
     assert error < 0.02
 
 
-def test_a_model_quantized_in_inference_mode_keeps_its_int8_expansion() -> None:
+def test_a_model_quantized_in_inference_mode_keeps_its_int8_expansion(torch_products: None) -> None:
 
     with torch.inference_mode():
         model = lowbit.quantize(tiny(), lowbit.TernaryConfig())

@@ -73,16 +73,16 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name}={value!r}, accepted: True, False")
 
 
-def traced_on_cpu(x: torch.Tensor) -> bool:
-    """Whether torch.compile or torch.export is tracing a CPU op.
+def traced_on_cpu(x: torch.Tensor, natively: bool = False) -> bool:
+    """Whether torch.compile or torch.export is tracing a CPU op that no native kernel takes (`natively`: one would).
 
-    Where there are no native kernels, ops that are elementwise or reductions then run as the plain torch code of their
+    Such ops that are elementwise or reductions then run as the plain torch code of their
     CPU path instead of as one opaque op, and Inductor fuses them with their neighbours: worth a third of a BERT
-    forward. Exported programs, which run without us, always do.
+    forward. Exported programs run without us, so there native kernels take nothing.
     """
     if not torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
-    return torch.compiler.is_exporting() or not native.available()
+    return not natively or torch.compiler.is_exporting() or not native.available()
 
 
 def stored(x: torch.Tensor) -> torch.Tensor:

@@ -223,12 +223,7 @@ def run(
     if not out.numel():
         return out, lse, received.zero_()
     mode = Mode(scaling, bits, asymmetric, bias, return_lse, importance)
-    if (
-        bits is not None
-        and query.dtype == torch.float32
-        and set(asymmetric) <= {"attention_probs"}
-        and native.available()
-    ):
+    if runs_natively(query.dtype, bits, asymmetric) and native.available():
         _native((query, key, value), cu_seqlens, mode, out, lse, received)
         return out, lse, received
     targets = (out, lse.t(), received)
@@ -261,6 +256,11 @@ def run(
                 target.index_copy_(0, tokens[own], result.flatten(0, 1).index_select(0, real))
         first = group.stop
     return out, lse, received
+
+
+def runs_natively(dtype: torch.dtype, bits: int | None, asymmetric: Sequence[str]) -> bool:
+    """Whether the native kernels, where there are any, take attention like this."""
+    return dtype == torch.float32 and bits is not None and set(asymmetric) <= {"attention_probs"}
 
 
 def _native(

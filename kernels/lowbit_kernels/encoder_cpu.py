@@ -16,15 +16,15 @@ import torch
 
 from . import native
 from ._ops import define
-from .attention_cpu import Mode, native_attention
+from .attention_cpu import Mode, native_attention, runs_natively
 from .linear_native import ACTIVATIONS, Weights
 from .quantize import Quantized, outputs
 
 
-def runs_natively(bits: int | None, asymmetric: Sequence[str], activation: str | None) -> bool:
-    """Whether these ops take a layer of float32 tokens on the CPU: bits and asymmetric sites of its attention, and what
-    follows the first product of the FFN."""
-    return bits is not None and set(asymmetric) <= {"attention_probs"} and activation is not None and native.available()
+def takes(dtype: torch.dtype, bits: int | None, asymmetric: Sequence[str], activation: str | None) -> bool:
+    """Whether these ops take a layer on the CPU: dtype of its tokens, bits and asymmetric sites of its attention, and
+    what follows the first product of the FFN."""
+    return activation is not None and runs_natively(dtype, bits, asymmetric) and native.available()
 
 
 def _attention_cpu(

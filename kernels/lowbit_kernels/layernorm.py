@@ -167,7 +167,7 @@ def _add_layernorm_cpu(
 
 def traceable(x: torch.Tensor, dtype: torch.dtype, bits: int | None) -> bool:
     """Whether to run as `traced`: not where codes are of a y in half precision, whose rounding Inductor would skip."""
-    return traced_on_cpu(x) and (bits is None or dtype == torch.float32)
+    return traced_on_cpu(x, natively=x.dtype == torch.float32) and (bits is None or dtype == torch.float32)
 
 
 def traced(

@@ -160,7 +160,7 @@ def joint_linear(
     """
     tokens = x.shape[:-1]
     zero = None if x_zero_point is None else x_zero_point.reshape(-1)
-    run = linears_cpu if traced_on_cpu(x) else _joint_op
+    run = linears_cpu if traced_on_cpu(x, natively=True) else _joint_op
     rows = x.reshape(math.prod(tokens), x.shape[-1])
     y = run(rows, packed, scale, bias, x_scale.reshape(-1), zero, activation, out_dtype, layout)
     return y.reshape(*tokens, y.shape[-1])

@@ -159,6 +159,15 @@ def _build(kind: str, compiler: str) -> Path:
     return target
 
 
+def _open(kind: str, compiler: str) -> ctypes.CDLL:
+    path = _build(kind, compiler)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:  # damaged: compiled once more
+        path.unlink(missing_ok=True)
+        return ctypes.CDLL(str(_build(kind, compiler)))
+
+
 @functools.cache
 def load(kind: str) -> ctypes.CDLL:
     """The kernels of one kind.
@@ -173,7 +182,7 @@ def load(kind: str) -> ctypes.CDLL:
     if compiler is None:
         raise RuntimeError(f"no C++ compiler {name!r} (install g++, or name another in CXX)")
     try:
-        library = ctypes.CDLL(str(_build(kind, compiler)))
+        library = _open(kind, compiler)
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{name} failed: {error.stderr[-2000:]}") from error
     except (OSError, subprocess.TimeoutExpired) as error:

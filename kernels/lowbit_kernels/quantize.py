@@ -487,7 +487,7 @@ def quantize_per_token(
         raise ValueError("x is a scalar, expected [..., K]; use x.reshape(1, 1) or quantize_per_tensor")
     tokens = x.shape[:-1]
     rows = x.detach().reshape(math.prod(tokens), x.shape[-1])
-    if traced_on_cpu(x) and x.numel():
+    if traced_on_cpu(x, natively=x.dtype != torch.float64) and x.numel():
         q, scale, zero_point = _rows_cpu(rows, bits, symmetric)
     else:
         q, scale, zero_point = _per_token(rows, bits, symmetric)

@@ -34,7 +34,16 @@ import torch
 from . import attention_cpu
 from ._ops import SINGLE, check_flag, define, traced_on_cpu
 from ._triton import tl, triton
-from .attention_cpu import SITES, AttentionOutput, Mode, attend, check_arguments, check_cu_seqlens, outputs
+from .attention_cpu import (
+    SITES,
+    AttentionOutput,
+    Mode,
+    attend,
+    check_arguments,
+    check_cu_seqlens,
+    outputs,
+    runs_natively,
+)
 from .quantize import _rint, _scale_and_zero
 
 HEAD_DIMS = (16, 32, 64, 128)  # of the Triton kernels
@@ -573,7 +582,9 @@ def attention(
         bias = bias.detach()
     if not differentiated:
         query, key, value = query.detach(), key.detach(), value.detach()
-    if traced_on_cpu(query) or (differentiated and query.device.type == "cpu"):
+    if traced_on_cpu(query, natively=runs_natively(query.dtype, bits, asymmetric)) or (
+        differentiated and query.device.type == "cpu"
+    ):
         if not torch.compiler.is_compiling():
             check_cu_seqlens(cu_seqlens, query.shape[0], max_seqlen)
         mode = Mode(scaling, bits, asymmetric, bias, return_lse, importance)

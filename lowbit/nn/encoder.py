@@ -21,8 +21,15 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from lowbit_kernels import AttentionOutput, add_layernorm, attention, attention_eager, joint_linear, quantize_per_token
-from lowbit_kernels.encoder_cpu import encoder_attention, encoder_rest, runs_natively
+from lowbit_kernels import (
+    AttentionOutput,
+    add_layernorm,
+    attention,
+    attention_eager,
+    encoder_cpu,
+    joint_linear,
+    quantize_per_token,
+)
 from lowbit_kernels.varlen_attention import HEAD_DIMS
 
 from ..config import LengthConfig, LowbitConfig
@@ -385,8 +392,8 @@ class PackedEncoder(UnpaddedEncoder):
         bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """codes [T, H] -> context [T, heads * head_dim], importance [T] if any."""
-        if dtype == torch.float32 and self._native(codes[0]):
-            context, received = encoder_attention(
+        if self._native(codes[0].device, dtype):
+            context, received = encoder_cpu.encoder_attention(
                 *codes, *projections, self.layout, *sequences[:2], self.heads, self.attention_options["scaling"],
                 self.attention_options["bits"], self.attention_options["asymmetric"], bias, importance,
             )  # fmt: skip
@@ -399,11 +406,11 @@ class PackedEncoder(UnpaddedEncoder):
     def _run_rest(self, weights: Weights, context: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, Codes]:
         """What takes each token for itself: context and tokens [T, H] -> tokens of the next layer, their codes."""
         symmetric, dtype = self.symmetric, tokens.dtype
-        if dtype == torch.float32 and self._native(tokens):
+        if self._native(tokens.device, dtype):
             first, second, third = weights.attention_output, weights.ffn_input, weights.ffn_output
             packed, scale = first.packed + second.packed + third.packed, first.scale + second.scale + third.scale
             biases = first.bias + second.bias + third.bias
-            tokens, q, q_scale, zero_point = encoder_rest(
+            tokens, q, q_scale, zero_point = encoder_cpu.encoder_rest(
                 context, tokens, packed, scale, biases, [*weights.attention_norm, *weights.ffn_norm], self.layout,
                 self.gelu, self.eps, self.bits, symmetric["linear"], symmetric["ffn_output"],
             )  # fmt: skip
@@ -421,10 +428,12 @@ class PackedEncoder(UnpaddedEncoder):
         )
         return tokens, tuple(last)  # type: ignore[return-value]
 
-    def _native(self, x: torch.Tensor) -> bool:
+    def _native(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether the halves of a layer run as one operation each."""
         options = self.attention_options
-        return x.device.type == "cpu" and runs_natively(options.get("bits"), options.get("asymmetric", ()), self.gelu)
+        return device.type == "cpu" and encoder_cpu.takes(
+            dtype, options.get("bits"), options.get("asymmetric", ()), self.gelu
+        )
 
     def _multiply(
         self, product: Product, codes: Codes, dtype: torch.dtype, activation: str | None = None

@@ -162,7 +162,7 @@ def test_op_satisfies_torch_library(lengths: list[int], bits: int | None) -> Non
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-def test_compiled_it_is_traced(bits: int | None) -> None:
+def test_compiled_without_native_kernels_it_is_traced(bits: int | None, torch_products: None) -> None:
     graphs = []
 
     def keep(graph: torch.fx.GraphModule, _inputs: list) -> torch.fx.GraphModule:

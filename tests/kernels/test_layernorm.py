@@ -112,7 +112,7 @@ def test_op_satisfies_torch_library(bits: int, symmetric: bool) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_compiled_on_the_cpu(symmetric: bool, dtype: torch.dtype) -> None:
+def test_compiled_without_native_kernels(symmetric: bool, dtype: torch.dtype, torch_products: None) -> None:
     """In float32 as plain code, which fuses; else as the op, since Inductor would skip the rounding before codes."""
     x, residual, weight, bias = inputs((3, 50, 96), dtype)
 

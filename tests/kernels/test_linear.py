@@ -260,7 +260,7 @@ def sums(kind: str, x: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
     return op(kind)(x, packed, scale, x_scale=torch.ones(1))
 
 
-def test_an_expansion_lives_as_long_as_its_packed_tensor() -> None:
+def test_an_expansion_lives_as_long_as_its_packed_tensor(torch_products: None) -> None:
     x, packed = random_int8(3, 130), packing.pack_ternary(random_codes("ternary", 6, 130)[0])
     assert lowbit_kernels.expanded_bytes() == 0
     sums("ternary", x, packed)

@@ -1,0 +1,283 @@
+"""The native CPU kernels: each kind against the others bit for bit, against torch's path, and how they are found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import lowbit
+import lowbit_kernels
+from helpers import batch, tiny
+from lowbit_kernels import (
+    add_layernorm,
+    attention,
+    codes_linear,
+    encoder_cpu,
+    joint_linear,
+    native,
+    packing,
+    quantize_per_token,
+    reference,
+)
+
+LAYOUTS = ["ternary", "binary", "split"]
+SHAPES = [(1, 1, 1), (1, 17, 64), (15, 33, 63), (16, 32, 128), (33, 15, 312), (257, 50, 130), (300, 97, 520)]
+
+
+def runs(kind: str) -> bool:
+    try:
+        native.load(kind)
+    except RuntimeError:
+        return False
+    return True
+
+
+KINDS = [kind for kind in native.KINDS[:-1] if runs(kind)]
+needs_native = pytest.mark.skipif(not KINDS, reason="no native kernels on this machine")
+
+
+@pytest.fixture
+def using(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Choose the kernels that CPU tensors take."""
+    return lambda kind: monkeypatch.setattr(native, "chosen", lambda: (kind, ""))
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, using: Callable[[str], None]) -> str:
+    using(request.param)
+    return request.param
+
+
+def of_all_kinds(using: Callable[[str], None], run: Callable[[], torch.Tensor]) -> Iterator[torch.Tensor]:
+    for kind in (*KINDS, "torch"):
+        using(kind)
+        yield run()
+
+
+def codes_of(layout: str, N: int, K: int) -> torch.Tensor:
+    if layout == "ternary":
+        return torch.randint(-1, 2, (N, K), dtype=torch.int8)
+    return torch.randint(0, 2, (2, N, K) if layout == "split" else (N, K), dtype=torch.int8) * 2 - 1
+
+
+def packed_of(layout: str, codes: torch.Tensor) -> torch.Tensor:
+    return packing.pack_split(*codes) if layout == "split" else getattr(packing, f"pack_{layout}")(codes)
+
+
+@needs_native
+@pytest.mark.parametrize("zero_point", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_linears(M: int, N: int, K: int, layout: str, zero_point: bool, using: Callable[[str], None]) -> None:
+    x = torch.randint(-128, 128, (M, K), dtype=torch.int8)
+    codes, scale = codes_of(layout, N, K), torch.rand(*((2,) if layout == "split" else ()), N) + 0.1
+    x_scale, bias = torch.rand(M), torch.randn(N)
+    zero = torch.randint(-128, 128, (M,), dtype=torch.int32) if zero_point else None
+    packed = packed_of(layout, codes)
+
+    def together() -> torch.Tensor:
+        """Two linears on one input, of which one has no bias."""
+        return joint_linear(
+            x, [packed, packed], [scale, scale], [bias, None], x_scale, zero, layout, None, torch.float32
+        )
+
+    *results, by_torch = of_all_kinds(using, together)
+    for result in results:
+        assert torch.equal(result, results[0])
+    torch.testing.assert_close(results[0], by_torch, rtol=1e-5, atol=1e-5 * float(by_torch.abs().max()))
+    expected = getattr(reference, f"{layout}_linear")(
+        x, packed, scale, bias, x_scale=x_scale, x_zero_point=zero, out_dtype=torch.float64
+    )
+    close = 1e-5 * max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(results[0][:, :N].double(), expected, rtol=1e-5, atol=close)
+    using(KINDS[0])
+    by_codes = codes_linear(x, codes, scale, bias, x_scale, zero, layout, torch.float32)
+    assert torch.equal(by_codes, results[0][:, :N])  # training and inference are one function
+
+
+@needs_native
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("K", [1, 3, 16, 64, 77, 520])
+def test_codes_are_the_same_bytes_as_torchs(K: int, bits: int, symmetric: bool, using: Callable[[str], None]) -> None:
+    x = torch.randn(37, K) * torch.logspace(-40, 37, 37).unsqueeze(1)
+    x[3], x[4], x[5] = 0.0, 7.0, -3.0
+    x[6, 0], x[7, -1], x[8, 0] = math.nan, math.inf, -math.inf
+    x[9] = torch.rand(K) * 1e-7 + 1.0  # a range far below its values
+    results = []
+    for kind in (*KINDS, "torch"):
+        using(kind)
+        results.append(quantize_per_token(x, bits, symmetric))
+    valid = ~results[-1][1].isnan()
+    assert not valid[6:9].any() and valid.sum() > 30
+    for q, scale, zero in results[:-1]:
+        torch.testing.assert_close(scale, results[-1][1], rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(q[valid], results[-1][0][valid])
+        assert symmetric or torch.equal(zero[valid], results[-1][2][valid])
+
+
+@needs_native
+@pytest.mark.parametrize("lengths", [[1], [16], [17, 0, 3, 40], [70, 129]], ids=str)
+@pytest.mark.parametrize("D", [5, 16, 64, 128])
+def test_attention(lengths: list[int], D: int, using: Callable[[str], None]) -> None:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    query, key, value = torch.randn(int(cu_seqlens[-1]), 3, 2, D).unbind(1)
+    bias = torch.randn(2, max(lengths) + 1, max(lengths) + 1)
+
+    def run() -> torch.Tensor:
+        result = attention(
+            query, key, value, cu_seqlens, max(lengths), bits=8, bias=bias, return_lse=True, importance="all"
+        )
+        return torch.cat([result.output.flatten(), result.lse.flatten(), result.importance])
+
+    *results, by_torch = of_all_kinds(using, run)
+    for result in results:
+        assert torch.equal(result, results[0])
+    # A probability on a tie between two codes may take either.
+    far = (results[0] - by_torch).abs() > 2e-5
+    assert far.float().mean() < 0.02
+    assert (results[0] - by_torch).abs().max() < 0.05
+
+
+@needs_native
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("T", "H", "C", "F"), [(1, 16, 16, 64), (37, 48, 24, 100), (300, 130, 130, 70)])
+def test_the_rest_of_a_layer_is_its_operations(
+    T: int, H: int, C: int, F: int, layout: str, activation: str, kind: str
+) -> None:
+    context, tokens = torch.randn(T, C), torch.randn(T, H)
+    shapes = [(H, C), (F, H), (H, F)]
+    packed = [packed_of(layout, codes_of(layout, *shape)) for shape in shapes]
+    scale = [torch.rand(*((2,) if layout == "split" else ()), N) * K**-0.5 for N, K in shapes]
+    bias = [torch.randn(N) for N, _ in shapes]
+    norms = [torch.rand(H), torch.randn(H), torch.rand(H), torch.randn(H)]
+
+    def product(i: int, codes: tuple, act: str | None = None) -> torch.Tensor:
+        q, q_scale, zero = codes
+        return joint_linear(q, [packed[i]], [scale[i]], [bias[i]], q_scale, zero, layout, act, torch.float32)
+
+    y, *codes = add_layernorm(
+        product(0, quantize_per_token(context)), tokens, norms[0], norms[1], 1e-5, bits=8, symmetric=True
+    )
+    inner = quantize_per_token(product(1, tuple(codes), activation), 8, False)
+    expected = add_layernorm(product(2, inner), y, norms[2], norms[3], 1e-5, bits=8)
+    got = encoder_cpu.encoder_rest(
+        context, tokens, packed, scale, bias, norms, layout, activation, 1e-5, 8, True, False
+    )
+    # GELU differs in the last place, so that now and then a value on a tie takes the other code.
+    assert ((got[0] - expected[0]).abs() > 1e-4).float().mean() < 0.02
+    torch.testing.assert_close(got[0], expected[0], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(got[1] * got[2].unsqueeze(-1), got[0], rtol=0, atol=float(got[2].max()) * 0.51)
+
+
+@needs_native
+@pytest.mark.parametrize(("activation", "approximate"), [("gelu", "none"), ("gelu_tanh", "tanh")])
+def test_gelu_in_a_layer_is_that_of_torch(activation: str, approximate: str, kind: str) -> None:
+    """A layer that hands one value on: an eps that drowns the variance makes LayerNorm linear."""
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e4, 1e4, 1e-30, 0.0])])
+    tokens = torch.stack([x, torch.zeros_like(x)], 1)
+    first, both = torch.tensor([[1, 0]], dtype=torch.int8), torch.ones(2, 1, dtype=torch.int8)
+    packed = [packing.pack_ternary(codes) for codes in (both, first, both)]
+    scale = [torch.zeros(2), torch.ones(1), torch.tensor([1.0, 0.0])]
+    eps, norm = 1e16, [torch.tensor([2e8, 0.0]), torch.zeros(2)]
+    got, *_ = encoder_cpu.encoder_rest(
+        torch.zeros(len(x), 1), tokens, packed, scale, [None] * 3, norm * 2, "ternary", activation, eps, 8, True, True
+    )
+    expected = torch.nn.functional.gelu(x.double(), approximate=approximate)
+    error = (got[:, 0].double() - x.double() - expected).abs()
+    assert (error <= 2e-6 + 2e-7 * x.abs()).all()  # some of it is of the sums, rounded to float32
+
+
+@needs_native
+def test_nan_stays_with_its_token(kind: str) -> None:
+    model = lowbit.quantize(tiny(), lowbit.TernaryConfig(), fused=True)
+    inputs = batch()
+    states = torch.randn(3, 11, 64)
+    expected = model.bert.encoder(states, attention_mask=inputs["attention_mask"]).last_hidden_state
+    states[1, 4, 9] = math.nan
+    got = model.bert.encoder(states, attention_mask=inputs["attention_mask"]).last_hidden_state
+    assert got[1].isnan().all()
+    assert torch.equal(got[[0, 2]], expected[[0, 2]])
+
+
+@needs_native
+@pytest.mark.parametrize("config", [lowbit.TernaryConfig(), lowbit.BinaryConfig()], ids=["ternary", "binary"])
+def test_a_fused_model_agrees_with_torchs_products(config: lowbit.LowbitConfig, using: Callable[[str], None]) -> None:
+    model, inputs = lowbit.quantize(tiny(), config, fused=True), batch(rows=5, length=37)
+    with torch.inference_mode():
+        *results, by_torch = of_all_kinds(using, lambda: model(**inputs).logits)
+    for result in results:
+        assert torch.equal(result, results[0])
+    torch.testing.assert_close(results[0], by_torch, rtol=0.05, atol=0.05)
+
+
+@needs_native
+def test_nothing_is_kept_beside_the_packed_weights(kind: str) -> None:
+    model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
+    before = lowbit_kernels.expanded_bytes()
+    model(**batch())
+    assert lowbit_kernels.expanded_bytes() == before
+
+
+@needs_native
+def test_too_few_packed_bytes_are_refused(kind: str) -> None:
+    packed = packing.pack_ternary(torch.ones(4, 128, dtype=torch.int8))
+    x = torch.ones(3, 300, dtype=torch.int8)
+    with pytest.raises(ValueError, match="packed has 32 bytes a row, K=300 needs 96"):
+        joint_linear(x, [packed], [torch.ones(4)], [None], torch.ones(3), None, "ternary", None, torch.float32)
+
+
+# --- how kernels are found -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Nothing compiled nor chosen yet; the cache folder."""
+    monkeypatch.setenv("LOWBIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("LOWBIT_CPU", raising=False)
+    native.load.cache_clear()
+    native.chosen.cache_clear()
+    yield tmp_path
+    native.load.cache_clear()
+    native.chosen.cache_clear()
+
+
+def test_without_a_compiler_torch_multiplies(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    kind, why = native.chosen()
+    assert kind == "torch" and not native.available()
+    assert "no C++ compiler 'no-such-compiler'" in why or "the processor has no" in why
+    monkeypatch.setenv("LOWBIT_CPU", "vnni")
+    native.chosen.cache_clear()
+    with pytest.raises(RuntimeError, match="LOWBIT_CPU=vnni: "):
+        native.chosen()
+
+
+def test_a_compiler_that_fails_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+    kind, why = native.chosen()
+    assert kind == "torch" and ("false failed" in why or "the processor has no" in why)
+    assert not list(fresh.iterdir())
+
+
+def test_a_kind_that_is_none_is_refused(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWBIT_CPU", "neon")
+    with pytest.raises(ValueError, match="LOWBIT_CPU='neon', accepted: amx, vnni, torch"):
+        native.chosen()
+    monkeypatch.setenv("LOWBIT_CPU", "torch")
+    assert native.chosen() == ("torch", "LOWBIT_CPU=torch")
+
+
+@needs_native
+def test_a_damaged_library_is_compiled_again(fresh: Path) -> None:
+    _, compiler = native.cpp_compiler()
+    library = native._build(KINDS[0], compiler)
+    content = library.read_bytes()
+    library.write_bytes(content[:1000])
+    native.load(KINDS[0])
+    assert len(library.read_bytes()) == len(content)
