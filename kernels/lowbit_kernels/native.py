@@ -141,31 +141,31 @@ def _processor() -> frozenset[str]:
 
 
 def _build(kind: str, compiler: str) -> Path:
-    """The shared library, compiled unless the cache folder has it."""
+    """The shared library, compiled unless the cache folder has it.
+
+    Its name ends in a digest of its content: to load a truncated one would kill the process.
+    """
     sources = sorted(_SOURCES.iterdir())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
     flags = [*_FLAGS, *_KIND_FLAGS[kind]]
-    key = hashlib.sha256("\0".join([version, *flags, *(path.read_text() for path in sources)]).encode())
-    target = cache_dir() / f"cpu_{kind}_{key.hexdigest()[:16]}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".compiling-", dir=target.parent) as folder:
-            aside = Path(folder) / target.name
-            units = [str(path) for path in sources if path.suffix == ".cpp"]
-            subprocess.run(
-                [compiler, *flags, *units, "-o", str(aside)], capture_output=True, text=True, check=True, timeout=300
-            )
-            os.replace(aside, target)
+    key = _digest("\0".join([version, *flags, *(path.read_text() for path in sources)]).encode())
+    folder = cache_dir()
+    for path in folder.glob(f"cpu_{kind}_{key}_*.so"):
+        if path.stem.endswith(_digest(path.read_bytes())):
+            return path
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=folder) as aside:
+        library = Path(aside) / "library.so"
+        units = [str(path) for path in sources if path.suffix == ".cpp"]
+        command = [compiler, *flags, *units, "-o", str(library)]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+        target = folder / f"cpu_{kind}_{key}_{_digest(library.read_bytes())}.so"
+        os.replace(library, target)
     return target
 
 
-def _open(kind: str, compiler: str) -> ctypes.CDLL:
-    path = _build(kind, compiler)
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError:  # damaged: compiled once more
-        path.unlink(missing_ok=True)
-        return ctypes.CDLL(str(_build(kind, compiler)))
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 @functools.cache
@@ -182,7 +182,7 @@ def load(kind: str) -> ctypes.CDLL:
     if compiler is None:
         raise RuntimeError(f"no C++ compiler {name!r} (install g++, or name another in CXX)")
     try:
-        library = _open(kind, compiler)
+        library = ctypes.CDLL(str(_build(kind, compiler)))
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{name} failed: {error.stderr[-2000:]}") from error
     except (OSError, subprocess.TimeoutExpired) as error:
