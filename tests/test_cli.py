@@ -28,6 +28,7 @@ from lowbit.length import Front
 from lowbit.nn import PackedEmbedding, PackedLinear
 from lowbit.recipes import RecipeError
 from lowbit.recipes.data import load_files
+from lowbit_kernels import native
 
 ROOT = Path(__file__).parents[1]
 NAMES = [function.__name__.replace("_", "-") for function in commands.COMMANDS]
@@ -483,6 +484,70 @@ def test_doctor_fails_where_the_product_is_wrong(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(lowbit_kernels, "ternary_linear", lambda *args, **kwargs: real(*args, **kwargs) + 1)
     assert "product" in CliRunner().invoke(app, ["doctor"]).stdout
     assert CliRunner().invoke(app, ["doctor", "--json"]).exit_code == 1
+
+
+BY_TORCH = ["oneDNN's int8 products", "torch._int_mm, as this torch has no oneDNN"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "status", "value", "backend"),
+    [
+        (("amx", ""), "ok", ["lowbit's AMX kernels"], "cpu: lowbit's AMX kernels, "),
+        (
+            ("vnni", "amx: the processor has no amx_tile"),
+            "ok",
+            ["lowbit's VNNI kernels"],
+            "cpu: lowbit's VNNI kernels, ",
+        ),
+        (("torch", "vnni: no C++ compiler 'g++'"), "note", BY_TORCH, f"cpu: torch {torch.__version__} int8 products, "),
+    ],
+)
+def test_doctor_says_which_cpu_kernels_run_and_why_no_better(
+    chosen: tuple[str, str], status: str, value: list[str], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "chosen", lambda: chosen)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor, "_product", list)  # these kernels may not run here
+    found = doctor.examine()
+    said = {check["name"]: check for check in found["checks"]}["kernels"]
+    assert found["ok"] and (said["status"], said["hint"]) == (status, chosen[1])
+    assert said["value"] in value
+    assert found["backend"] == lowbit.backend() and found["backend"].startswith(backend)
+    assert found["why"].endswith(f"the CPU path with {said['value']}")
+
+
+@pytest.fixture
+def choose_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """As in a process that has not yet chosen CPU kernels, on a machine where none were compiled."""
+    monkeypatch.setenv("LOWBIT_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("LOWBIT_CPU", raising=False)
+    caches = native.chosen, native.load
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_doctor_is_content_without_a_compiler(choose_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = doctor.examine()
+    said = {check["name"]: check for check in found["checks"]}
+    assert found["ok"]
+    assert [said[name]["status"] for name in ("compiler", "kernels", "product")] == ["note", "note", "ok"]
+    assert "install g++, or name another in CXX" in said["compiler"]["hint"]
+    assert "no C++ compiler 'no-such-compiler'" in said["kernels"]["hint"] or "has no" in said["kernels"]["hint"]
+
+
+def test_doctor_survives_a_choice_of_kernels_that_are_none(choose_anew: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOWBIT_CPU", "neon")
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    found = json.loads(result.stdout)
+    assert (result.exit_code, found["ok"]) == (1, False)
+    said = {check["name"]: check for check in found["checks"]}["kernels"]
+    assert said["status"] == "error" and "LOWBIT_CPU='neon', accepted: amx, vnni, torch" in said["value"]
+    with pytest.raises(ValueError, match="LOWBIT_CPU='neon'"):
+        lowbit.backend()
 
 
 # ------------------------------------------------------------------------------------------------ usage, errors, shells

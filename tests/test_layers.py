@@ -41,7 +41,7 @@ BELOW = {
     "conversion": {"config", "errors", "models", "nn", "quantizers", "hf", "slimming", "unpadding"},
     "unpadding": {"config", "models", "nn", "hf"},
     "slimming": {"config", "models", "hf"},
-    "compiling": {"info", "models", "nn"},
+    "compiling": {"models", "nn"},
     "exporting": {"compiling", "hf", "models", "nn"},
     "graphs": {"models", "nn", "unpadding"},
     "length": {"_files", "config", "distill", "models", "nn", "unpadding"},

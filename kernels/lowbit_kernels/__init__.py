@@ -1,7 +1,8 @@
 """Kernels for 2- and 1-bit BERT: packing, quantization, linears, LayerNorm and embeddings as `torch.library` ops.
 
-CPU tensors take a path made of torch's int8 primitives, CUDA tensors a Triton kernel, meta tensors a shape function;
-`reference.py` defines every op in float64. Names are resolved on first use: importing this package costs nothing.
+CPU tensors take C++ kernels for AMX or AVX-512 VNNI, compiled when first used (`native.py`), or torch's int8 products
+where these cannot run; CUDA tensors a Triton kernel, meta tensors a shape function. `reference.py` defines every op in
+float64. Names are resolved on first use: importing this package costs nothing.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The CPU path of the linears: packed codes expanded to int8, multiplied by oneDNN's int8 matrix product.
+"""The CPU path of the linears: the native kernels, or packed codes expanded to int8 and multiplied by oneDNN.
 
-torch has no 2-bit product on CPUs. Unpacking costs more than the int8 product itself below a few hundred rows, so the
-int8 expansion is kept beside the packed tensor it was made from, for as long as that tensor lives.
+The latter where there are no native kernels, and in exported programs. torch has no 2-bit product on CPUs. Unpacking
+by its operations costs more than the int8 product itself below a few hundred rows, so the int8 expansion is kept beside
+the packed tensor it was made from, for as long as that tensor lives.
 
-Under torch.compile only the product stays an opaque op: the epilogue is traced, so that Inductor fuses it with what
+Under torch.compile only that product stays an opaque op: the epilogue is traced, so that Inductor fuses it with what
 follows (residual, LayerNorm, GELU, the next quantization).
 """
 
@@ -40,9 +41,10 @@ _keep = True
 
 
 def keep_expanded(keep: bool) -> None:
-    """Whether the CPU path keeps int8 expansions of packed weights (default: True).
+    """Whether torch's int8 products keep int8 expansions of packed weights (default: True).
 
     Without, weights stay at 1 or 2 bits in memory and are unpacked in every call. Turning it off frees what is kept.
+    Native CPU kernels read packed weights as they are and keep no expansion either way.
     In-place edits of a packed tensor are noticed, except through `.data` or a NumPy view, which have no version.
     """
     global _keep
@@ -52,7 +54,7 @@ def keep_expanded(keep: bool) -> None:
 
 
 def expanded_bytes() -> int:
-    """Bytes of int8 expansions that the CPU path keeps now."""
+    """Bytes of int8 expansions that are kept now; 0 where native CPU kernels run."""
     return sum(expanded.rows * expanded.K for expanded in _kept.values())
 
 

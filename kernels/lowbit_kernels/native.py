@@ -230,6 +230,7 @@ def available() -> bool:
 
 def function(name: str) -> Callable[..., None]:
     """A kernel of the chosen kind; only where `available()`."""
+    torch.get_num_threads()  # hands `torch.set_num_threads` on to OpenMP in a Python thread that is new to torch
     return getattr(load(chosen()[0]), f"lowbit_{name}")
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import sys
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,7 +35,7 @@ def examine() -> dict[str, Any]:
     """All checks; `ok` is False where one of them is an error. Never raises for what is missing or broken."""
     checks = [_python(), *(_package(name) for name in OLDEST)]
     backend, why = "none", "torch cannot be imported"
-    for part in (_device, _cpu, _compiler, _product):
+    for part in (_device, _cpu, _compiler, _kernels, _product):
         try:
             checks += part()
         except Exception as error:
@@ -116,13 +117,32 @@ def _cpu() -> list[Check]:
 
 
 def _compiler() -> list[Check]:
-    from ..info import cpp_compiler
+    from lowbit_kernels.native import cpp_compiler
 
     name, path = cpp_compiler()
     if path is None:
-        hint = "lowbit.compile needs a C++ compiler on the CPU: install g++, or name another in CXX"
+        hint = "CPU kernels and lowbit.compile need a C++ compiler: install g++, or name another in CXX"
         return [Check("compiler", "note", f"no {name}", hint)]
     return [Check("compiler", "ok", path)]
+
+
+def _kernels() -> list[Check]:
+    """What CPU tensors take; compiled now, where they have not been."""
+    from lowbit_kernels import native
+
+    kind, why_no_better = native.chosen()
+    # What a failing compiler says has many lines.
+    hint = textwrap.shorten(why_no_better, 300)
+    return [Check("kernels", "note" if kind == "torch" else "ok", _cpu_path(kind), hint)]
+
+
+def _cpu_path(kind: str) -> str:
+    import torch
+
+    if kind != "torch":
+        return f"lowbit's {kind.upper()} kernels"
+    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
+    return "oneDNN's int8 products" if onednn else "torch._int_mm, as this torch has no oneDNN"
 
 
 def _product() -> list[Check]:
@@ -146,13 +166,13 @@ def _backend() -> tuple[str, str]:
     """What runs here, and why, in words."""
     import torch
 
+    from lowbit_kernels import native
+
     from ..info import backend
 
     if torch.cuda.is_available():
         return backend(), "a CUDA device is there: its tensors take the Triton kernels, CPU tensors the CPU path"
-    onednn = torch.backends.mkldnn.is_available() and hasattr(torch.ops.onednn, "qlinear_prepack")
-    products = "oneDNN's int8 products" if onednn else "torch._int_mm, as this torch has no oneDNN"
-    return backend(), f"{_why_no_cuda()}: the CPU path with {products}"
+    return backend(), f"{_why_no_cuda()}: the CPU path with {_cpu_path(native.chosen()[0])}"
 
 
 def _extra(name: str, packages: tuple[str, ...]) -> Check:

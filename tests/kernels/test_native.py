@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -230,6 +231,20 @@ def test_too_few_packed_bytes_are_refused(kind: str) -> None:
     x = torch.ones(3, 300, dtype=torch.int8)
     with pytest.raises(ValueError, match="packed has 32 bytes a row, K=300 needs 96"):
         joint_linear(x, [packed], [torch.ones(4)], [None], torch.ones(3), None, "ternary", None, torch.float32)
+
+
+@needs_native
+def test_threads_are_as_many_as_torchs_in_new_python_threads_too(kind: str) -> None:
+    ours, threads, found = native.load(kind), torch.get_num_threads(), []
+    torch.set_num_threads(threads + 2)
+    try:
+        # A symbol of what the library is linked to: the OpenMP that its kernels use.
+        thread = threading.Thread(target=lambda: found.append((native.function("linears"), ours.omp_get_max_threads())))
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0][1] == threads + 2
 
 
 # --- how kernels are found -------------------------------------------------------------------------------------------
