@@ -5,7 +5,7 @@ cache.
     encoder_rest        context -> product -> + tokens, LayerNorm -> product, GELU -> product -> + , LayerNorm -> tokens
 
 The same operations as `joint_linear`, `attention`, `quantize_per_token` and `add_layernorm` one by one, with the same
-bits. Arguments are not checked: they come from the modules of a converted model.
+bits but for GELU, which is their own here. Arguments are not checked: they come from the modules of a converted model.
 """
 
 from __future__ import annotations
