@@ -43,6 +43,9 @@ lint: $(VENV)/.installed  ## ruff and mypy
 
 unit: $(VENV)/.installed  ## unit tests on the CPU, the code of README and docs included
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	# What processors without the native kernels run.
+	$(OFFLINE) OMP_NUM_THREADS=1 LOWBIT_CPU=torch $(BIN)/python -m pytest -q -n 2 tests/test_encoder.py \
+		tests/kernels/test_linear.py tests/kernels/test_layernorm.py tests/kernels/test_quantize.py
 
 docs: $(VENV)/.installed  ## the documentation site in site/: no warning, no dead link or anchor, nothing from the network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

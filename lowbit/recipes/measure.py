@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 import lowbit
 import lowbit_kernels
 
+from .. import hf
 from ..models import longest
 from ..tasks import compute_metrics
 from . import RecipeError, require
@@ -96,10 +98,16 @@ def sizes(folder: Path, model: PreTrainedModel) -> dict[str, float]:
 def measure(
     run: Run, name: str, length: int = 128, compiled: bool = False, score: Callable[..., dict[str, float]] = evaluate
 ) -> dict[str, Any]:
-    """Reload a stage from disk and record its metrics, sizes and latency; on demand also that of `lowbit.compile`."""
+    """Reload a stage from disk and record its metrics, sizes and latency; on demand also that of `lowbit.compile`.
+
+    A packed model runs fused, where it can be.
+    """
     lowbit_kernels.keep_expanded(False)  # forget what other models left behind
     lowbit_kernels.keep_expanded(True)
     model = run.auto.from_pretrained(run.folder / name).eval()
+    if hf.current_config(model).stage == "packed":
+        with contextlib.suppress(ValueError):
+            lowbit.fuse(model)
     values: dict[str, Any] = score(run, model)
     for batch_size in (1, 8):
         values[f"latency_b{batch_size}_ms"] = latency_ms(model, batch_size, length)
