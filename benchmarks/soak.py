@@ -49,10 +49,10 @@ SEED = 1
 
 OPS_CASES = 600  # of each kind, by random numbers
 HYPOTHESIS_CASES = 100  # of each kind
-ATHERIS_RUNS = {"loader": 800, "ops": 6000}
+ATHERIS_RUNS = {"loader": 1000, "ops": 8000}
 REQUESTS = 20_000
 PROCESSES = 4  # for ops
-WORKERS = 1  # for checkpoints
+WORKERS = 6  # for checkpoints: more than cores, since a hanging one waits
 ROUNDS = {"concurrency": 10, "resume": 6}
 
 Part = Callable[[], dict[str, Any]]

@@ -138,7 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    arguments = [sys.argv[0], f"-runs={options.runs}", f"-seed={options.seed}", "-max_len=400", "-timeout=60",
+    arguments = [sys.argv[0], f"-runs={options.runs}", f"-seed={options.seed}", "-max_len=400", "-timeout=1200",
                  "-rss_limit_mb=6000", f"-artifact_prefix={options.artifacts}/", "-len_control=0"]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="lowbit-soak-") as corpus:
         rng = random.Random(options.seed)

@@ -43,9 +43,10 @@ _OWN = ("quantization_config", "length_config")  # ours, so no other version of 
 def verify(folder: str | PathLike[str]) -> None:
     """Read a saved model's files without building it, and raise unless they are whole and belong together.
 
-    `lowbit.from_pretrained` begins with this. Stricter than plain `from_pretrained`, which reads config.json and finds the weights before lowbit is asked: what
-    transformers itself refuses there, with exceptions of many types, is one `CheckpointError` here. Other files of the
-    folder (tokenizers, pickles) are not opened, and no code of the folder is run by either.
+    `lowbit.from_pretrained` begins with this. Stricter than plain `from_pretrained`, which reads config.json and finds
+    the weights before lowbit is asked: what transformers itself refuses there, with exceptions of many types, is one
+    `CheckpointError` here. Other files of the folder (tokenizers, pickles) are not opened, and no code of the folder is
+    run by either.
 
     Args:
         folder: what `save_pretrained` wrote, without variants.
@@ -146,6 +147,8 @@ def check_config(path: Path, recorded: dict[str, Any] | None, config_class: Any 
     values = _read_json(path)
     if strict and (added := sorted(set(values) - set(recorded) - _FREE)):
         raise CheckpointError(f"{path}: the weights were saved without a field {added[0]}; the file was edited")
+    if strict and not isinstance(values.get("auto_map", {}), dict):  # Auto classes look into it before anything else
+        raise CheckpointError(f"{path}: auto_map is {values['auto_map']!r}, accepted: a table of names and classes")
     try:
         from transformers import CONFIG_MAPPING
 

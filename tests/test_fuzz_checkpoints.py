@@ -228,6 +228,10 @@ def test_files_with_checksums_of_bytes_alone_still_load(copy: Any, bases: tuple[
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), "not readable JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "holds list"),
+        (
+            lambda folder: soak_damage.rewrite_json(folder / "config.json", lambda v: v.update(auto_map=7)),
+            "auto_map is 7",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "reads safetensors only|read from safetensors only"),
         (
             lambda folder: soak_damage.header_length(folder, soak_damage.random.Random(0)),
