@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 import lowbit
 
-from . import soak_checkpoints, soak_ops, soak_running
+from . import soak_checkpoints, soak_damage, soak_ops, soak_running
 from .report import render
 from .results import Row, read, write
 
@@ -49,9 +49,10 @@ SEED = 1
 
 OPS_CASES = 600  # of each kind, by random numbers
 HYPOTHESIS_CASES = 100  # of each kind
-ATHERIS_RUNS = {"loader": 800, "ops": 6000}
+ATHERIS_RUNS = {"loader": 1000, "ops": 8000}
 REQUESTS = 20_000
 PROCESSES = 4  # for ops
+WORKERS = 6  # for checkpoints: more than cores, since a hanging one waits
 ROUNDS = {"concurrency": 10, "resume": 6}
 
 Part = Callable[[], dict[str, Any]]
@@ -71,12 +72,12 @@ def checkpoints() -> dict[str, Any]:
     left = [case for case in range(soak_checkpoints.CASES) if case not in done]
     started = time.monotonic()
     with log.open("a") as file, _bar(len(left), "checkpoints") as bar:
-        for case, outcome in soak_checkpoints.outcomes(iter(left), SEED):
+        for case, outcome in soak_checkpoints.outcomes(iter(left), SEED, WORKERS):
             done[case] = {"case": case, **outcome}
             file.write(json.dumps(done[case]) + "\n")
             file.flush()
             bar.update()
-            if outcome["verdict"].startswith("FAILED"):
+            if failed(outcome):
                 bar.write(f"case {case}: {outcome}")
     seconds = round(time.monotonic() - started)
     # Of a run that was interrupted, the time is not known.
@@ -167,15 +168,12 @@ def _bar(total: int, name: str) -> Any:
 
 # ------------------------------------------------------------------------------------------------------------ report
 
-COLUMNS = ("loaded correctly", "CheckpointError", "transformers' own exception", "the rewritten values", "failed")
+LOADER, PLAIN = "lowbit.from_pretrained", "plain from_pretrained"
+COLUMNS = ("loaded correctly", "CheckpointError", "the rewritten values", "failed")
 
 
-def column_of(verdict: str) -> str:
-    if verdict.startswith("FAILED"):
-        return "failed"
-    if verdict.startswith("transformers"):
-        return "transformers' own exception"
-    return {"loaded the rewritten values": "the rewritten values"}.get(verdict, verdict)
+def failed(outcome: dict[str, str]) -> bool:
+    return "FAILED" in outcome["verdict"] + outcome["plain"]
 
 
 def tables(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Row]]:
@@ -194,24 +192,30 @@ def tables(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Row]]:
 
 def _checkpoint_tables(part: dict[str, Any]) -> dict[str, dict[str, Row]]:
     outcomes = part["outcomes"]
-    by_verdict = Counter(outcome["verdict"] for outcome in outcomes)
-    plain: dict[str, Row] = {"all": {"checkpoints": len(outcomes)}}
-    plain |= {verdict: {"checkpoints": count} for verdict, count in by_verdict.most_common()}
-    plain |= {"FAILED": {"checkpoints": sum(verdict.startswith("FAILED") for verdict in by_verdict.elements())}}
-    verified = Counter((outcome["verify"], column_of(outcome["verdict"])) for outcome in outcomes)
-    refused = sum(count for (verify, _), count in verified.items() if verify == "CheckpointError")
-    strict: dict[str, Row] = {"refused by verify (CheckpointError)": {"checkpoints": refused}}
-    for column in COLUMNS:
-        strict[f"passed by verify, then: {column}"] = {"checkpoints": verified["passed", column]}
+    own, plain = (Counter(outcome[which] for outcome in outcomes) for which in ("verdict", "plain"))
+    verdicts = sorted(own | plain, key=lambda name: (-own[name], -plain[name], name))
+    loads: dict[str, Row] = {"all": {LOADER: len(outcomes), PLAIN: len(outcomes)}}
+    loads |= {name: {LOADER: own[name], PLAIN: plain[name]} for name in verdicts}
+    loads["FAILED"] = {LOADER: _failures(own), PLAIN: _failures(plain)}
     kinds: dict[str, Row] = {}
-    for kind in soak_checkpoints.KINDS:
-        counts = Counter(column_of(outcome["verdict"]) for outcome in outcomes if outcome["kind"] == kind)
-        kinds[kind] = {"cases": sum(counts.values()), **{column: counts[column] for column in COLUMNS}}
-    return {
-        "damaged checkpoints, plain from_pretrained": plain,
-        "lowbit.verify, then from_pretrained": strict,
-        "kind of damage, plain from_pretrained": kinds,
-    }
+    for kind in soak_damage.KINDS:
+        cases = [outcome for outcome in outcomes if outcome["kind"] == kind]
+        counts = Counter(_column(outcome["verdict"]) for outcome in cases)
+        kinds[kind] = {
+            "cases": len(cases), **{column: counts[column] for column in COLUMNS},
+            "plain: transformers' own exception": sum(outcome["plain"].startswith("transf") for outcome in cases),
+        }  # fmt: skip
+    return {"damaged checkpoints": loads, "kind of damage, lowbit.from_pretrained": kinds}
+
+
+def _failures(verdicts: Counter[str]) -> int:
+    return sum(name.startswith("FAILED") for name in verdicts.elements())
+
+
+def _column(verdict: str) -> str:
+    if verdict.startswith("FAILED"):
+        return "failed"
+    return {"loaded the rewritten values": "the rewritten values"}.get(verdict, verdict)
 
 
 def _ops_tables(part: dict[str, Any]) -> dict[str, dict[str, Row]]:
@@ -256,7 +260,7 @@ def failures(parts: dict[str, dict[str, Any]]) -> list[str]:
     """What must not have happened, in words."""
     found = [f"{name}: {failure}" for name, part in parts.items() for failure in part.get("failures", [])]
     for outcome in parts.get("checkpoints", {}).get("outcomes", []):
-        if outcome["verdict"].startswith("FAILED"):
+        if failed(outcome):
             found.append(f"checkpoints: {outcome}")
     return found
 
@@ -264,29 +268,29 @@ def failures(parts: dict[str, dict[str, Any]]) -> list[str]:
 INTRO = """# Reliability
 
 Written by `make soak` (`python -m benchmarks.soak`) from `benchmarks/results/reliability.json`; every number on this
-page was counted there; parts may have been run one by one. Damage to whole files may hit the model card, which no
-loader reads: that loads correctly.
+page was counted there; parts may have been run one by one. The model card, which no loader reads, is never damaged.
 
 ## What is promised
 
-**A checkpoint loads as what was saved, or raises one `lowbit.CheckpointError`.** Every safetensors file carries, in
-its header, a CRC-32 of type, shape and bytes of each tensor of the checkpoint, and the fields of config.json that
-decide what the model computes. `from_pretrained` compares both before a weight is used. "Loaded correctly" below
-means: logits of a padded batch equal the undamaged checkpoint's bit for bit.
+**`lowbit.from_pretrained(folder)` loads what was saved, or raises one `lowbit.CheckpointError`.** Every safetensors
+file carries, in its header, a CRC-32 of type, shape and bytes of each tensor of the checkpoint, and the fields of
+config.json that decide what the model computes. Both are compared before a model is built (`lowbit.verify`), then again
+by transformers' loader as it reads. "Loaded correctly" below means: logits of a padded batch equal the undamaged
+checkpoint's bit for bit.
 
-**Where the line is.** transformers reads config.json, builds the model and finds the weight files before lowbit is
-called. What it raises by itself there (`OSError` for a file that is missing or no JSON, `ValueError`, `TypeError` and
-others for values that it does not accept, `RecursionError` for deeply nested JSON), or the time it takes to build a
-million layers, lowbit cannot change; it is counted by type, as "transformers: ...". **`lowbit.verify(folder)`**
-closes the gap: it reads all files without building a model and raises `CheckpointError` for all of them. A checkpoint
-that it passes loads correctly or raises `CheckpointError`. Call it first for files of unknown origin.
+**Plain `from_pretrained`** of a transformers class makes the same checks before a weight is used, but reads
+config.json, builds the model and finds the weight files before lowbit is called. What it raises by itself there
+(`OSError` for a file that is missing or no JSON, `ValueError`, `TypeError` and others for values that it does not
+accept, `RecursionError` for deeply nested JSON), or the time it takes to build a million layers, lowbit cannot change;
+it is counted by type, as "transformers: ..." ("hangs": longer than SECONDS seconds). It loads files without records
+too (of earlier versions, of other programs), which `lowbit.from_pretrained` refuses.
 
 **What can be noticed.** The records guard against accidents: they are no signature. Whoever rewrites tensors and
 checksums together makes another checkpoint (the kinds named "rewritten"); it is asked there that nothing crashes and
 logits are finite or the file refused. Names of labels, dropout and other fields that do not change what a loaded
 model computes may be edited. "WithoutLowbit" are checkpoints of the stage "prepared", which hold ordinary float
 weights, whose quantization_config was removed: transformers then loads them as a float model without calling lowbit;
-verify refuses them.
+`lowbit.from_pretrained` refuses them.
 
 **No code of a checkpoint is run.** Planted pickles and Python files would each write a file when opened or imported;
 none appeared. `trust_remote_code=True` is the caller's own decision and was not given.
@@ -308,7 +312,11 @@ checkpoints --case n` shows it again.
 
 
 def page(report: dict[str, Any]) -> str:
-    return INTRO.replace("HYPOTHESIS", str(HYPOTHESIS_CASES)) + render(report)
+    numbers = {"HYPOTHESIS": HYPOTHESIS_CASES, "SECONDS": round(soak_checkpoints.SECONDS)}
+    intro = INTRO
+    for name, number in numbers.items():
+        intro = intro.replace(name, str(number))
+    return intro + render(report)
 
 
 def write_report(parts: dict[str, dict[str, Any]]) -> list[str]:
@@ -348,9 +356,9 @@ def show_checkpoint(case: int) -> None:
         print(outcome)
         folder = root / "shown"
         soak_checkpoints.damage(folder, case, SEED)
-        for load in (lowbit.verify, soak_checkpoints.logits):
+        for load in (lowbit.from_pretrained, soak_checkpoints.plain):
             try:
-                print(load.__name__, load(folder))
+                print(load.__name__, soak_checkpoints.logits(folder, load))
             except Exception:
                 traceback.print_exc(limit=-3)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .info import backend
     from .length.soft import LearnedThresholds, SoftExtract
     from .length.training import LengthDrop, LengthDropTrainer, SoftLengthTrainer
+    from .loading import from_pretrained
     from .slimming import slim
     from .unpadding import fuse, set_length
 
@@ -59,6 +60,7 @@ _HOME = {
     "LengthDrop": "length.training",
     "LengthDropTrainer": "length.training",
     "SoftLengthTrainer": "length.training",
+    "from_pretrained": "loading",
     "set_length": "unpadding",
     "slim": "slimming",
     "verify": "checkpoints",
@@ -86,6 +88,7 @@ __all__ = [
     "compile_for",
     "convert",
     "export",
+    "from_pretrained",
     "fuse",
     "left_in_float",
     "nn",

@@ -43,9 +43,10 @@ _OWN = ("quantization_config", "length_config")  # ours, so no other version of 
 def verify(folder: str | PathLike[str]) -> None:
     """Read a saved model's files without building it, and raise unless they are whole and belong together.
 
-    Stricter than `from_pretrained`, which reads config.json and finds the weights before lowbit is asked: what
-    transformers itself refuses there, with exceptions of many types, is one `CheckpointError` here. Other files of the
-    folder (tokenizers, pickles) are not opened, and no code of the folder is run by either.
+    `lowbit.from_pretrained` begins with this. Stricter than plain `from_pretrained`, which reads config.json and finds
+    the weights before lowbit is asked: what transformers itself refuses there, with exceptions of many types, is one
+    `CheckpointError` here. Other files of the folder (tokenizers, pickles) are not opened, and no code of the folder is
+    run by either.
 
     Args:
         folder: what `save_pretrained` wrote, without variants.
@@ -66,8 +67,12 @@ def record(model: PreTrainedModel, state: dict[str, torch.Tensor]) -> dict[str, 
     """What to write into the header of every file that holds a part of `state`."""
     dropped = model._keys_to_ignore_on_save or ()
     checksums = {name: _checksum(tensor) for name, tensor in state.items() if name not in dropped}
-    # transformers sets the dtype in config.json after it has asked for this.
-    config = {**_described(model.config), "dtype": str(model.dtype).removeprefix("torch.")}
+    # What transformers sets in config.json after it has asked for this.
+    late = {
+        "architectures": [type(model).__name__.removeprefix("FSDP")],
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    config = {**_described(model.config), **late}
     return {_CHECKSUMS: json.dumps(checksums), _CONFIG: json.dumps(config)}
 
 
@@ -134,19 +139,23 @@ def check_config(path: Path, recorded: dict[str, Any] | None, config_class: Any 
 
     Args:
         config_class: reads the file; None: the one that transformers has for its model_type.
-        strict: refuse fields too that were not there, of which transformers knows more than any version writes.
+        strict: refuse another class in `architectures` too, and fields that were not there, of which transformers
+            knows more than any version writes.
     """
     if recorded is None:
         return
     values = _read_json(path)
     if strict and (added := sorted(set(values) - set(recorded) - _FREE)):
         raise CheckpointError(f"{path}: the weights were saved without a field {added[0]}; the file was edited")
+    if strict and not isinstance(values.get("auto_map", {}), dict):  # Auto classes look into it before anything else
+        raise CheckpointError(f"{path}: auto_map is {values['auto_map']!r}, accepted: a table of names and classes")
     try:
         from transformers import CONFIG_MAPPING
 
         found = _described((config_class or CONFIG_MAPPING[values["model_type"]]).from_dict(values))
     except Exception as error:  # validation in transformers and huggingface_hub has no common exception
         raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from error
+    free = _FREE - {"architectures"} if strict else _FREE
     same_version = recorded.get("transformers_version") == found.get("transformers_version")
     for name, wanted in recorded.items():
         value = found.get(name)
@@ -155,7 +164,7 @@ def check_config(path: Path, recorded: dict[str, Any] | None, config_class: Any 
         unsaid = name == "dtype" and value is None
         if "dropout" in name and not (value is None or (isinstance(value, int | float) and 0 <= value <= 1)):
             raise CheckpointError(f"{path}: {name} is {value!r}, accepted: 0 to 1")
-        if name not in _FREE and "dropout" not in name and comparable and not unsaid and value != wanted:
+        if name not in free and "dropout" not in name and comparable and not unsaid and value != wanted:
             raise CheckpointError(
                 f"{path}: {name} is {value!r}, the weights were saved with {wanted!r}; the file is damaged or was "
                 f"edited (to change it on purpose, pass {name} to from_pretrained)"

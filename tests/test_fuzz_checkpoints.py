@@ -18,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 import lowbit
 from benchmarks import soak_checkpoints as soak
+from benchmarks import soak_damage
 from lowbit._files import write_text
 from lowbit.checkpoints import _crc32
 
@@ -28,24 +29,25 @@ Logits = dict[str, torch.Tensor]
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Logits]]:
     root = tmp_path_factory.mktemp("checkpoints")
     soak.write_bases(root / "bases", 0)
-    yield root, {base: soak.logits(root / "bases" / base) for base in soak.BASES}
+    yield root, {base: soak.logits(root / "bases" / base) for base in soak_damage.BASES}
 
 
-@pytest.mark.parametrize("kind", soak.KINDS)
+@pytest.mark.parametrize("kind", soak_damage.KINDS)
 def test_damage_is_refused_or_harmless(kind: str, bases: tuple[Path, Logits]) -> None:
     root, expected = bases
-    first = list(soak.KINDS).index(kind)
-    for case in (first, first + len(soak.KINDS)):
+    first = list(soak_damage.KINDS).index(kind)
+    for case in (first, first + len(soak_damage.KINDS)):
         outcome = soak.run(root, case, 1, expected, lambda known: None)  # another seed may draw a million layers
-        assert outcome["kind"] == kind and not outcome["verdict"].startswith("FAILED"), (case, outcome)
+        assert outcome["kind"] == kind and "FAILED" not in outcome["verdict"] + outcome["plain"], (case, outcome)
 
 
 def test_wrong_loads_are_noticed(bases: tuple[Path, Logits], monkeypatch: pytest.MonkeyPatch) -> None:
     root, expected = bases
     monkeypatch.setattr("lowbit.checkpoints.checksums_of", lambda file, header: ({}, lambda tensor: 0))
-    first = list(soak.KINDS).index("header: names swapped")
+    first = list(soak_damage.KINDS).index("header: names swapped")
     verdicts = {
-        soak.run(root, first + turn * len(soak.KINDS), 0, expected, lambda _: None)["verdict"] for turn in range(5)
+        soak.run(root, first + turn * len(soak_damage.KINDS), 0, expected, lambda _: None)["verdict"]
+        for turn in range(5)
     }
     assert any(verdict.startswith("FAILED") for verdict in verdicts)
 
@@ -73,7 +75,7 @@ def refused(folder: Path, message: str) -> None:
         lowbit.verify(folder)
 
 
-@pytest.mark.parametrize("base", soak.BASES)
+@pytest.mark.parametrize("base", soak_damage.BASES)
 def test_what_was_saved_is_verified(base: str, bases: tuple[Path, Logits]) -> None:
     lowbit.verify(bases[0] / "bases" / base)
 
@@ -88,13 +90,13 @@ def test_what_was_saved_is_verified(base: str, bases: tuple[Path, Logits]) -> No
 )
 def test_another_type_of_the_same_bytes_is_refused(base: str, name: str, dtype: str, copy: Any) -> None:
     folder = copy(base)
-    soak.rewrite_header(folder / "model.safetensors", lambda header: header[name].update(dtype=dtype))
+    soak_damage.rewrite_header(folder / "model.safetensors", lambda header: header[name].update(dtype=dtype))
     refused(folder, f"{name} does not match its checksum")
 
 
 def test_a_tensor_of_the_head_that_lost_its_name_is_refused(copy: Any) -> None:
     folder = copy("ternary")  # transformers would draw a new classifier at random, and warn
-    soak.rewrite_header(
+    soak_damage.rewrite_header(
         folder / "model.safetensors",
         lambda header: header.update({"classifier.weighs": header.pop("classifier.weight")}),
     )
@@ -103,7 +105,7 @@ def test_a_tensor_of_the_head_that_lost_its_name_is_refused(copy: Any) -> None:
 
 def test_a_tensor_of_the_head_that_is_missing_is_refused(copy: Any) -> None:
     path = copy("ternary") / "model.safetensors"
-    tensors, metadata = load_file(path), soak._metadata(path)
+    tensors, metadata = load_file(path), soak_damage.metadata_of(path)
     del tensors["classifier.weight"]
     save_file(tensors, path, metadata=metadata)
     refused(path.parent, "1 tensors are missing, the first is classifier.weight")
@@ -182,14 +184,16 @@ def test_an_index_that_leads_outside_is_refused(copy: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["classifier.bias", "bert.embeddings.LayerNorm.weight"])
 def test_values_that_are_not_finite_are_refused(name: str, copy: Any) -> None:
     folder = copy("ternary")
-    soak.rewrite_tensors(folder, lambda tensors: tensors[name].view(-1)[1].fill_(float("inf")))
+    soak_damage.rewrite_tensors(folder, lambda tensors: tensors[name].view(-1)[1].fill_(float("inf")))
     with pytest.raises(lowbit.CheckpointError, match=f"{name} holds NaN or infinity"):
         load(folder)
 
 
 def test_a_pooler_of_another_shape_is_refused(copy: Any) -> None:
     folder = copy("binary")
-    soak.rewrite_tensors(folder, lambda t: t.update({"bert.pooler.dense.bias": t["bert.pooler.dense.bias"][:-1]}))
+    soak_damage.rewrite_tensors(
+        folder, lambda t: t.update({"bert.pooler.dense.bias": t["bert.pooler.dense.bias"][:-1]})
+    )
     with pytest.raises(lowbit.CheckpointError, match=r"pooler\.dense\.bias is .* asks for"):
         load(folder)
 
@@ -224,8 +228,15 @@ def test_files_with_checksums_of_bytes_alone_still_load(copy: Any, bases: tuple[
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
         (lambda folder: (folder / "config.json").write_text("[" * 100_000), "not readable JSON"),
         (lambda folder: (folder / "config.json").write_text("[]"), "holds list"),
+        (
+            lambda folder: soak_damage.rewrite_json(folder / "config.json", lambda v: v.update(auto_map=7)),
+            "auto_map is 7",
+        ),
         (lambda folder: (folder / "model.safetensors").unlink(), "reads safetensors only|read from safetensors only"),
-        (lambda folder: soak.header_length(folder, soak.random.Random(0)), "not a readable safetensors file"),
+        (
+            lambda folder: soak_damage.header_length(folder, soak_damage.random.Random(0)),
+            "not a readable safetensors file",
+        ),
     ],
 )
 def test_what_transformers_meets_first_is_one_error_of_verify(damage: Any, message: str, copy: Any) -> None:
@@ -236,15 +247,15 @@ def test_what_transformers_meets_first_is_one_error_of_verify(damage: Any, messa
 
 
 def test_no_code_of_a_checkpoint_is_run(copy: Any) -> None:
-    for plant in (soak.pickles_planted, soak.code_planted):
+    for plant in (soak_damage.pickles_planted, soak_damage.code_planted):
         for turn in range(4):
             folder = copy("ternary")
-            plant(folder, soak.random.Random(turn))
+            plant(folder, soak_damage.random.Random(turn))
             with contextlib.suppress(ValueError, OSError, RuntimeError):
                 lowbit.verify(folder)
             with contextlib.suppress(ValueError, OSError, RuntimeError):
                 load(folder)
-            assert not soak.canary_of(folder).exists()
+            assert not soak_damage.canary_of(folder).exists()
             shutil.rmtree(folder)
 
 

@@ -22,6 +22,7 @@ BELOW = {
     "quantizers": set(),
     "nn": {"config", "models", "quantizers", "nn"},
     "checkpoints": {"config", "errors"},
+    "loading": {"checkpoints", "errors"},
     "card": {"config", "nn"},
     "publishing": {"card"},
     "hf": {
