@@ -56,6 +56,9 @@ class SquadOptions(LengthOptions, Options):
     search_samples: int = field(
         default=200, metadata={"help": "training questions set apart, that the search scores on"}
     )
+    importance_weight: float = field(
+        default=0.0, metadata={"help": "weight of the loss by which LengthDrop training learns what to keep"}
+    )
     protect_question: bool = field(default=False, metadata={"help": "never drop tokens of the question"})
 
 
@@ -152,14 +155,15 @@ def main(options: SquadOptions) -> None:
     print("\n" + table(rows, {key: key for key in rows["teacher"]}))
     print_step_times(run)
     print(f"CPU latency at sequence length {options.max_length}")
-    name, model = adaptive_stages(run, model)
+    protect = ("first_segment",) if options.protect_question else ()
+    name, model = adaptive_stages(run, model, protect=protect)
     front = search(
         run,
         name,
         model,
         lambda model: evaluate(run, model, "apart")["f1"],
         [len(ids) for ids in run.data["apart"]["input_ids"]],
-        protect=("first_segment",) if options.protect_question else (),
+        protect=protect,
     )
     validation = list(run.data["validation"].select_columns(run.tokenizer.model_input_names))
     print("\n" + compare(run, model, front, lambda model: evaluate(run, model), validation))
