@@ -199,7 +199,11 @@ def test_the_student_starts_as_every_kth_layer_of_the_teacher(monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"layers": 3}, "--layers 3 does not divide the teacher's 2 layers"), ({"max_length": 200}, "128 positions")],
+    [
+        ({"layers": 3}, "--layers 3 does not divide the teacher's 2 layers"),
+        ({"max_length": 200}, "128 positions"),
+        ({"drop_ratio": [0.1, 0.2, 0.3]}, "--drop_ratio has 3 numbers; accepted: one, or one for each of 2"),
+    ],
 )
 def test_squad_options_that_do_not_fit_the_model_are_refused(
     wrong: dict, message: str, setup: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -817,6 +817,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         soft(args=arguments(tmp_path, **kwargs))
     with pytest.raises(ValueError, match="teacher must be a transformers model, got Linear"):
         lowbit.LengthDropTrainer(model=model_of(), args=arguments(tmp_path), teacher=torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="2 ratios, the model has 3 layers"):
+        drop_trainer(tmp_path, model_of(), dataset(), LengthDrop(ratio=(0.1, 0.2)))
     with pytest.raises(ValueError, match="importance_weight needs start and end logits, the model gives logits"):
         drop_trainer(tmp_path, model_of(), dataset(), LengthDrop(importance_weight=1.0)).train()
     with pytest.raises(ValueError, match="got NoneType"):

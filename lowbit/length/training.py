@@ -142,18 +142,22 @@ class LengthDropTrainer(_LengthTrainer):
         *args, **kwargs: `DistillationTrainer`'s own.
 
     The model's own lengths, if it has any, are those of evaluation; their score, protected tokens and least number are
-    those of the sub-models too. Logged: each objective, and `loss_sub`, the mean KL divergence of the sub-models; none
-    of them divided. At most one graph is in memory at a time.
+    those of the sub-models too. Logged: each objective; `loss_sub`, the mean KL divergence of the sub-models; with an
+    `importance_weight` `loss_importance`, not weighted; none of them divided. At most one graph is in memory at a time.
 
     Raises:
         ValueError: as `DistillationTrainer`; DeepSpeed, FSDP or DataParallel; `layer_drop` with gradient checkpointing
-            on several ranks.
+            on several ranks; ratios for another number of layers; in training, `importance_weight` with a model that
+            has no start and end logits.
     """
 
     def __init__(self, *args: Any, length_drop: LengthDrop | None = None, **kwargs: Any) -> None:
         self.length_drop = LengthDrop() if length_drop is None else length_drop
         self._full_logits: dict[str, torch.Tensor] = {}
         super().__init__(*args, **kwargs)
+        self.length_drop.draw(
+            self.model.config.num_hidden_layers, 0
+        )  # a wrong number of ratios is said before training
         if self.length_drop.layer_drop and self.args.world_size > 1 and self.args.gradient_checkpointing:
             raise ValueError("layer_drop leaves parameters unused, which DistributedDataParallel cannot follow through "
                              "gradient checkpointing; set one of them off")  # fmt: skip
