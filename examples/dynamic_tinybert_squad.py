@@ -3,8 +3,9 @@
 Fine-tune a teacher; distil a student with fewer layers from it (--layers, TinyBERT: every k-th layer of the teacher,
 which learns its hidden states, attention scores and start and end logits; 0: the teacher itself goes on). With
 --ternary, distil a 2-2-8 student of that. Then LengthDrop training (--length_steps 0: none, the model is used as it
-is), the search for lengths, and what 1.5, 2 and 3 times fewer multiply-accumulates lose. Tokens that a layer drops keep
-the state that they had there, so that every token of the context can still be an answer.
+is), in which the attention of [CLS] learns where answers are; the search for lengths, and what 1.5, 2 and 3 times fewer
+multiply-accumulates lose. Tokens that a layer drops keep the state that they had there, so that every token of the
+context can still be an answer.
 
 example:
   python examples/dynamic_tinybert_squad.py --output_dir runs/squad --max_eval_samples 1000 --layers 3
@@ -53,11 +54,12 @@ class SquadOptions(LengthOptions, Options):
         default=0, metadata={"help": "layers of the student, a divisor of the teacher's; 0: no student"}
     )
     batch_size: int = 16
+    score: str = field(default="cls", metadata={"help": "importance: attention from [CLS], or from all queries (all)"})
     search_samples: int = field(
         default=200, metadata={"help": "training questions set apart, that the search scores on"}
     )
     importance_weight: float = field(
-        default=0.0, metadata={"help": "weight of the loss by which LengthDrop training learns what to keep"}
+        default=1.0, metadata={"help": "weight of the loss by which LengthDrop training learns what to keep"}
     )
     protect_question: bool = field(default=False, metadata={"help": "never drop tokens of the question"})
 
