@@ -267,6 +267,8 @@ def test_lengths_are_trained_for_what_is_searched(
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
     assert {m.p for m in teacher.modules() if isinstance(m, torch.nn.Dropout)} != {0.0}
     assert not hasattr(model.config, "length_config")
+    shortest = lengths.trained_for(options)[-1]
+    assert shortest == pytest.approx(trainer.length_drop.draw(2, 0)[0][0])  # the search starts from it, too
 
 
 def test_another_run_in_the_same_folder_is_refused(setup: tuple[Path, Path], tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import itertools
+import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -106,6 +108,7 @@ def search(
         iterations=run.options.iterations,
         mutations=10,
         crossovers=10,
+        first=trained_for(run.options),
         seed=run.options.seed,
         path=run.folder / f"search-{name}.json",
         score=run.options.score,
@@ -121,6 +124,15 @@ def search(
     else:
         log.warning("front.png is not drawn: pip install matplotlib")
     return front
+
+
+def trained_for(options: Any, count: int = 10) -> list[tuple[float, ...]]:
+    """What the sub-models of LengthDrop keep where each layer has a ratio of its own, from hardly less to the least."""
+    ratios = getattr(options, "drop_ratio", ())
+    if len(ratios) < 2:
+        return []  # the search starts from such anyway
+    scaled = [[1 - ratio * number / count for ratio in ratios] for number in range(1, count + 1)]
+    return [tuple(itertools.accumulate(shares, operator.mul)) for shares in scaled]
 
 
 def cost_of(
