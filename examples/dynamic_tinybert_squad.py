@@ -3,8 +3,9 @@
 Fine-tune a teacher; distil a student with fewer layers from it (--layers, TinyBERT: every k-th layer of the teacher,
 which learns its hidden states, attention scores and start and end logits; 0: the teacher itself goes on). With
 --ternary, distil a 2-2-8 student of that. Then LengthDrop training (--length_steps 0: none, the model is used as it
-is), the search for lengths, and what 1.5, 2 and 3 times fewer multiply-accumulates lose. Tokens that a layer drops keep
-the state that they had there, so that every token of the context can still be an answer.
+is), in which the attention of [CLS] learns where answers are; the search for lengths, and what 1.5, 2 and 3 times fewer
+multiply-accumulates lose. Tokens that a layer drops keep the state that they had there, so that every token of the
+context can still be an answer.
 
 example:
   python examples/dynamic_tinybert_squad.py --output_dir runs/squad --max_eval_samples 1000 --layers 3
@@ -53,8 +54,12 @@ class SquadOptions(LengthOptions, Options):
         default=0, metadata={"help": "layers of the student, a divisor of the teacher's; 0: no student"}
     )
     batch_size: int = 16
+    score: str = field(default="cls", metadata={"help": "importance: attention from [CLS], or from all queries (all)"})
     search_samples: int = field(
         default=200, metadata={"help": "training questions set apart, that the search scores on"}
+    )
+    importance_weight: float = field(
+        default=1.0, metadata={"help": "weight of the loss by which LengthDrop training learns what to keep"}
     )
     protect_question: bool = field(default=False, metadata={"help": "never drop tokens of the question"})
 
@@ -67,6 +72,11 @@ def open_run(options: SquadOptions) -> Run:
         raise SystemExit(f"--max_length {options.max_length}: the model has {config.max_position_embeddings} positions")
     if options.layers and config.num_hidden_layers % options.layers:
         raise SystemExit(f"--layers {options.layers} does not divide the teacher's {config.num_hidden_layers} layers")
+    layers = options.layers or config.num_hidden_layers
+    if len(options.drop_ratio) not in (1, layers):
+        raise SystemExit(
+            f"--drop_ratio has {len(options.drop_ratio)} numbers; accepted: one, or one for each of {layers}"
+        )
     questions = load_squad(options.data_dir)
     train = evenly(questions["train"], options.max_train_samples)
     begin = max(len(train) - options.search_samples, len(train) // 2)
@@ -152,14 +162,15 @@ def main(options: SquadOptions) -> None:
     print("\n" + table(rows, {key: key for key in rows["teacher"]}))
     print_step_times(run)
     print(f"CPU latency at sequence length {options.max_length}")
-    name, model = adaptive_stages(run, model)
+    protect = ("first_segment",) if options.protect_question else ()
+    name, model = adaptive_stages(run, model, protect=protect)
     front = search(
         run,
         name,
         model,
         lambda model: evaluate(run, model, "apart")["f1"],
         [len(ids) for ids in run.data["apart"]["input_ids"]],
-        protect=("first_segment",) if options.protect_question else (),
+        protect=protect,
     )
     validation = list(run.data["validation"].select_columns(run.tokenizer.model_input_names))
     print("\n" + compare(run, model, front, lambda model: evaluate(run, model), validation))

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from helpers import batch, tiny, tiny_task
-from lowbit import sentiment
+from lowbit import LengthDrop, LengthDropTrainer, sentiment
 from lowbit.length import Front
+from lowbit.recipes import lengths
+from lowbit.unpadding import encoder_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -164,7 +166,8 @@ def squad_options(setup: tuple[Path, Path], questions: Path, output: Path) -> li
 def test_squad_runs_and_does_not_repeat_finished_stages(
     setup: tuple[Path, Path], questions: Path, tmp_path: Path
 ) -> None:
-    arguments = [*squad_options(setup, questions, tmp_path), "--layers", "1"]
+    new = ["--layers", "1", "--bf16", "True", "--drop_ratio", "0.3", "--importance_weight", "1", "--score", "cls"]
+    arguments = [*squad_options(setup, questions, tmp_path), *new]
     text = run("dynamic_tinybert_squad.py", *arguments)
     assert "| teacher" in text and "| student" in text
     results = json.loads((tmp_path / "results.json").read_text())
@@ -196,7 +199,11 @@ def test_the_student_starts_as_every_kth_layer_of_the_teacher(monkeypatch: pytes
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
-    [({"layers": 3}, "--layers 3 does not divide the teacher's 2 layers"), ({"max_length": 200}, "128 positions")],
+    [
+        ({"layers": 3}, "--layers 3 does not divide the teacher's 2 layers"),
+        ({"max_length": 200}, "128 positions"),
+        ({"drop_ratio": [0.1, 0.2, 0.3]}, "--drop_ratio has 3 numbers; accepted: one, or one for each of 2"),
+    ],
 )
 def test_squad_options_that_do_not_fit_the_model_are_refused(
     wrong: dict, message: str, setup: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -233,6 +240,35 @@ def test_evaluation_on_questions_is_right_for_a_model_that_knows_the_answers(
             return QuestionAnsweringModelOutput(start_logits=logits[0], end_logits=logits[1])
 
     assert squad.evaluate(run, Knows()) == {"questions": 10, "exact_match": 100.0, "f1": 100.0}
+
+
+def test_lengths_are_trained_for_what_is_searched(
+    setup: tuple[Path, Path], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Score and protected tokens, in the precision asked for, without dropout; the options reach the trainer."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    squad = importlib.import_module("dynamic_tinybert_squad")
+    options = squad.SquadOptions(
+        model=str(setup[1]), data_dir=str(questions), output_dir=str(tmp_path), max_length=90, stride=8, score="cls",
+        drop_ratio=[0.1, 0.4], sub_models=2, importance_weight=0.5, bf16=True, length_steps=1, teacher_steps=0,
+    )  # fmt: skip
+    run, trainers = squad.open_run(options), []
+
+    def note(_run: object, _name: str, trainer: LengthDropTrainer) -> torch.nn.Module:
+        trainers.append((trainer, encoder_of(trainer.model).lengths, trainer.args.bf16))
+        return trainer.model
+
+    monkeypatch.setattr(lengths, "train", note)
+    teacher = squad.teacher_stage(run)
+    model = lengths.length_drop(run, teacher, None, protect=("first_segment",))
+    ((trainer, config, bf16),) = trainers
+    assert (config.score, config.protect, config.keep) == ("cls", ("first_segment",), (1.0, 1.0)) and bf16
+    assert trainer.length_drop == LengthDrop((0.1, 0.4), sub_models=2, importance_weight=0.5)
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+    assert {m.p for m in teacher.modules() if isinstance(m, torch.nn.Dropout)} != {0.0}
+    assert not hasattr(model.config, "length_config")
+    shortest = lengths.trained_for(options)[-1]
+    assert shortest == pytest.approx(trainer.length_drop.draw(2, 0)[0][0])  # the search starts from it, too
 
 
 def test_another_run_in_the_same_folder_is_refused(setup: tuple[Path, Path], tmp_path: Path) -> None:

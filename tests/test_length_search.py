@@ -92,6 +92,18 @@ def test_first_population_is_evenly_spaced() -> None:
     assert all(b - a == pytest.approx(0.099, abs=0.01) for a, b in itertools.pairwise(means))
 
 
+def test_starts_from_what_it_is_given_too() -> None:
+    """Rounded to the step, after the first population, once each; a score that only it has is found at once."""
+    seen: list[LengthConfig] = []
+    given = [(1.0, 0.52, 0.31, 0.0), (1.0, 0.5, 0.3, 0.1), (1.0, 1.0, 1.0, 1.0)]
+    special = (1.0, 0.5, 0.3, 0.1)
+    front = search(
+        lambda config: seen.append(config) or float(config.keep == special), population=2, iterations=0, first=given
+    )
+    assert [config.keep for config in seen].count(special) == 1 and len(seen) == 2 + 2 + 1
+    assert seen[-1].keep == front.points[-1].config.keep == special
+
+
 def test_default_step_is_a_twentieth_without_rounding_errors() -> None:
     seen: list[LengthConfig] = []
     search(lambda config: seen.append(config) or random.random(), step=None, iterations=2)
@@ -197,6 +209,7 @@ def test_more_iterations_continue_a_finished_search(tmp_path: Path) -> None:
         {"step": 0.05},
         {"unit": "tokens", "step": 4},
         {"min_tokens": 2},
+        {"first": [(1.0, 0.5, 0.5, 0.5)]},
         {"layers": 3},
         {"mutation_probability": 0.4},
         {"cost": lambda config: 2 * total(config)},
@@ -237,6 +250,8 @@ def test_path_that_cannot_be_written_fails_before_any_evaluation(tmp_path: Path)
         ({"step": 0}, "step=0"),
         ({"max_tokens": 10}, "max_tokens=10"),
         ({"unit": "tokens", "step": 1.5}, r"step=1\.5"),
+        ({"first": [(1.0, 0.5)]}, r"first: \(1.0, 0.5\); accepted: 4 numbers, one a layer"),
+        ({"first": [(0.5, 0.6, 0.5, 0.5)]}, "none above the one before"),
         ({"unit": "tokens", "step": 8, "max_tokens": 0}, "max_tokens=0"),
         ({"evaluate": lambda config: float("nan")}, "evaluate returned nan"),
         ({"cost": lambda config: float("inf")}, "cost returned inf"),

@@ -23,6 +23,7 @@ from helpers import batch, outputs, tiny
 from lowbit import LearnedThresholds, LengthConfig, LengthDrop, LogitsLoss, SoftExtract, TaskLoss
 from lowbit.length.soft import ranks
 from lowbit.nn import UnpaddedEncoder
+from lowbit.nn.pruning import importance_loss
 from lowbit.nn.sequences import Sequences
 
 LAYERS = 3
@@ -134,6 +135,20 @@ def test_layers_that_are_left_out_keep_the_previous_length() -> None:
                 if number == 0 and layer not in skip:
                     assert after == pytest.approx(0.8 * before)
     assert left_out / (200 * 3 * LAYERS) == pytest.approx(0.25, abs=0.04)
+
+
+def test_each_layer_may_have_a_ratio_of_its_own() -> None:
+    drop = LengthDrop(ratio=(0.0, 0.5, 0.2), sub_models=2)
+    second, third = [], []
+    for step in range(200):
+        (smallest, _), (other, _) = drop.draw(LAYERS, step)
+        assert smallest == pytest.approx([1.0, 0.5, 0.4]) and other[0] == 1.0
+        second.append(other[1])
+        third.append(other[2] / other[1])
+    assert 0.5 <= min(second) < 0.51 and 0.99 < max(second) <= 1.0
+    assert 0.8 <= min(third) < 0.81 and 0.99 < max(third) <= 1.0
+    with pytest.raises(ValueError, match="3 ratios, the model has 4 layers; give one, or one each"):
+        drop.draw(4, 0)
 
 
 def test_draws_depend_on_seed_and_step_only() -> None:
@@ -352,16 +367,15 @@ def test_with_a_teacher_the_full_model_has_its_objectives(tmp_path: Path) -> Non
     assert logged(trainer, "loss") == [pytest.approx(total / 3, rel=1e-4)]
 
 
+def questions(rows: int = 4) -> list[dict[str, Any]]:
+    """The answers are tokens 1 to 3."""
+    positions = {"start_positions": torch.tensor(1), "end_positions": torch.tensor(3)}
+    return [{**{k: v for k, v in row.items() if k != "labels"}, **positions} for row in dataset(rows)]
+
+
 def test_question_answering_averages_start_and_end_over_real_tokens(tmp_path: Path) -> None:
     model, drop = model_of("BertForQuestionAnswering"), LengthDrop(sub_models=1, ratio=0.4)
-    data = [
-        {
-            **{k: v for k, v in row.items() if k != "labels"},
-            "start_positions": torch.tensor(1),
-            "end_positions": torch.tensor(3),
-        }
-        for row in dataset(4)
-    ]
+    data = questions()
     inputs = {key: value for key, value in stacked(data).items() if "positions" not in key}
     full = outputs(model, inputs)
     sub = outputs(
@@ -375,6 +389,65 @@ def test_question_answering_averages_start_and_end_over_real_tokens(tmp_path: Pa
     trainer = drop_trainer(tmp_path, model, data, drop, arguments={"max_steps": 1})
     trainer.train()
     assert logged(trainer, "loss_sub") == [pytest.approx(np.mean(divergences), rel=1e-3, abs=2e-6)]
+
+
+@pytest.mark.parametrize("score", ["all", "cls"])
+def test_importance_is_compared_with_where_the_full_model_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, score: str
+) -> None:
+    """By transformers' own attention maps. The third layer has only the tokens that the second has left."""
+    model, data = model_of("BertForQuestionAnswering"), questions()
+    plain = copy.deepcopy(model)
+    plain.set_attn_implementation("eager")
+    inputs = {key: value for key, value in stacked(data).items() if "positions" not in key}
+    with torch.no_grad():
+        full = plain(**inputs, output_attentions=True)
+    first, later = [], []
+    for row, mask in enumerate(inputs["attention_mask"].bool()):
+        target = (full.start_logits[row][mask].softmax(0) + full.end_logits[row][mask].softmax(0)) / 2
+        maps = full.attentions[1][row][:, mask][:, :, mask]
+        received = maps[:, 0].sum(0) if score == "cls" else maps.sum((0, 1))
+        first.append(-(target * (received / received.sum()).log()).sum().item())
+        order = received[1:].argsort(descending=True) + 1  # the first token is always kept
+        left = torch.cat([torch.tensor([0]), order[: math.ceil(0.6 * len(target)) - 1]]).sort().values
+        later.append(target[left])
+    lowbit.set_length(model, LengthConfig((1.0,) * LAYERS, score=score))
+    again = copy.deepcopy(model)
+    drop = LengthDrop(ratio=(0.0, 0.4, 0.0), sub_models=1, importance_weight=0.7)
+    trainer = drop_trainer(tmp_path, model, data, drop, arguments={"max_steps": 1})
+    trainer.train()
+    assert logged(trainer, "loss_importance") == [pytest.approx(np.mean(first), rel=1e-3)]
+    loss = logged(trainer, "loss_task")[0] + logged(trainer, "loss_sub")[0] + 0.7 * np.mean(first)
+    assert logged(trainer, "loss") == [pytest.approx(loss / 2, rel=1e-3)]
+
+    targets: list[torch.Tensor] = []
+
+    def note(importance: torch.Tensor, target: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        targets.append(target)
+        return importance_loss(importance, target, sequences)
+
+    monkeypatch.setattr("lowbit.nn.encoder.importance_loss", note)
+    both = dataclasses.replace(drop, ratio=(0.0, 0.4, 0.3))
+    drop_trainer(tmp_path, again, data, both, arguments={"max_steps": 1}).train()
+    assert len(targets) == 2
+    torch.testing.assert_close(targets[1], torch.cat(later), rtol=1e-3, atol=1e-5)
+
+
+def test_importance_learns_where_the_answers_are(tmp_path: Path) -> None:
+    """Against the same training without that loss."""
+    data, start, kept = questions(32), model_of("BertForQuestionAnswering"), {}
+    answers = [1, 3]
+    inputs = {key: value for key, value in stacked(data).items() if "positions" not in key}
+    for weight in (0.0, 1.0):
+        model = lowbit.set_length(copy.deepcopy(start), LengthConfig((1.0,) * LAYERS, score="cls"))
+        changes = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_steps": 32, "logging_steps": 32}
+        drop = LengthDrop(ratio=(0.0, 0.4, 0.0), sub_models=1, importance_weight=weight)
+        drop_trainer(tmp_path, model, data, drop, arguments=changes).train()
+        lowbit.set_length(model, None).eval().set_attn_implementation("eager")
+        with torch.no_grad():
+            maps = model(**inputs, output_attentions=True).attentions[1][:, :, 0]
+        kept[weight] = maps.mean(1)[:, answers].sum(1).mean().item()
+    assert kept[1.0] > 1.2 * kept[0.0]
 
 
 @pytest.mark.parametrize(("kind", "labels"), [("regression", 1), ("multi_label_classification", 3), ("tokens", 5)])
@@ -709,7 +782,9 @@ def test_two_processes_give_the_curves_of_one(tmp_path: Path) -> None:
     [
         (lambda: LengthDrop(ratio=1.0), "ratio=1.0; accepted: 0 to below 1"),
         (lambda: LengthDrop(ratio=float("nan")), "ratio=nan"),
+        (lambda: LengthDrop(ratio=(0.2, 1.0)), r"ratio=\(0.2, 1.0\); accepted: 0 to below 1"),
         (lambda: LengthDrop(layer_drop=-0.1), "layer_drop=-0.1"),
+        (lambda: LengthDrop(importance_weight=-1.0), "importance_weight=-1.0; accepted: a number from 0"),
         (lambda: LengthDrop(sub_models=1.5), "sub_models=1.5; accepted: a whole number"),
         (lambda: LearnedThresholds(0), "layers=0"),
         (lambda: LearnedThresholds(2, final_threshold=1.0), "final_threshold=1.0"),
@@ -742,6 +817,10 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path) -> None:
         soft(args=arguments(tmp_path, **kwargs))
     with pytest.raises(ValueError, match="teacher must be a transformers model, got Linear"):
         lowbit.LengthDropTrainer(model=model_of(), args=arguments(tmp_path), teacher=torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="2 ratios, the model has 3 layers"):
+        drop_trainer(tmp_path, model_of(), dataset(), LengthDrop(ratio=(0.1, 0.2)))
+    with pytest.raises(ValueError, match="importance_weight needs start and end logits, the model gives logits"):
+        drop_trainer(tmp_path, model_of(), dataset(), LengthDrop(importance_weight=1.0)).train()
     with pytest.raises(ValueError, match="got NoneType"):
         lowbit.DistillationTrainer(model=model_of(), args=arguments(tmp_path), teacher=None, objectives=[TaskLoss()])
 

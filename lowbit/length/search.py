@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,7 @@ def search_lengths(
     cost: Callable[[LengthConfig], float],
     cost_unit: str = "cost",
     population: int = 20,
+    first: Sequence[Sequence[float]] = (),
     iterations: int = 30,
     mutations: int = 30,
     crossovers: int = 30,
@@ -57,12 +58,13 @@ def search_lengths(
         model: says how many layers there are, and whether its head reads the first token only: then what the last layer
             keeps has no effect, and is what the layer before keeps. The model is neither run nor changed here.
         evaluate: quality of the model with a configuration, higher is better: sets it (`lowbit.set_length`) and
-            measures. Called at most 2 + population + iterations * (mutations + crossovers) times, never twice for one
-            configuration.
+            measures. Called at most 2 + population + len(first) + iterations * (mutations + crossovers) times, never
+            twice for one configuration.
         cost: cheap, and always the same for the same configuration: `LatencyTable.latency`, or
             `lambda config: macs(model, config, lengths)`.
         cost_unit: what it counts, for people: "ms", "MACs".
         population: fixed-ratio configurations to start from, evenly spaced in tokens.
+        first: what else to start from, as `LengthConfig.keep`, rounded to `step`: those that the model was trained for.
         iterations, mutations, crossovers: rounds, and new configurations of each kind in a round.
         mutation_probability: of redrawing a layer.
         seed: of the search's own random numbers; what `evaluate` draws does not matter to them.
@@ -97,10 +99,13 @@ def search_lengths(
         "population": population, "mutations": mutations, "crossovers": crossovers,
         "mutation_probability": mutation_probability,
     }  # fmt: skip
+    extra = [_gene(keep, layers, levels, 1 / levels if unit == "ratio" else unit_step)[:free] for keep in first]
+    if extra:
+        settings["first"] = [list(gene) for gene in extra]
     store = _Store(None if path is None else Path(path), settings)
     found: dict[Gene, FrontPoint] = {}
     generator = random.Random(seed)
-    most = 2 + population + iterations * (mutations + crossovers)
+    most = 2 + population + len(extra) + iterations * (mutations + crossovers)
     with tqdm(total=most, desc="search_lengths", disable=not progress) as bar:
 
         def visit(gene: Gene) -> None:
@@ -111,7 +116,7 @@ def search_lengths(
             found[gene] = FrontPoint(config, _finite("cost", cost, config), store.scores[gene])
             bar.update()
 
-        for gene in _first_population(free, levels, population):
+        for gene in dict.fromkeys([*_first_population(free, levels, population), *extra]):
             visit(gene)
         for _ in range(iterations):
             for gene in _children(found, levels, mutations, crossovers, mutation_probability, generator):
@@ -170,6 +175,17 @@ def _first_population(layers: int, levels: int, population: int) -> list[Gene]:
             low, high = (low, ratio) if too_many else (ratio, high)
         genes.append(tuple(max(1, round(levels * low**layer)) for layer in range(1, layers + 1)))
     return list(dict.fromkeys(genes))
+
+
+def _gene(keep: Sequence[float], layers: int, levels: int, step: float) -> Gene:
+    """The nearest steps of what layers keep.
+
+    Raises:
+        ValueError: another number of layers, or more in a layer than in the one before.
+    """
+    if len(keep) != layers or list(keep) != sorted(keep, reverse=True):
+        raise ValueError(f"first: {tuple(keep)}; accepted: {layers} numbers, one a layer, none above the one before")
+    return tuple(min(levels, max(1, round(share / step))) for share in keep)
 
 
 def _pareto(found: dict[Gene, FrontPoint]) -> list[Gene]:

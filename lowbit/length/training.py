@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,41 +75,55 @@ class LengthDrop:
     """How sub-models are drawn: a layer keeps a random share of the tokens that the layer before it keeps.
 
     Attributes:
-        ratio: the most that a layer may drop, p: it keeps between 1 - p and all, drawn evenly; the first sub-model of a
-            step, the smallest, 1 - p in every layer.
+        ratio: the most that a layer may drop, p, or one such number for each layer: it keeps between 1 - p and all,
+            drawn evenly; the first sub-model of a step, the smallest, 1 - p in every layer.
         sub_models: in each step, besides the full model. Published: 3 (`num_sandwich` + 1). 0 trains the full one only.
         layer_drop: chance of a layer to be left out of a sub-model; it keeps what the layer before it keeps. Published:
             0.2, in the full model too, which here is always whole.
         reverse_kl: minimize KL(sub || full), as the released code does, in place of KL(full || sub).
+        importance_weight: question answering only: sub-models also learn what to keep. Weight of the cross-entropy
+            between the full model's start and end probabilities and the importance of the tokens, in each layer that
+            drops any. Choosing tokens has no gradient of its own; ToP (KDD 2023) trains the choice in a like way.
         seed: of the draws, which else depend on the step only: the same on all ranks, in all accumulated batches of a
             step, and after resuming.
     """
 
-    ratio: float = 0.2
+    ratio: float | tuple[float, ...] = 0.2
     sub_models: int = 3
     layer_drop: float = 0.0
     reverse_kl: bool = False
+    importance_weight: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("ratio", "layer_drop"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"LengthDrop: {name}={getattr(self, name)}; accepted: 0 to below 1")
+            value = getattr(self, name)
+            if not all(0 <= share < 1 for share in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"LengthDrop: {name}={value}; accepted: 0 to below 1")
+        if not 0 <= self.importance_weight < math.inf:
+            raise ValueError(f"LengthDrop: importance_weight={self.importance_weight}; accepted: a number from 0")
         if not isinstance(self.sub_models, int) or self.sub_models < 0:
             raise ValueError(f"LengthDrop: sub_models={self.sub_models!r}; accepted: a whole number from 0")
 
     def draw(self, layers: int, step: int) -> list[tuple[tuple[float, ...], frozenset[int]]]:
-        """For each sub-model of a step: the share of a sequence that every layer keeps, and the layers left out."""
+        """For each sub-model of a step: the share of a sequence that every layer keeps, and the layers left out.
+
+        Raises:
+            ValueError: one ratio a layer, for another number of layers.
+        """
+        ratios = self.ratio if isinstance(self.ratio, tuple) else (self.ratio,) * layers
+        if len(ratios) != layers:
+            raise ValueError(f"LengthDrop: {len(ratios)} ratios, the model has {layers} layers; give one, or one each")
         generator = random.Random(f"{self.seed} {step}")
         drawn = []
         for number in range(self.sub_models):
             keep, left, skip = [], 1.0, set()
-            for layer in range(layers):
+            for layer, ratio in enumerate(ratios):
                 share, dropped = generator.random(), generator.random() < self.layer_drop
                 if dropped:
                     skip.add(layer)
                 else:
-                    left *= 1 - self.ratio * (1.0 if number == 0 else share)
+                    left *= 1 - ratio * (1.0 if number == 0 else share)
                 keep.append(left)
             drawn.append((tuple(keep), frozenset(skip)))
         return drawn
@@ -127,18 +142,22 @@ class LengthDropTrainer(_LengthTrainer):
         *args, **kwargs: `DistillationTrainer`'s own.
 
     The model's own lengths, if it has any, are those of evaluation; their score, protected tokens and least number are
-    those of the sub-models too. Logged: each objective, and `loss_sub`, the mean KL divergence of the sub-models; none
-    of them divided. At most one graph is in memory at a time.
+    those of the sub-models too. Logged: each objective; `loss_sub`, the mean KL divergence of the sub-models; with an
+    `importance_weight` `loss_importance`, not weighted; none of them divided. At most one graph is in memory at a time.
 
     Raises:
         ValueError: as `DistillationTrainer`; DeepSpeed, FSDP or DataParallel; `layer_drop` with gradient checkpointing
-            on several ranks.
+            on several ranks; ratios for another number of layers; in training, `importance_weight` with a model that
+            has no start and end logits.
     """
 
     def __init__(self, *args: Any, length_drop: LengthDrop | None = None, **kwargs: Any) -> None:
         self.length_drop = LengthDrop() if length_drop is None else length_drop
         self._full_logits: dict[str, torch.Tensor] = {}
         super().__init__(*args, **kwargs)
+        self.length_drop.draw(
+            self.model.config.num_hidden_layers, 0
+        )  # a wrong number of ratios is said before training
         if self.length_drop.layer_drop and self.args.world_size > 1 and self.args.gradient_checkpointing:
             raise ValueError("layer_drop leaves parameters unused, which DistributedDataParallel cannot follow through "
                              "gradient checkpointing; set one of them off")  # fmt: skip
@@ -156,18 +175,26 @@ class LengthDropTrainer(_LengthTrainer):
         # Gradients meet other ranks' once, in the last backward pass.
         with _unsynchronized(self, model, bool(subs)), _run_with(encoder, whole):
             total = super().training_step(model, dict(inputs), num_items_in_batch)
-        full, divergences = self._full_logits, []
+        full = self._full_logits
+        target = self._importance_target(full, inputs) if self.length_drop.importance_weight else None
+        divergences, distances = [], []
         for number, (lengths, skip) in enumerate(subs, 1):
             with _unsynchronized(self, model, number < len(subs)), _run_with(encoder, lengths, skip):
-                with self.compute_loss_context_manager():
+                with self.compute_loss_context_manager(), _with_target(encoder, target) as losses:
                     outputs = model(**{k: v for k, v in inputs.items() if k not in self.label_names}, return_dict=True)
-                    divergence = self._divergence(full, _logits(outputs, inputs), student, inputs)
-                loss = divergence / (len(subs) + 1) / self.current_gradient_accumulation_steps
+                    loss = divergence = self._divergence(full, _logits(outputs, inputs), student, inputs)
+                    if losses:
+                        distance = torch.stack(losses).mean()
+                        distances.append(distance.detach())
+                        loss = loss + self.length_drop.importance_weight * distance
+                loss = loss / (len(subs) + 1) / self.current_gradient_accumulation_steps
                 self.accelerator.backward(loss)
             total = total + loss.detach()
             divergences.append(divergence.detach())
         if divergences:
             self._note([("sub", torch.stack(divergences).mean())])
+        if distances:
+            self._note([("importance", torch.stack(distances).mean())])
         self._full_logits = {}
         return total
 
@@ -185,6 +212,14 @@ class LengthDropTrainer(_LengthTrainer):
         own = self._own(encoder)
         least = max(own.min_tokens, 2)  # as published
         return [(dataclasses.replace(own, keep=keep, unit="ratio", min_tokens=least), skip) for keep, skip in drawn]
+
+    def _importance_target(self, full: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """How probable each token is to begin or end the answer, float [T] without padding; 1 in each sequence."""
+        if full.keys() != {"start_logits", "end_logits"}:
+            raise ValueError(f"importance_weight needs start and end logits, the model gives {', '.join(full)}")
+        target = torch.stack([logits.float().softmax(-1) for logits in full.values()]).mean(0)
+        mask = batch.get("attention_mask")
+        return target.flatten() if mask is None else target[mask.bool()]
 
     def _own(self, encoder: UnpaddedEncoder) -> LengthConfig:
         return encoder.lengths or LengthConfig((1.0,))
@@ -319,6 +354,16 @@ def _run_with(
         yield
     finally:
         encoder.lengths, encoder.skip = own
+
+
+@contextlib.contextmanager
+def _with_target(encoder: UnpaddedEncoder, target: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
+    """Collect how far importance is from the target in the layers that drop tokens."""
+    encoder.importance_target, encoder.importance_losses = target, []
+    try:
+        yield encoder.importance_losses
+    finally:
+        encoder.importance_target, encoder.importance_losses = None, []
 
 
 def _unsynchronized(trainer: Any, model: Any, wanted: bool) -> Any:

@@ -34,7 +34,7 @@ from lowbit_kernels.varlen_attention import HEAD_DIMS
 
 from ..config import LengthConfig, LowbitConfig
 from ..models import Architecture
-from .pruning import Keep, Kept, Survivors, drop, gathered, plan
+from .pruning import Keep, Kept, Survivors, drop, gathered, importance_loss, plan
 from .sequences import Sequences, additive, with_padding, without_padding
 
 _SITES = ("query", "key", "value", "attention_probs")
@@ -63,6 +63,8 @@ class UnpaddedEncoder(nn.Module):
         lengths: what every layer keeps, None for all.
         skip: layers that are left out (LayerDrop); they have to keep what the layer before them keeps.
         soft_mask: in training, a factor for every token.
+        importance_target: in training, float [T], what share of their sequence's importance its tokens are to have.
+        importance_losses: how far they are from it, for every layer that has dropped tokens since there is a target.
         replaced_attention: the model's attention implementation before this encoder came.
     """
 
@@ -80,6 +82,8 @@ class UnpaddedEncoder(nn.Module):
         self.lengths = None
         self.skip: frozenset[int] = frozenset()
         self.soft_mask: SoftMask | None = None
+        self.importance_target: torch.Tensor | None = None
+        self.importance_losses: list[torch.Tensor] = []
         self.replaced_attention: str | None = None
         # What `lowbit.compile` replaces: a layer is two parts, between them tokens are dropped.
         self.run_attention_modules: Callable[..., Any] = self._run_attention_modules
@@ -186,17 +190,21 @@ class UnpaddedEncoder(nn.Module):
         """All layers by their modules: tokens [T, H] -> [T, H]."""
         steps = self._plan(sequences, tokens.shape[0], first_token_only)
         survivors = Survivors(self._restores(first_token_only), sequences.host is not None)
+        target = self.importance_target
         for number, (layer, keep) in enumerate(zip(self.layer, steps, strict=True)):
             if number in self.skip:
                 continue
             before = tokens
             run: Callable[..., Any] = self._run_layer_modules
             if self.training and getattr(layer, "gradient_checkpointing", False):
-                tokens, kept = layer._gradient_checkpointing_func(
+                tokens, kept, received = layer._gradient_checkpointing_func(
                     run, number, layer, tokens, sequences, keep, protected
                 )
             else:
-                tokens, kept = run(number, layer, tokens, sequences, keep, protected)
+                tokens, kept, received = run(number, layer, tokens, sequences, keep, protected)
+            if target is not None and received is not None and kept is not None:
+                self.importance_losses.append(importance_loss(received, target, sequences))
+                target = target[kept.rows]
             sequences, protected = _after(before, kept, sequences, protected, survivors)
         return survivors.all(tokens)
 
@@ -211,7 +219,7 @@ class UnpaddedEncoder(nn.Module):
         sequences: Sequences,
         keep: Keep | None,
         protected: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, Kept | None]:
+    ) -> tuple[torch.Tensor, Kept | None, torch.Tensor | None]:
         importance = "all" if self.soft_mask is not None else keep and keep.score
         context, received = self.run_attention_modules(layer, tokens, sequences, importance)
         heads = self.architecture.heads(layer)
@@ -221,7 +229,7 @@ class UnpaddedEncoder(nn.Module):
         if self.soft_mask is not None:
             factor = self.soft_mask(number, received, sequences, heads).unsqueeze(-1).to(tokens.dtype)  # type: ignore[arg-type]
             (factor,) = gathered(kept, factor)
-        return self.run_rest_modules(layer, *gathered(kept, context, tokens), factor), kept
+        return self.run_rest_modules(layer, *gathered(kept, context, tokens), factor), kept, received
 
     def _run_attention_modules(
         self, layer: nn.Module, tokens: torch.Tensor, sequences: Sequences, importance: str | None
@@ -234,7 +242,8 @@ class UnpaddedEncoder(nn.Module):
         options = _attention_options(paths, layer)
         dropout = module.dropout.p if self.training else 0.0
         runs = query.dtype != torch.float64 and (not query.is_cuda or query.shape[-1] in HEAD_DIMS)
-        if dropout or self.soft_mask is not None or not runs:
+        learned = self.soft_mask is not None or (self.importance_target is not None and importance is not None)
+        if dropout or learned or not runs:  # `attention` gives importance no gradient
             options = {"bits": None, "asymmetric": (), "dropout_p": dropout, "importance": importance, **options}
             result = attention_eager(query, key, value, *sequences[:2], **options)
         else:

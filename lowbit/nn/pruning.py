@@ -149,6 +149,21 @@ def drop(
     return Kept(rows, Sequences(kept, int(kept.diff().max())))
 
 
+def importance_loss(importance: torch.Tensor, target: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """Cross-entropy between a target and the share of its sequence's importance that each token has, a scalar.
+
+    Args:
+        importance: float [T], attention received.
+        target: float [T]; what it lacks to 1 in a sequence, as where tokens were dropped before, does not count.
+        sequences: that the tokens are of. The loss is the mean over them.
+    """
+    lengths = sequences.cu_seqlens.diff().long()
+    of = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths, output_size=len(importance))
+    total = importance.new_zeros(len(lengths)).index_add(0, of, importance)
+    share = importance / total[of]
+    return -(target * (share + 1e-6).log()).sum() / len(lengths)  # a share may be 0, its logarithm must not be
+
+
 class Survivors:
     """Where the tokens that are left came from, and the states of those that are not.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib.util
+import itertools
+import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +20,18 @@ import lowbit
 from ..length import Front, LatencyTable, macs, measure_latency, search_lengths
 from . import RecipeError, log
 from .measure import table
-from .stages import Run, arguments, common, distill, train
+from .stages import Run, arguments, common, distill, train, without_dropout
 
 BUDGETS = ("1.5x", "2x", "3x")
 
 
-def adaptive_stages(run: Run, teacher: PreTrainedModel) -> tuple[str, PreTrainedModel]:
+def adaptive_stages(run: Run, teacher: PreTrainedModel, **fields: Any) -> tuple[str, PreTrainedModel]:
     """The model whose lengths are searched, and its stage: LengthDrop comes last, after quantization.
 
     (QuaLA-MiniLM: quantizing costs less than dropping, and what may be dropped depends on it.)
+
+    Args:
+        **fields: of the `LengthConfig`s that it is trained for, as in `search`.
     """
     name, model, options = "teacher", teacher, run.options
     if options.ternary:
@@ -40,7 +45,7 @@ def adaptive_stages(run: Run, teacher: PreTrainedModel) -> tuple[str, PreTrained
     if options.length_steps:
         name = "adaptive"
         before = model
-        model = run.stage(name, lambda: length_drop(run, before, teacher if options.ternary else None))
+        model = run.stage(name, lambda: length_drop(run, before, teacher if options.ternary else None, **fields))
     if options.ternary:
         name = "packed"
         prepared = model
@@ -48,16 +53,25 @@ def adaptive_stages(run: Run, teacher: PreTrainedModel) -> tuple[str, PreTrained
     return name, model
 
 
-def length_drop(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None) -> PreTrainedModel:
+def length_drop(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None, **fields: Any) -> PreTrainedModel:
     """The sandwich: all tokens on the labels (or the teacher), fewer tokens on what the model says with all."""
-    model = copy.deepcopy(model)
-    args = arguments(run, "adaptive", run.options.length_steps, run.options.length_learning_rate)
-    drop = lowbit.LengthDrop(ratio=run.options.drop_ratio, seed=run.options.seed)
+    options = run.options
+    model = without_dropout(copy.deepcopy(model))
+    everything = (1.0,) * model.config.num_hidden_layers
+    lowbit.set_length(model, lowbit.LengthConfig(everything, score=options.score, **fields))
+    args = arguments(run, "adaptive", options.length_steps, options.length_learning_rate)
+    ratios = tuple(options.drop_ratio)
+    drop = lowbit.LengthDrop(
+        ratio=ratios if len(ratios) > 1 else ratios[0],
+        sub_models=options.sub_models,
+        importance_weight=getattr(options, "importance_weight", 0.0),
+        seed=options.seed,
+    )
     objectives = None if teacher is None else [lowbit.LogitsLoss()]
     trainer = lowbit.LengthDropTrainer(
         model=model, teacher=teacher, objectives=objectives, args=args, length_drop=drop, **common(run)
     )
-    return train(run, "adaptive", trainer)
+    return lowbit.set_length(train(run, "adaptive", trainer), None)
 
 
 def search(
@@ -78,10 +92,12 @@ def search(
     """
 
     cost, unit = cost_of(run, name, model, lengths)
+    bf16 = getattr(run.options, "bf16", False)
 
     def evaluate(config: lowbit.LengthConfig) -> float:
         lowbit.set_length(model, config)
-        return metric(model)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            return metric(model)
 
     front = search_lengths(
         model,
@@ -92,6 +108,7 @@ def search(
         iterations=run.options.iterations,
         mutations=10,
         crossovers=10,
+        first=trained_for(run.options),
         seed=run.options.seed,
         path=run.folder / f"search-{name}.json",
         score=run.options.score,
@@ -107,6 +124,15 @@ def search(
     else:
         log.warning("front.png is not drawn: pip install matplotlib")
     return front
+
+
+def trained_for(options: Any, count: int = 10) -> list[tuple[float, ...]]:
+    """What the sub-models of LengthDrop keep where each layer has a ratio of its own, from hardly less to the least."""
+    ratios = getattr(options, "drop_ratio", ())
+    if len(ratios) < 2:
+        return []  # the search starts from such anyway
+    scaled = [[1 - ratio * number / count for ratio in ratios] for number in range(1, count + 1)]
+    return [tuple(itertools.accumulate(shares, operator.mul)) for shares in scaled]
 
 
 def cost_of(

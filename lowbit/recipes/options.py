@@ -26,6 +26,9 @@ class Options:
         default=3e-4, metadata={"help": "of the distillation stages; published for BERT-base: 2e-5, split stage 5e-5"}
     )
     group_by_length: bool = field(default=True, metadata={"help": "batches of like length: half the padding"})
+    bf16: bool = field(
+        default=False, metadata={"help": "train and search in bfloat16 (autocast): CPUs with AMX, GPUs since Ampere"}
+    )
     save_steps: int = field(default=500, metadata={"help": "checkpoint interval for resuming inside a stage, 0: none"})
     seed: int = 0
 
@@ -69,9 +72,11 @@ class LengthOptions:
         default=1000, metadata={"help": "steps of LengthDrop training; 0: tokens are dropped from the model as it is"}
     )
     length_learning_rate: float = 5e-5
-    drop_ratio: float = field(
-        default=0.35, metadata={"help": "the most that a layer drops in training; published: 0.2"}
+    drop_ratio: list[float] = field(
+        default_factory=lambda: [0.35],
+        metadata={"help": "the most that a layer drops in training, or one such number a layer; published: 0.2"},
     )
+    sub_models: int = field(default=3, metadata={"help": "that drop tokens, in each step of LengthDrop training"})
     search_samples: int = field(
         default=1000, metadata={"help": "training examples set apart, that the search scores on"}
     )

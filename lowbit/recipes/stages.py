@@ -104,6 +104,7 @@ def arguments(run: Run, name: str, steps: int, learning_rate: float) -> Training
         warmup_steps=steps // 10,
         weight_decay=0.01,
         train_sampling_strategy="group_by_length" if getattr(run.options, "group_by_length", False) else "random",
+        bf16=run.options.bf16,
         logging_steps=max(1, steps // 10),
         save_strategy="steps" if save_steps else "no",
         save_steps=save_steps or 500,
@@ -147,15 +148,20 @@ def fine_tune(run: Run, name: str, model: PreTrainedModel, steps: int, learning_
 def distill(
     run: Run, name: str, student: PreTrainedModel, teacher: PreTrainedModel, steps: int, learning_rate: float
 ) -> PreTrainedModel:
-    """TernaryBERT distillation: hidden states, attention scores and logits together, the student without dropout.
+    """TernaryBERT distillation: hidden states, attention scores and logits together, the student without dropout."""
+    student, args = without_dropout(student), arguments(run, name, steps, learning_rate)
+    return train(run, name, lowbit.DistillationTrainer(model=student, teacher=teacher, args=args, **common(run)))
 
-    Dropout in the student is noise that the teacher's states do not have; short runs end closer to them without it.
+
+def without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, to learn from another or from itself.
+
+    Dropout is noise that what it is compared with does not have; short runs end closer to that without it.
     """
-    for module in student.modules():
+    for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    args = arguments(run, name, steps, learning_rate)
-    return train(run, name, lowbit.DistillationTrainer(model=student, teacher=teacher, args=args, **common(run)))
+    return model
 
 
 def load_teacher(options: Any, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
