@@ -52,6 +52,7 @@ class DemoOptions:
     slim_steps: int = 80
     steps: int = field(default=160, metadata={"help": "of each distillation stage"})
     batch_size: int = 32
+    bf16: bool = field(default=False, metadata={"help": "train in bfloat16 (autocast)"})
     seed: int = 0
     measure_only: str = field(default="", metadata={"help": "internal: measure one saved model and exit"})
 
