@@ -111,7 +111,9 @@ def test_another_class_in_config_json_is_refused(value: object, tmp_path: Path) 
     edit(tmp_path, architectures=value)
     with pytest.raises(lowbit.CheckpointError, match="architectures"):
         lowbit.from_pretrained(tmp_path)
-    AutoModelForSequenceClassification.from_pretrained(tmp_path)  # the caller named the class
+    if value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        AutoModelForSequenceClassification.from_pretrained(tmp_path)  # the caller named the class
+    # Some releases of transformers refuse a configuration with values of another type by themselves.
 
 
 class Own(BertForSequenceClassification):
