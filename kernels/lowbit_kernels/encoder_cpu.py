@@ -11,6 +11,7 @@ bits but for GELU, which is their own here. Arguments are not checked: they come
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from . import native
 from ._ops import define
 from .attention_cpu import Mode, native_attention, runs_natively
 from .linear_native import ACTIVATIONS, Weights
-from .quantize import Quantized, outputs
+from .quantize import outputs
 
 
 def takes(dtype: torch.dtype, bits: int | None, asymmetric: Sequence[str], activation: str | None) -> bool:
@@ -45,10 +46,7 @@ def _attention_cpu(
     importance: str | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     T, K = x.shape
-    context, received = _attention_fake(
-        x, x_scale, x_zero_point, packed, scale, bias, layout, cu_seqlens, max_seqlen, heads, scaling, bits, asymmetric,
-        position_bias, importance,
-    )  # fmt: skip
+    context, received = _attention_outputs(x, packed, importance)
     x, x_scale, cu_seqlens = x.contiguous(), x_scale.contiguous(), cu_seqlens.contiguous()
     x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
     position_bias = None if position_bias is None else position_bias.float()
@@ -66,23 +64,10 @@ def _attention_cpu(
     return context, received
 
 
-def _attention_fake(
-    x: torch.Tensor,
-    x_scale: torch.Tensor,
-    x_zero_point: torch.Tensor | None,
-    packed: Sequence[torch.Tensor],
-    scale: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor | None],
-    layout: str,
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int,
-    heads: int,
-    scaling: float,
-    bits: int,
-    asymmetric: Sequence[str],
-    position_bias: torch.Tensor | None,
-    importance: str | None,
+def _attention_outputs(
+    x: torch.Tensor, packed: Sequence[torch.Tensor], importance: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(context, importance), uninitialised; the latter empty where it is not asked for."""
     T = x.shape[0]
     context = x.new_empty(T, packed[0].shape[0], dtype=torch.float32)
     return context, x.new_empty(T if importance else 0, dtype=torch.float32)
@@ -93,7 +78,7 @@ encoder_attention = define(
     "Tensor?[] bias, str layout, Tensor cu_seqlens, SymInt max_seqlen, int heads, float scaling, int bits, "
     "str[] asymmetric, Tensor? position_bias, str? importance) -> (Tensor, Tensor)",
     cpu=_attention_cpu,
-    fake=_attention_fake,
+    fake=lambda x, x_scale, x_zero_point, packed, *others: _attention_outputs(x, packed, others[-1]),
 )
 
 
@@ -131,21 +116,10 @@ def _rest_cpu(
 
 
 def _rest_fake(
-    context: torch.Tensor,
-    tokens: torch.Tensor,
-    packed: Sequence[torch.Tensor],
-    scale: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor | None],
-    norms: Sequence[torch.Tensor],
-    layout: str,
-    activation: str,
-    eps: float,
-    bits: int,
-    symmetric: bool,
-    ffn_symmetric: bool,
+    context: torch.Tensor, tokens: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    codes: Quantized = outputs(tokens, symmetric, tokens.shape[0])
-    return torch.empty_like(tokens, memory_format=torch.contiguous_format), *codes
+    *_, symmetric, _ffn_symmetric = others
+    return torch.empty_like(tokens, memory_format=torch.contiguous_format), *outputs(tokens, symmetric, tokens.shape[0])
 
 
 encoder_rest = define(

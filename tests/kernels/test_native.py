@@ -38,6 +38,16 @@ def runs(kind: str) -> bool:
 
 
 KINDS = [kind for kind in native.KINDS[:-1] if runs(kind)]
+
+
+def test_kernels_compile_where_the_processor_has_their_instructions() -> None:
+    """Or everything below would be skipped, and all else run on torch's products, without a word."""
+    _, compiler = native.cpp_compiler()
+    for kind, needs in native._NEEDS.items():
+        if compiler is not None and needs <= native._processor():
+            assert native.load(kind) is not None
+
+
 needs_native = pytest.mark.skipif(not KINDS, reason="no native kernels on this machine")
 
 
@@ -174,6 +184,20 @@ def test_the_rest_of_a_layer_is_its_operations(
     assert ((got[0] - expected[0]).abs() > 1e-4).float().mean() < 0.02
     torch.testing.assert_close(got[0], expected[0], rtol=0.05, atol=0.05)
     torch.testing.assert_close(got[1] * got[2].unsqueeze(-1), got[0], rtol=0, atol=float(got[2].max()) * 0.51)
+
+
+@needs_native
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_ops_of_a_layer_pass_opcheck(symmetric: bool, kind: str) -> None:
+    H, packed = 32, [packed_of("ternary", codes_of("ternary", 32, 32)) for _ in range(3)]
+    scale, bias, norm = [torch.rand(32)] * 3, [torch.randn(32), None, None], [torch.rand(32), torch.randn(32)]
+    rest = (torch.randn(5, H), torch.randn(5, H), packed, scale, bias, norm * 2)
+    torch.library.opcheck(encoder_cpu.encoder_rest, (*rest, "ternary", "gelu", 1e-5, 8, symmetric, not symmetric))
+    q, q_scale, zero = quantize_per_token(torch.randn(5, H), 8, symmetric)
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    for importance in (None, "all"):
+        arguments = (q, q_scale, zero, packed, scale, bias, "ternary", starts, 3, 2, 0.25, 8, [], None, importance)
+        torch.library.opcheck(encoder_cpu.encoder_attention, arguments)
 
 
 @needs_native
