@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import zlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -27,3 +29,11 @@ def seed(request: pytest.FixtureRequest) -> int:
     random.seed(value)
     torch.manual_seed(value)
     return value
+
+
+@pytest.fixture(autouse=True)
+def accelerate_anew() -> Iterator[None]:
+    """accelerate remembers the precision of the last trainer for as long as the process lives."""
+    yield
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
