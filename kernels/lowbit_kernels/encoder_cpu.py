@@ -1,8 +1,9 @@
 """The two halves of an encoder layer, each as one op of the native CPU kernels: what is between its operations stays in
-cache.
+cache. And layers one after the other, as one op: a call from Python costs as much as a tenth of a layer on 128 tokens.
 
     encoder_attention   codes -> queries, keys and values -> attention -> context
     encoder_rest        context -> product -> + tokens, LayerNorm -> product, GELU -> product -> + , LayerNorm -> tokens
+    encoder_layers      both, for every layer
 
 The same operations as `joint_linear`, `attention`, `quantize_per_token` and `add_layernorm` one by one, with the same
 bits but for GELU, which is their own here. Arguments are not checked: they come from the modules of a converted model.
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from . import native
+from ._derived import Derived
 from ._ops import define
 from .attention_cpu import Mode, native_attention, runs_natively
 from .linear_native import ACTIVATIONS, Weights
@@ -82,6 +84,33 @@ encoder_attention = define(
 )
 
 
+def _rest_of(
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    norms: Sequence[torch.Tensor],
+    layout: str,
+    activation: str,
+    eps: float,
+    bits: int,
+    symmetric: bool,
+    ffn_symmetric: bool,
+    C: int,
+) -> tuple[native.Rest, list[torch.Tensor | None]]:
+    """The second half of a layer as the kernel takes it, of a context [T, C], and the tensors that it points to."""
+    norms = [tensor.contiguous() for tensor in norms]
+    H, F = len(norms[0]), packed[1].shape[0]
+    weights = [
+        Weights.packed(packed[i : i + 1], scale[i : i + 1], bias[i : i + 1], layout, K, not is_symmetric)
+        for i, (K, is_symmetric) in enumerate([(C, symmetric), (H, symmetric), (F, ffn_symmetric)])
+    ]
+    rest = native.Rest(H=H, C=C, layout=weights[0].layout, activation=ACTIVATIONS.index(activation), bits=bits)
+    rest.ffn_symmetric = ffn_symmetric
+    rest.attention_output, rest.ffn_input, rest.ffn_output = (own.products[0] for own in weights)
+    rest.attention_norm, rest.ffn_norm = native.norm(norms[0], norms[1], eps), native.norm(norms[2], norms[3], eps)
+    return rest, [*norms, *(tensor for own in weights for tensor in own.tensors)]
+
+
 def _rest_cpu(
     context: torch.Tensor,
     tokens: torch.Tensor,
@@ -97,19 +126,10 @@ def _rest_cpu(
     ffn_symmetric: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     context, tokens = context.contiguous(), tokens.contiguous()
-    T, H = tokens.shape
-    norms = [tensor.contiguous() for tensor in norms]
+    T, C = context.shape
+    op, _alive = _rest_of(packed, scale, bias, norms, layout, activation, eps, bits, symmetric, ffn_symmetric, C)
     out = torch.empty_like(tokens)
     codes = outputs(out, symmetric, T)
-    C, F = context.shape[1], packed[1].shape[0]
-    weights = [
-        Weights.packed(packed[i : i + 1], scale[i : i + 1], bias[i : i + 1], layout, K, not is_symmetric)
-        for i, (K, is_symmetric) in enumerate([(C, symmetric), (H, symmetric), (F, ffn_symmetric)])
-    ]
-    op = native.Rest(H=H, C=C, layout=weights[0].layout, activation=ACTIVATIONS.index(activation), bits=bits)
-    op.ffn_symmetric = ffn_symmetric
-    op.attention_output, op.ffn_input, op.ffn_output = (own.products[0] for own in weights)
-    op.attention_norm, op.ffn_norm = native.norm(norms[0], norms[1], eps), native.norm(norms[2], norms[3], eps)
     if T:
         native.function("rest")(op, context.data_ptr(), tokens.data_ptr(), T, *map(native.pointer, (out, *codes)))
     return out, *codes
@@ -128,4 +148,94 @@ encoder_rest = define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_rest_cpu,
     fake=_rest_fake,
+)
+
+
+_layers = Derived()
+
+
+def _layer_of(
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    norms: Sequence[torch.Tensor],
+    layout: str,
+    activation: str,
+    eps: float,
+    bits: int,
+    symmetric: bool,
+    ffn_symmetric: bool,
+) -> native.Layer:
+    """A layer as the kernel takes it, with the linears of both halves."""
+    options = (layout, activation, eps, bits, symmetric, ffn_symmetric)
+    given = [*packed, *scale, *norms, *(tensor for tensor in bias if tensor is not None)]
+
+    def make() -> tuple[native.Layer, list[torch.Tensor]]:
+        first = Weights.packed(packed[:3], scale[:3], bias[:3], layout, len(norms[0]), not symmetric)
+        rest, alive = _rest_of(packed[3:], scale[3:], bias[3:], norms, *options, packed[0].shape[0])
+        own = {id(tensor) for tensor in given}  # these live while the entry does; to hold them would keep it for ever
+        kept = [tensor for tensor in (*alive, *first.tensors) if tensor is not None and id(tensor) not in own]
+        return native.Layer((native.Product * 3)(*first.products), rest), kept
+
+    layer, _alive = _layers.get(given, options, make)
+    return layer
+
+
+def _layers_cpu(
+    tokens: torch.Tensor,
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    x_zero_point: torch.Tensor | None,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    norms: Sequence[torch.Tensor],
+    layout: str,
+    activation: str,
+    eps: float,
+    bits: int,
+    ffn_symmetric: bool,
+    cu_seqlens: torch.Tensor,
+    heads: int,
+    scaling: float,
+    asymmetric: Sequence[str],
+    position_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    tokens, x, x_scale, cu_seqlens = (t.contiguous() for t in (tokens, x, x_scale, cu_seqlens))
+    x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
+    position_bias = None if position_bias is None else position_bias.float()
+    symmetric, T = x_zero_point is None, len(tokens)
+    count = len(packed) // 6
+    layers = [
+        _layer_of(
+            packed[6 * i : 6 * i + 6], scale[6 * i : 6 * i + 6], bias[6 * i : 6 * i + 6], norms[4 * i : 4 * i + 4],
+            layout, activation, eps, bits, symmetric, ffn_symmetric,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    out = torch.empty_like(tokens)
+    codes = outputs(out, symmetric, T)
+    context = tokens.new_empty(T, packed[0].shape[0])
+    mode = Mode(scaling, bits, asymmetric)
+    op = native_attention(T, heads, context.shape[1] // heads, mode, position_bias, context, None, None)
+    if T:
+        native.function("layers")(
+            (native.Layer * count)(*layers), count, op, cu_seqlens.data_ptr(), len(cu_seqlens) - 1,
+            *map(native.pointer, (x, x_scale, x_zero_point, tokens, out, *codes)),
+        )  # fmt: skip
+    return out, *codes
+
+
+def _layers_fake(tokens: torch.Tensor, x: torch.Tensor, x_scale: torch.Tensor, x_zero_point: Any, *others: Any) -> Any:
+    out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
+    return out, *outputs(tokens, x_zero_point is None, tokens.shape[0])
+
+
+encoder_layers = define(
+    "encoder_layers(Tensor tokens, Tensor x, Tensor x_scale, Tensor? x_zero_point, Tensor[] packed, Tensor[] scale, "
+    "Tensor?[] bias, Tensor[] norms, str layout, str activation, float eps, int bits, bool ffn_symmetric, "
+    "Tensor cu_seqlens, int heads, float scaling, str[] asymmetric, Tensor? position_bias) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_layers_cpu,
+    fake=_layers_fake,
 )

@@ -32,12 +32,13 @@ class Weights:
         products: for the kernels.
         layout: index into LAYOUTS.
         features: sum of N.
+        tensors: what the products point to.
     """
 
     def __init__(self, layout: str) -> None:
         self.layout = LAYOUTS.index(layout)
         self.products: list[native.Product] = []
-        self._tensors: list[torch.Tensor | None] = []  # what the products point to
+        self.tensors: list[torch.Tensor | None] = []
 
     @property
     def features(self) -> int:
@@ -79,7 +80,7 @@ class Weights:
         tensors = [codes.contiguous(), row_scale(scale, N), sums, bias]
         first, *others = map(native.pointer, tensors)
         self.products.append(native.Product(first, codes.shape[-1], N, *others))
-        self._tensors += tensors
+        self.tensors += tensors
 
 
 def _sums(codes: torch.Tensor) -> torch.Tensor:

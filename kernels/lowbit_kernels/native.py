@@ -106,6 +106,12 @@ class Rest(ctypes.Structure):
     )
 
 
+class Layer(ctypes.Structure):
+    """`Layer` of native/layer.h."""
+
+    _fields_ = (("projections", Product * 3), ("rest", Rest))
+
+
 _ARGUMENTS = {
     "quantize": [_pointer, _size, _size, _int, *[_pointer] * 3],
     "add_layernorm": [_pointer, _pointer, _size, _size, ctypes.POINTER(Norm), _int, *[_pointer] * 4],
@@ -119,6 +125,7 @@ _ARGUMENTS = {
         *(ctypes.POINTER(Attention), _pointer, _size),
     ],
     "rest": [ctypes.POINTER(Rest), _pointer, _pointer, _size, *[_pointer] * 4],
+    "layers": [ctypes.POINTER(Layer), _int, ctypes.POINTER(Attention), _pointer, _size, *[_pointer] * 8],
 }
 
 logger = logging.getLogger("lowbit")

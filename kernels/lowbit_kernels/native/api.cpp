@@ -109,16 +109,13 @@ void lowbit_attention(const Attention* op, const int32_t* starts, int64_t B) {
 void lowbit_attention_half(
     int8_t* x, int64_t K, float* scale, int32_t* zero_point, const Product* products, int count, int layout,
     const Attention* op, const int32_t* starts, int64_t B) {
-    static thread_local CodesBuffer buffer;
-    static thread_local Scratch<float> scratch;
     const Rows rows{op->T, K, x, scale, zero_point};
     const Batch batch(starts, B);
-    const Codes codes = buffer.get(batch.most_lots * LANES, K, zero_point == nullptr);
-    float* projected = scratch.get(batch.most_lots * LANES * 3 * op->H * op->D);
+    const AttentionWork work(batch, K, zero_point == nullptr, *op);
 #pragma omp parallel
     {
         Tiles tiles;
-        team_attention_half(rows, products, count, layout, *op, starts, batch, codes, projected);
+        team_attention_half(rows, products, count, layout, *op, starts, batch, work);
     }
 }
 
@@ -126,17 +123,34 @@ void lowbit_attention_half(
 void lowbit_rest(
     const Rest* op, const float* context, const float* tokens, int64_t T, float* out, int8_t* q, float* scale,
     int32_t* zero_point) {
-    static thread_local RestBuffers buffers;
-    const int64_t M = std::min(T, GROUP), rows = lots_of(M) * LANES, H = op->H, F = op->ffn_input.N;
-    const Rows codes{T, H, q, scale, zero_point};
-    const bool symmetric = zero_point == nullptr;
-    const Codes inner = buffers.context.get(M, op->C, symmetric), narrow = buffers.narrow.get(M, H, symmetric);
-    const Codes wide = buffers.wide.get(M, F, op->ffn_symmetric);
-    float *sums = buffers.sums.get(rows * std::max(H, F)), *normed = buffers.normed.get(rows * H);
+    const Rows codes{T, op->H, q, scale, zero_point};
+    const RestWork work(*op, T, zero_point == nullptr);
 #pragma omp parallel
     {
         Tiles tiles;
-        team_rest(*op, context, tokens, out, codes, inner, narrow, wide, sums, normed);
+        team_rest(*op, context, tokens, out, codes, work);
+    }
+}
+
+// Both, layer after layer, of layers that are alike in shape: `op` as in the first, its output [T, C] is the context of
+// each; x and tokens enter the first layer, out and its codes leave the last.
+void lowbit_layers(
+    const Layer* layers, int count, const Attention* op, const int32_t* starts, int64_t B, int8_t* x, float* x_scale,
+    int32_t* x_zero_point, const float* tokens, float* out, int8_t* q, float* scale, int32_t* zero_point) {
+    const Rest& shape = layers->rest;
+    const Rows first{op->T, shape.H, x, x_scale, x_zero_point}, codes{op->T, shape.H, q, scale, zero_point};
+    const Batch batch(starts, B);
+    const AttentionWork attention(batch, shape.H, zero_point == nullptr, *op);
+    const RestWork rest(shape, op->T, zero_point == nullptr);
+#pragma omp parallel
+    {
+        Tiles tiles;
+        for (const Layer* layer = layers; layer != layers + count; layer++) {
+            const bool begins = layer == layers;
+            team_attention_half(
+                begins ? first : codes, layer->projections, 3, layer->rest.layout, *op, starts, batch, attention);
+            team_rest(layer->rest, op->out, begins ? tokens : out, out, codes, rest);
+        }
     }
 }
 

@@ -37,13 +37,27 @@ struct Batch {
     }
 };
 
-// Codes [T, K] -> queries, keys and values, of a group at a time in `projected` -> `op.out`. `op` has no inputs; `codes`
-// and `projected` have room for the largest group.
+// What one group of tokens needs within the first half; made by one thread for all.
+struct AttentionWork {
+    Codes codes;
+    float* projected;
+
+    AttentionWork(const Batch& batch, int64_t K, bool symmetric, const Attention& op) {
+        static thread_local CodesBuffer buffer;
+        static thread_local Scratch<float> scratch;
+        codes = buffer.get(batch.most_lots * LANES, K, symmetric);
+        projected = scratch.get(batch.most_lots * LANES * 3 * op.H * op.D);
+    }
+};
+
+// Codes [T, K] -> queries, keys and values, of a group at a time -> `op.out`. `op` has no inputs.
 inline void team_attention_half(
     const Rows& x, const Product* products, int count, int layout, const Attention& op, const int32_t* starts,
-    const Batch& batch, Codes codes, float* projected) {
+    const Batch& batch, const AttentionWork& work) {
     static thread_local AttentionBuffers buffers;
     const int64_t head = op.D * LANES, width = op.H * head, stride = 3 * width;
+    Codes codes = work.codes;
+    float* projected = work.projected;
     for (const Group& group : batch.groups) {
         codes.M = group.lots * LANES;
 #pragma omp for schedule(static)
@@ -66,20 +80,31 @@ struct Rest {
     bool ffn_symmetric;
 };
 
-// What one group of tokens needs between operations, and its threads.
-struct RestBuffers {
-    CodesBuffer context, narrow, wide;
-    Scratch<float> sums, normed;
+// What one group of tokens needs within the second half; made by one thread for all.
+struct RestWork {
+    Codes context, narrow, wide;
+    float *sums, *normed;
+
+    RestWork(const Rest& op, int64_t T, bool symmetric) {
+        static thread_local CodesBuffer buffers[3];
+        static thread_local Scratch<float> scratch[2];
+        const int64_t M = std::min(T, GROUP), F = op.ffn_input.N;
+        context = buffers[0].get(M, op.C, symmetric);
+        narrow = buffers[1].get(M, op.H, symmetric);
+        wide = buffers[2].get(M, F, op.ffn_symmetric);
+        sums = scratch[0].get(lots_of(M) * LANES * std::max(op.H, F));
+        normed = scratch[1].get(lots_of(M) * LANES * op.H);
+    }
 };
 
-// Context [T, C] and tokens [T, H] -> tokens of the next layer, out [T, H], and their codes.
+// Context [T, C] and tokens [T, H] -> tokens of the next layer, out [T, H], and their codes; `out` may be `tokens`.
 inline void team_rest(
-    const Rest& op, const float* context, const float* tokens, float* out, const Rows& codes, Codes inner, Codes narrow,
-    Codes wide, float* sums, float* normed) {
+    const Rest& op, const float* context, const float* tokens, float* out, const Rows& codes, const RestWork& work) {
     static thread_local Scratch<float> scratch;
     static thread_local Scratch<int8_t> bytes;
     const int64_t H = op.H, C = op.C, lot_size = H * LANES;
-    float* own = scratch.get(std::max(H, C) * LANES);
+    float *own = scratch.get(std::max(H, C) * LANES), *sums = work.sums, *normed = work.normed;
+    Codes inner = work.context, narrow = work.narrow, wide = work.wide;
     for (int64_t start = 0; start < codes.M; start += GROUP) {
         const int64_t M = std::min(GROUP, codes.M - start), lots = lots_of(M);
         inner.M = narrow.M = wide.M = M;
@@ -111,5 +136,11 @@ inline void team_rest(
         }
     }
 }
+
+// All of one layer.
+struct Layer {
+    Product projections[3];
+    Rest rest;
+};
 
 }  // namespace lowbit

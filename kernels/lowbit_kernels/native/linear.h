@@ -28,19 +28,22 @@ struct Product {
 // Codes of 16 rows -> tiles; rows past the last repeat it. Of a pair, codes 2 * b1 + b2, those of one plane.
 template <int VALUES>
 void expand(const uint8_t* packed, int64_t row_bytes, int64_t rows, int plane, bool split, uint8_t* tiles) {
-    const __m256i mask = _mm256_set1_epi8(split || VALUES == 8 ? 1 : 3);
+    constexpr int TILES = VALUES / 2;  // that 32 bytes of a row go to, half of a row from each shift
+    const Ints mask = _mm512_set1_epi8(split || VALUES == 8 ? 1 : 3);
     const int more = split && plane == 0 ? 1 : 0;
+    Ints shifts[TILES];
+    for (int t = 0; t < TILES; t++) {
+        const auto shift = [&](int i) { return _mm256_set1_epi16(static_cast<short>((VALUES == 8 ? i : 6 - 2 * i) + more)); };
+        shifts[t] = _mm512_inserti64x4(_mm512_castsi256_si512(shift(2 * t)), shift(2 * t + 1), 1);
+    }
     for (int64_t byte = 0; byte < row_bytes; byte += 32) {
         uint8_t* out = tiles + byte * VALUES * LANES;
         for (int64_t row = 0; row < LANES; row++, out += STEP) {
             const uint8_t* in = packed + std::min(row, rows - 1) * row_bytes + byte;
-            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
-#pragma GCC unroll 8
-            for (int i = 0; i < VALUES; i++) {
-                const __m128i shift = _mm_cvtsi32_si128((VALUES == 8 ? i : 6 - 2 * i) + more);
-                const __m256i codes = _mm256_and_si256(_mm256_srl_epi16(bytes, shift), mask);
-                _mm256_store_si256(reinterpret_cast<__m256i*>(out + i / 2 * STEP * LANES + i % 2 * 32), codes);
-            }
+            const Ints bytes = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(in)));
+#pragma GCC unroll 4
+            for (int t = 0; t < TILES; t++)
+                _mm512_store_si512(out + t * STEP * LANES, _mm512_and_si512(_mm512_srlv_epi16(bytes, shifts[t]), mask));
         }
     }
 }
@@ -75,40 +78,59 @@ inline Floats activated(Floats y) {
     return ACTIVATION == GELU ? gelu(y) : ACTIVATION == GELU_TANH ? gelu_tanh(y) : y;
 }
 
-// Sums c of 32 codes (of a pair, 16 and 16) and one lot -> results [n][16].
+// Sums of 32 rows (of a pair, 16 and 16) and of one or two lots -> results [n][16], a few at a time: beside the next
+// product, whose matrix instructions leave the other units free.
 template <int LAYOUT, int ACTIVATION, bool ZERO>
-void finish(const Codes& x, const Product& w, const int32_t* c, int64_t lot, int64_t n0, int64_t columns, float* out) {
-    const Ints x_sum = _mm512_load_si512(x.sum + lot * LANES);
-    const Floats x_scale = _mm512_load_ps(x.scale + lot * LANES);
-    const Floats zero = ZERO ? _mm512_load_ps(x.zero + lot * LANES) : floats(0.0f);
-    const auto scaled = [&](const int32_t* sums, int64_t n) {
-        Ints exact = _mm512_load_si512(sums);  // codes are w + 1, or (w + 1) / 2
-        if (LAYOUT == BINARY || LAYOUT == SPLIT) exact = _mm512_slli_epi32(exact, 1);
-        Floats sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(exact, x_sum));
-        if (ZERO) sum = _mm512_sub_ps(sum, _mm512_mul_ps(zero, floats(w.w_sum[n])));
-        return _mm512_mul_ps(sum, floats(w.scale[n]));
-    };
-    for (int64_t j = 0; j < columns; j++) {
-        const int64_t n = n0 + j;
+struct Finish {
+    const Codes& x;
+    const Product& w;
+    int64_t features;
+    float* out;
+    const int32_t* c = nullptr;
+    int64_t lot = 0, lots = 0, n0 = 0, column = 0, columns = 0;
+
+    void next(const int32_t* sums, int64_t first_lot, int64_t count, int64_t first, int64_t width) {
+        c = sums, lot = first_lot, lots = count, n0 = first, column = 0, columns = width;
+    }
+
+    // Up to `count` columns.
+    void some(int64_t count) {
+        for (const int64_t end = std::min(columns, column + count); column < end; column++)
+            for (int64_t side = 0; side < lots; side++) one(column, side);
+    }
+
+    void one(int64_t j, int64_t side) const {
+        const int64_t n = n0 + j, own = lot + side;
+        const Ints x_sum = _mm512_load_si512(x.sum + own * LANES);
+        const Floats zero = ZERO ? _mm512_load_ps(x.zero + own * LANES) : floats(0.0f);
+        const auto scaled = [&](const int32_t* sums, int64_t of) {
+            Ints exact = _mm512_load_si512(sums + side * LANES);  // codes are w + 1, or (w + 1) / 2
+            if (LAYOUT == BINARY || LAYOUT == SPLIT) exact = _mm512_slli_epi32(exact, 1);
+            Floats sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(exact, x_sum));
+            if (ZERO) sum = _mm512_sub_ps(sum, _mm512_mul_ps(zero, floats(w.w_sum[of])));
+            return _mm512_mul_ps(sum, floats(w.scale[of]));
+        };
         Floats y = scaled(c + j * BLOCK, n);
         if (is_pair(LAYOUT)) y = _mm512_add_ps(y, scaled(c + (LANES + j) * BLOCK, w.N + n));
-        y = _mm512_fmadd_ps(y, x_scale, floats(w.bias ? w.bias[n] : 0.0f));
-        _mm512_store_ps(out + j * LANES, activated<ACTIVATION>(y));
+        y = _mm512_fmadd_ps(y, _mm512_load_ps(x.scale + own * LANES), floats(w.bias ? w.bias[n] : 0.0f));
+        _mm512_store_ps(out + (own * features + n) * LANES, activated<ACTIVATION>(y));
     }
-}
+};
 
-template <int LAYOUT, int ACTIVATION>
+template <int LAYOUT, int ACTIVATION, bool ZERO>
 void team_linear(const Codes& x, const Product& w, float* out, int64_t features) {
     constexpr int VALUES = LAYOUT == BINARY ? 8 : LAYOUT == TERNARY || LAYOUT == SPLIT ? 4 : 1;  // in a byte
     constexpr int WIDTH = is_pair(LAYOUT) ? LANES : BLOCK;
     constexpr int64_t LOTS = GROUP / LANES;
     const int64_t tile_bytes = round_up(w.row_bytes * VALUES, STEP) * LANES, lots = lots_of(x.M);
     const int64_t blocks = (w.N + WIDTH - 1) / WIDTH, groups = (lots + LOTS - 1) / LOTS;
+    const int64_t steps = x.width / STEP, share = (WIDTH + steps - 1) / steps;
     static thread_local Scratch<uint8_t> scratch;
     uint8_t* first = scratch.get(2 * tile_bytes);
     uint8_t* second = first + tile_bytes;
-    alignas(64) int32_t c[BLOCK * BLOCK];
-    const auto done = x.zero ? finish<LAYOUT, ACTIVATION, true> : finish<LAYOUT, ACTIVATION, false>;
+    alignas(64) int32_t sums[2][BLOCK * BLOCK];
+    int turn = 0;
+    Finish<LAYOUT, ACTIVATION, ZERO> finish{x, w, features, out};
 #pragma omp for collapse(2) schedule(static) nowait
     for (int64_t group = 0; group < groups; group++) {
         for (int64_t block = 0; block < blocks; block++) {
@@ -116,15 +138,24 @@ void team_linear(const Codes& x, const Product& w, float* out, int64_t features)
             const int64_t next = is_pair(LAYOUT) ? 0 : std::min<int64_t>(LANES, columns - 1);
             expand_rows<LAYOUT>(w, n0, columns, 0, first);
             expand_rows<LAYOUT>(w, n0 + next, columns - next, 1, second);
+            for (const uint8_t *at = w.packed + (n0 + WIDTH) * w.row_bytes, *last = at + WIDTH * w.row_bytes; at < last; at += 64)
+                _mm_prefetch(at, _MM_HINT_T1);
             const int64_t end = std::min(lots, (group + 1) * LOTS);
-            for (int64_t lot = group * LOTS; lot < end; lot += 2) {
+            for (int64_t lot = group * LOTS; lot < end; lot += 2, turn = 1 - turn) {
                 const bool pair = lot + 1 < end;
-                product(first, second, x.panel(lot), pair ? x.panel(lot + 1) : nullptr, x.width, c);
-                done(x, w, c, lot, n0, columns, out + (lot * features + n0) * LANES);
-                if (pair) done(x, w, c + LANES, lot + 1, n0, columns, out + ((lot + 1) * features + n0) * LANES);
+                const int8_t* more = pair ? x.panel(lot + 1) : nullptr;
+                product(first, second, x.panel(lot), more, x.width, sums[turn], [&] { finish.some(share); });
+                finish.next(sums[turn], lot, 1 + pair, n0, columns);
             }
         }
     }
+    finish.some(WIDTH);
+}
+
+template <int LAYOUT, int ACTIVATION>
+void team_linear(const Codes& x, const Product& w, float* out, int64_t features) {
+    if (x.zero) return team_linear<LAYOUT, ACTIVATION, true>(x, w, out, features);
+    team_linear<LAYOUT, ACTIVATION, false>(x, w, out, features);
 }
 
 template <int LAYOUT>

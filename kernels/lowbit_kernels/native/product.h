@@ -27,8 +27,9 @@ struct Tiles {
 };
 
 // c[32][32] of two lots of 16 rows and, b0 and b1, of tokens; without b1, of 16 tokens: the rest of c stays as it is.
-inline void product(
-    const uint8_t* a0, const uint8_t* a1, const int8_t* b0, const int8_t* b1, int64_t K, int32_t* c) {
+template <class Beside>
+void product(
+    const uint8_t* a0, const uint8_t* a1, const int8_t* b0, const int8_t* b1, int64_t K, int32_t* c, Beside beside) {
     asm volatile("" ::: "memory");  // the tile instructions of GCC 12 do not say that they read memory
     _tile_zero(0);
     _tile_zero(2);
@@ -39,6 +40,7 @@ inline void product(
             _tile_loadd(5, a1 + at, STEP);
             _tile_dpbusd(0, 4, 6);
             _tile_dpbusd(2, 5, 6);
+            beside();
         }
     } else {
         _tile_zero(1);
@@ -52,6 +54,7 @@ inline void product(
             _tile_dpbusd(2, 5, 6);
             _tile_dpbusd(1, 4, 7);
             _tile_dpbusd(3, 5, 7);
+            beside();
         }
         _tile_stored(1, c + LANES, BLOCK * 4);
         _tile_stored(3, c + LANES * BLOCK + LANES, BLOCK * 4);
@@ -82,8 +85,10 @@ inline void product_of_rows(const uint8_t* a, const int8_t* b, int64_t K, int32_
     for (int r = 0; r < ROWS; r++) _mm512_store_si512(c + r * BLOCK, sums[r]);
 }
 
-inline void product(
-    const uint8_t* a0, const uint8_t* a1, const int8_t* b0, const int8_t* b1, int64_t K, int32_t* c) {
+template <class Beside>
+void product(
+    const uint8_t* a0, const uint8_t* a1, const int8_t* b0, const int8_t* b1, int64_t K, int32_t* c, Beside beside) {
+    for (int64_t k = 0; k < K; k += STEP) beside();
     for (int row = 0; row < BLOCK; row += 8) {
         const uint8_t* a = (row < LANES ? a0 : a1) + row % LANES * STEP;
         product_of_rows(a, b0, K, c + row * BLOCK);
@@ -92,5 +97,10 @@ inline void product(
 }
 
 #endif
+
+inline void product(
+    const uint8_t* a0, const uint8_t* a1, const int8_t* b0, const int8_t* b1, int64_t K, int32_t* c) {
+    product(a0, a1, b0, b1, K, c, [] {});
+}
 
 }  // namespace lowbit
