@@ -160,15 +160,20 @@ def test_the_ways_of_a_packed_model_agree() -> None:
 def test_only_the_first_token_is_computed_where_nothing_else_is_read() -> None:
     packed = lowbit.quantize(model_of("BertForSequenceClassification"), lowbit.TernaryConfig())
     fused, inputs = lowbit.fuse(copy.deepcopy(packed)), batch(rows=3, length=12)
-    rows = []
-    run_rest = fused.bert.encoder.run_rest
+    rows, encoder = [], fused.bert.encoder
+    run_rest, run_layers = encoder.run_rest, encoder._run_layers
 
     def counted(*args: Any) -> Any:
         result = run_rest(*args)
         rows.append(len(result[0]))
         return result
 
-    fused.bert.encoder.run_rest = counted
+    def counted_together(weights: list[Any], *args: Any) -> Any:
+        result = run_layers(weights, *args)
+        rows.extend([len(result[0])] * len(weights))
+        return result
+
+    encoder.run_rest, encoder._run_layers = counted, counted_together
     got = outputs(fused, inputs)[0]
     tokens = int(inputs["attention_mask"].sum())
     assert rows == [tokens] * (LAYERS - 1) + [3]

@@ -14,6 +14,7 @@ or a mask that is no padding mask are asked for; with dropped tokens these are r
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -326,7 +327,6 @@ class PackedEncoder(UnpaddedEncoder):
         self.layout = first.get_submodule(architecture.ffn_input).layout
         self.gelu = first.get_submodule(architecture.ffn_input).activation
         self.activation = first.get_submodule(architecture.ffn_activation)
-        self._norm = f"{architecture.ffn_norm}.weight"
         self.eps = first.get_submodule(architecture.attention_norm).eps
         self.symmetric = {site: site not in config.asymmetric for site in ("linear", "ffn_output")}
         self.attention_options = _attention_options(architecture, first)
@@ -341,7 +341,7 @@ class PackedEncoder(UnpaddedEncoder):
         self.run_rest = torch.compile(self._run_rest, **options)
 
     def _fast(self, hidden_states: torch.Tensor) -> Callable[..., torch.Tensor] | None:
-        norms = [layer.get_parameter(self._norm) for layer in self.layer]
+        norms = [_child(layer, self.architecture.ffn_norm).weight for layer in self.layer]
         needs_modules = (
             self.training
             or self.soft_mask is not None
@@ -490,14 +490,7 @@ class PackedEncoder(UnpaddedEncoder):
 
     def _weights(self, layer: nn.Module) -> Weights:
         """Looked up anew in every forward: `.to(device)` replaces buffers."""
-        paths = self.architecture
-
-        def find(path: str) -> Any:
-            module = layer
-            for name in path.split("."):  # `get_submodule` takes thirty times as long
-                module = module._modules[name]  # type: ignore[assignment]
-            return module
-
+        paths, find = self.architecture, functools.partial(_child, layer)
         attention_norm, ffn_norm = find(paths.attention_norm), find(paths.ffn_norm)
         return Weights(
             _product(*map(find, paths.projections)),
@@ -558,6 +551,13 @@ def _after(
         return sequences, protected
     survivors.keep(before, kept)
     return kept.sequences, None if protected is None else protected[kept.rows]
+
+
+def _child(module: Any, path: str) -> Any:
+    """`get_submodule`, which takes thirty times as long."""
+    for name in path.split("."):
+        module = module._modules[name]
+    return module
 
 
 def _product(*linears: Any) -> Product:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,6 +201,69 @@ def test_ops_of_a_layer_pass_opcheck(symmetric: bool, kind: str) -> None:
     for importance in (None, "all"):
         arguments = (q, q_scale, zero, packed, scale, bias, "ternary", starts, 3, 2, 0.25, 8, [], None, importance)
         torch.library.opcheck(encoder_cpu.encoder_attention, arguments)
+
+
+def layers_of(count: int, layout: str, H: int, F: int, C: int) -> tuple[list, list, list, list]:
+    """Packed codes, scales, biases and norms of layers."""
+    shapes = [(C, H), (C, H), (C, H), (H, C), (F, H), (H, F)] * count
+    packed = [packed_of(layout, codes_of(layout, *shape)) for shape in shapes]
+    scale = [torch.rand(*((2,) if layout == "split" else ()), N) * K**-0.5 for N, K in shapes]
+    bias = [torch.randn(N) if number % 5 else None for number, (N, _) in enumerate(shapes)]
+    return packed, scale, bias, [torch.rand(H) for _ in range(4 * count)]
+
+
+def layer_by_layer(
+    tokens: torch.Tensor, codes: tuple, weights: tuple[list, list, list, list], starts: torch.Tensor, *options: Any
+) -> tuple[torch.Tensor, ...]:
+    """`encoder_layers` by its halves."""
+    packed, scale, bias, norms = weights
+    layout, activation, eps, bits, ffn_symmetric, heads, position_bias = options
+    symmetric = codes[2] is None
+    for i in range(len(packed) // 6):
+        first, rest = slice(6 * i, 6 * i + 3), slice(6 * i + 3, 6 * i + 6)
+        context, _ = encoder_cpu.encoder_attention(
+            *codes, packed[first], scale[first], bias[first], layout, starts, int(starts.diff().max()), heads, 0.2,
+            bits, [], position_bias, None,
+        )  # fmt: skip
+        tokens, q, q_scale, zero = encoder_cpu.encoder_rest(
+            context, tokens, packed[rest], scale[rest], bias[rest], norms[4 * i : 4 * i + 4], layout, activation, eps,
+            bits, symmetric, ffn_symmetric,
+        )  # fmt: skip
+        codes = q, q_scale, None if symmetric else zero
+    return tokens, *codes
+
+
+@needs_native
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("lengths", [[1], [17, 0, 3, 40], [300, 129]], ids=str)
+def test_layers_together_are_the_layers(lengths: list[int], layout: str, symmetric: bool, kind: str) -> None:
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    tokens = torch.randn(int(starts[-1]), 48)
+    weights = layers_of(3, layout, H=48, F=100, C=24)
+    position_bias = torch.randn(3, max(lengths), max(lengths))
+    q, q_scale, zero = quantize_per_token(tokens, 8, symmetric)
+    codes = q, q_scale, None if symmetric else zero
+    together = (*weights, layout, "gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], position_bias)
+    for _ in range(2):  # the second time with weights that are edited: what was made of the first must not be taken
+        got = encoder_cpu.encoder_layers(tokens, *codes, *together)
+        expected = layer_by_layer(tokens, codes, weights, starts, layout, "gelu", 1e-5, 8, symmetric, 3, position_bias)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True) if b is not None)
+        weights[1][4].mul_(2.0)
+        weights[0][0].zero_()
+        weights[3][1].add_(1.0)
+
+
+@needs_native
+def test_layers_together_keep_no_weights_alive(kind: str) -> None:
+    weights = layers_of(2, "ternary", H=32, F=64, C=32)
+    starts, tokens = torch.tensor([0, 2, 5], dtype=torch.int32), torch.randn(5, 32)
+    options = ("ternary", "gelu", 1e-5, 8, True, starts, 2, 0.2, [], None)
+    torch.library.opcheck(encoder_cpu.encoder_layers, (tokens, *quantize_per_token(tokens), *weights, *options))
+    gone = [weakref.ref(tensor) for tensors in weights for tensor in tensors if tensor is not None]
+    del weights
+    gc.collect()
+    assert all(reference() is None for reference in gone)
 
 
 @needs_native

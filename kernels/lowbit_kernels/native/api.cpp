@@ -36,8 +36,8 @@ void lowbit_quantize(const float* x, int64_t M, int64_t K, int bits, int8_t* q, 
 #pragma omp for schedule(static)
         for (int64_t lot = 0; lot < lots_of(M); lot++) {
             const Lot rows = lot_of(lot, M);
-            load_lot(x + rows.row * K, K, rows.count, K, own);
-            quantize_lot(own, rows, bits, codes, bytes);
+            const Extremes seen = load_lot(x + rows.row * K, K, rows.count, K, own, zero_point == nullptr);
+            quantize_lot(own, seen.quantizer(bits), rows, codes, bytes);
         }
     }
 }
@@ -58,9 +58,9 @@ void lowbit_add_layernorm(
             const auto [row, count] = lot_of(lot, M);
             load_lot(x + row * K, K, count, K, own);
             if (residual) load_lot(residual + row * K, K, count, K, more);
-            layernorm_lot(own, more, K, *norm, own);
+            const Extremes seen = layernorm_lot(own, more, K, *norm, own, zero_point == nullptr);
             store_lot(own, K, y + row * K, K, count);
-            if (bits) quantize_lot(own, {row, count}, bits, codes, bytes);
+            if (bits) quantize_lot(own, seen.quantizer(bits), {row, count}, codes, bytes);
         }
     }
 }

@@ -63,9 +63,11 @@ inline void team_attention_half(
 #pragma omp for schedule(static)
         for (int64_t lot = 0; lot < group.lots; lot++) take_lot(x, batch.lots[group.first_lot + lot], lot, codes);
         team_linears(codes, products, count, layout, NONE, projected, 3 * op.H * op.D);
-#pragma omp for schedule(dynamic)
-        for (int64_t task = group.first * op.H; task < group.last * op.H; task++) {
-            const int64_t b = task / op.H, h = task % op.H, S = starts[b + 1] - starts[b];
+        const int64_t sequences = group.last - group.first;
+        // Heads in order, as their features were shared out: most of what a thread reads it has written.
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < sequences * op.H; task++) {
+            const int64_t b = group.first + task % sequences, h = task / sequences, S = starts[b + 1] - starts[b];
             const float* query = projected + (batch.lot[b] - group.first_lot) * stride + h * head;
             if (S > 0) attend(op, {h, starts[b], S, query, query + width, query + 2 * width, stride}, buffers);
         }
@@ -111,8 +113,8 @@ inline void team_rest(
 #pragma omp for schedule(static)
         for (int64_t lot = 0; lot < lots; lot++) {
             const auto [row, count] = lot_of(lot, M);
-            load_lot(context + (start + row) * C, C, count, C, own);
-            quantize_lot(own, lot, op.bits, inner);
+            const Extremes seen = load_lot(context + (start + row) * C, C, count, C, own, inner.zero == nullptr);
+            quantize_lot(own, seen.quantizer(op.bits), lot, inner);
         }
         team_linears(inner, &op.attention_output, 1, op.layout, NONE, sums, H);
 #pragma omp for schedule(static)
@@ -120,19 +122,25 @@ inline void team_rest(
             const auto [row, count] = lot_of(lot, M);
             float* y = normed + lot * lot_size;
             load_lot(tokens + (start + row) * H, H, count, H, own);
-            layernorm_lot(sums + lot * lot_size, own, H, op.attention_norm, y);
-            quantize_lot(y, lot, op.bits, narrow);
+            const bool symmetric = narrow.zero == nullptr;
+            const Extremes seen = layernorm_lot(sums + lot * lot_size, own, H, op.attention_norm, y, symmetric);
+            quantize_lot(y, seen.quantizer(op.bits), lot, narrow);
         }
         team_linears(narrow, &op.ffn_input, 1, op.layout, op.activation, sums, wide.K);
 #pragma omp for schedule(static)
-        for (int64_t lot = 0; lot < lots; lot++) quantize_lot(sums + lot * wide.K * LANES, lot, op.bits, wide);
+        for (int64_t lot = 0; lot < lots; lot++) {
+            const float* x = sums + lot * wide.K * LANES;
+            quantize_lot(x, quantizer_of(x, wide.K, op.bits, op.ffn_symmetric), lot, wide);
+        }
         team_linears(wide, &op.ffn_output, 1, op.layout, NONE, sums, H);
 #pragma omp for schedule(static)
         for (int64_t lot = 0; lot < lots; lot++) {
             const auto [row, count] = lot_of(lot, M);
-            layernorm_lot(sums + lot * lot_size, normed + lot * lot_size, H, op.ffn_norm, own);
+            const bool symmetric = codes.zero_point == nullptr;
+            const float* residual = normed + lot * lot_size;
+            const Extremes seen = layernorm_lot(sums + lot * lot_size, residual, H, op.ffn_norm, own, symmetric);
             store_lot(own, H, out + (start + row) * H, H, count);
-            quantize_lot(own, {start + row, count}, op.bits, codes, bytes);
+            quantize_lot(own, seen.quantizer(op.bits), {start + row, count}, codes, bytes);
         }
     }
 }

@@ -14,16 +14,32 @@ struct Lot {
 inline int64_t lots_of(int64_t M) { return (M + LANES - 1) / LANES; }
 inline Lot lot_of(int64_t lot, int64_t M) { return {lot * LANES, std::min<int64_t>(LANES, M - lot * LANES)}; }
 
-// Rows of K floats -> [K][16]; lanes past the last row repeat it.
-inline void load_lot(const float* rows, int64_t stride, int64_t count, int64_t K, float* out) {
+// Rows of K floats -> [K][16]; lanes past the last row repeat it. `see` is shown every vector.
+template <class See>
+void load_lot(const float* rows, int64_t stride, int64_t count, int64_t K, float* out, See see) {
     int64_t k = 0;
     for (; k + 4 <= K; k += 4) {
         Ints words[4];
         transpose_words(rows + k, stride * 4, count, words);
-        for (int i = 0; i < 4; i++) _mm512_store_si512(out + (k + i) * LANES, words[i]);
+        for (int i = 0; i < 4; i++) {
+            _mm512_store_si512(out + (k + i) * LANES, words[i]);
+            see(_mm512_castsi512_ps(words[i]));
+        }
     }
-    for (; k < K; k++)
+    for (; k < K; k++) {
         for (int64_t lane = 0; lane < LANES; lane++) out[k * LANES + lane] = rows[std::min(lane, count - 1) * stride + k];
+        see(_mm512_load_ps(out + k * LANES));
+    }
+}
+
+inline void load_lot(const float* rows, int64_t stride, int64_t count, int64_t K, float* out) {
+    load_lot(rows, stride, count, K, out, [](Floats) {});
+}
+
+inline Extremes load_lot(const float* rows, int64_t stride, int64_t count, int64_t K, float* out, bool symmetric) {
+    Extremes seen{symmetric};
+    load_lot(rows, stride, count, K, out, [&](Floats x) { seen.add(x); });
+    return seen;
 }
 
 // The way back.
@@ -89,8 +105,7 @@ inline Ints write_panel(bool symmetric, const Quantizer& quantizer, const float*
 }
 
 // [K][16] -> the codes of a lot.
-inline void quantize_lot(const float* x, int64_t lot, int bits, const Codes& codes) {
-    const Quantizer quantizer = quantizer_of(x, codes.K, bits, codes.zero == nullptr);
+inline void quantize_lot(const float* x, const Quantizer& quantizer, int64_t lot, const Codes& codes) {
     _mm512_store_ps(codes.scale + lot * LANES, quantizer.scale);
     if (codes.zero) _mm512_store_ps(codes.zero + lot * LANES, quantizer.zero);
     const Ints sum = write_panel(codes.zero == nullptr, quantizer, x, codes.K, codes.width, codes.panel(lot));
@@ -135,10 +150,10 @@ inline void take_lot(const Rows& rows, const Lot& from, int64_t lot, const Codes
 }
 
 // [K][16] -> codes in rows, of the lanes of a lot.
-inline void quantize_lot(const float* x, const Lot& to, int bits, const Rows& rows, Scratch<int8_t>& scratch) {
+inline void quantize_lot(
+    const float* x, const Quantizer& quantizer, const Lot& to, const Rows& rows, Scratch<int8_t>& scratch) {
     const int64_t width = round_up(rows.K, STEP);
     int8_t* panel = scratch.get(width * LANES);
-    const Quantizer quantizer = quantizer_of(x, rows.K, bits, rows.zero_point == nullptr);
     write_panel(rows.zero_point == nullptr, quantizer, x, rows.K, width, panel);
     for (int64_t k = 0; k < rows.K; k += STEP) {
         for (int64_t lane = 0; lane < to.count; lane += 4) {
@@ -165,7 +180,8 @@ struct Norm {
 };
 
 // y = LayerNorm(x + residual), all [K][16]; residual may be null, y may be x.
-inline void layernorm_lot(const float* x, const float* residual, int64_t K, const Norm& norm, float* y) {
+inline Extremes layernorm_lot(
+    const float* x, const float* residual, int64_t K, const Norm& norm, float* y, bool symmetric) {
     // Four sums each: one alone would wait for itself, and round more.
     Floats sum[4] = {}, squares[4] = {};
     for (int64_t k = 0; k < K; k++) {
@@ -185,10 +201,14 @@ inline void layernorm_lot(const float* x, const float* residual, int64_t K, cons
     }
     const Floats variance = _mm512_add_ps(_mm512_div_ps(total(squares), count), floats(norm.eps));
     const Floats inverse = _mm512_div_ps(floats(1.0f), _mm512_sqrt_ps(variance));
+    Extremes seen{symmetric};
     for (int64_t k = 0; k < K; k++) {
         const Floats normed = _mm512_mul_ps(_mm512_sub_ps(_mm512_load_ps(y + k * LANES), mean), inverse);
-        _mm512_store_ps(y + k * LANES, _mm512_fmadd_ps(normed, floats(norm.weight[k]), floats(norm.bias[k])));
+        const Floats result = _mm512_fmadd_ps(normed, floats(norm.weight[k]), floats(norm.bias[k]));
+        _mm512_store_ps(y + k * LANES, result);
+        seen.add(result);
     }
+    return seen;
 }
 
 }  // namespace lowbit

@@ -139,18 +139,31 @@ struct Quantizer {
     }
 };
 
-// Of [K][16 tokens].
-inline Quantizer quantizer_of(const float* x, int64_t K, int bits, bool symmetric) {
-    if (symmetric) {
-        const Ints mask = ints(0x7fffffff);
-        Ints magnitude = ints(0);
-        for (int64_t k = 0; k < K; k++)
-            magnitude = _mm512_max_epi32(magnitude, _mm512_and_si512(mask, bits_of(_mm512_load_ps(x + k * LANES))));
-        return Quantizer(floats(0.0f), from_bits(magnitude), bits, true);
-    }
+// What a quantizer has to know of values: their range, or for symmetric codes their largest magnitude.
+struct Extremes {
+    bool symmetric;
     Range range;
-    for (int64_t k = 0; k < K; k++) range.add(_mm512_load_ps(x + k * LANES));
-    return Quantizer(range.lowest(), range.highest(), bits, false);
+    Ints magnitude = ints(0);
+
+    void add(Floats x) {
+        if (symmetric) magnitude = _mm512_max_epi32(magnitude, _mm512_and_si512(ints(0x7fffffff), bits_of(x)));
+        else range.add(x);
+    }
+    Quantizer quantizer(int bits) const {
+        if (symmetric) return Quantizer(floats(0.0f), from_bits(magnitude), bits, true);
+        return Quantizer(range.lowest(), range.highest(), bits, false);
+    }
+};
+
+// Of [K][16 tokens].
+inline Extremes extremes_of(const float* x, int64_t K, bool symmetric) {
+    Extremes seen{symmetric};
+    for (int64_t k = 0; k < K; k++) seen.add(_mm512_load_ps(x + k * LANES));
+    return seen;
+}
+
+inline Quantizer quantizer_of(const float* x, int64_t K, int bits, bool symmetric) {
+    return extremes_of(x, K, symmetric).quantizer(bits);
 }
 
 // Four integers of each lane as the bytes of its word, saturated.
