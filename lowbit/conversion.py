@@ -43,7 +43,8 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
 
     What is swapped: the linears of the encoder and the pooler, and the word embedding, of the architectures that
     `lowbit.models` describes. Of any other encoder, every linear and the word embedding of the base model (other tables
-    by `position_embedding_bits`) that a forward pass calls; its attention stays float, and a warning says what else.
+    by `position_embedding_bits`) that a forward pass calls and transformers does not keep in float32; its attention
+    stays float, and a warning says what else.
     The configuration that the model has afterwards, `model.config.quantization_config`, says it too: in
     `modules_to_not_convert` and `quantize_attention`; `lowbit.left_in_float(model)` lists all.
 
@@ -74,7 +75,8 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
         if models.is_known(model) and config.activation_bits is not None:
             logger.warning("%s does not call transformers' attention: it stays float", type(model).__name__)
     if not models.is_known(model):
-        config = config.replace(modules_to_not_convert=[*config.modules_to_not_convert, *_not_called(model)])
+        left = [*config.modules_to_not_convert, *_kept_in_float32(model), *_not_called(model)]
+        config = config.replace(modules_to_not_convert=left)
     modules = _quantized(model, config)
     hf.own_config(model)
     if not drops and hasattr(model.config, "length_config"):
@@ -206,6 +208,13 @@ def left_in_float(model: PreTrainedModel) -> dict[str, str]:
         if not isinstance(module, QuantLinear | QuantEmbedding) and any(True for _ in matrices):
             found[name] = type(module).__name__
     return found
+
+
+def _kept_in_float32(model: PreTrainedModel) -> list[str]:
+    """Linears that transformers itself keeps in float32, such as "wo" of T5, which reads the dtype of their weights."""
+    entries = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    linears = [name for name, _ in models.linears(model)]
+    return sorted(entry for entry in entries if any(names(entry, name) for name in linears))
 
 
 def _not_called(model: PreTrainedModel) -> list[str]:
