@@ -56,11 +56,13 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
         The same model, with `attn_implementation="lowbit"` where the attention is quantized.
 
     Raises:
-        TypeError, ValueError: not a supported model; already prepared or packed; a quantizer of other bits than the
-            configuration's; a name in `modules_to_not_convert` that is none; NaN or infinity in a parameter; an encoder
-            without description that cannot be run on token ids.
+        TypeError, ValueError: not a supported model, or no configuration; already prepared or packed; a quantizer of
+            other bits than the configuration's; a name in `modules_to_not_convert` that is none; NaN or infinity in a
+            parameter; an encoder without description that cannot be run on token ids.
     """
     current = hf.current_config(model)
+    if not isinstance(config, LowbitConfig):
+        raise TypeError(f"config must be a TernaryConfig, BinaryConfig or LowbitConfig, got {type(config).__name__}")
     if current.stage != "float":
         raise ValueError(f"the model is already {current.stage}; prepare takes a float model")
     config = config.replace(stage="prepared", split=False, num_attention_heads=current.num_attention_heads)

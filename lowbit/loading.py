@@ -50,7 +50,9 @@ def from_pretrained(checkpoint: str | PathLike[str], *, subfolder: str = "", **k
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     folder = _folder_of(checkpoint, subfolder, hub)
     verify(folder)
-    return _load(class_of(folder), folder, kwargs)
+    model = _load(class_of(folder), folder, kwargs)
+    model.name_or_path = model.config._name_or_path = str(checkpoint)  # not where the Hub's files are kept
+    return model
 
 
 def _folder_of(checkpoint: str | PathLike[str], subfolder: str, hub: dict[str, Any]) -> Path:

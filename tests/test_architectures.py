@@ -338,6 +338,22 @@ def test_known_architectures_say_only_what_surprises(caplog: pytest.LogCaptureFi
     }
 
 
+@pytest.mark.parametrize("name", ["UMT5EncoderModel", "UMT5Model"])
+def test_an_encoder_of_an_encoder_decoder_is_an_encoder(name: str, tmp_path: Path) -> None:
+    """Its configuration says otherwise."""
+    sizes = {"vocab_size": 99, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    model = getattr(transformers, name)(transformers.UMT5Config(**sizes)).eval()
+    if name == "UMT5Model":
+        with pytest.raises(ValueError, match="cross-attention"):
+            lowbit.quantize(model, lowbit.TernaryConfig())
+        return
+    ids = torch.randint(5, 99, (2, 9))
+    lowbit.quantize(model, lowbit.TernaryConfig()).save_pretrained(tmp_path)
+    loaded = lowbit.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids)[0], model(ids)[0])
+
+
 def test_the_ffn_of_the_fallback_has_its_zero_point() -> None:
     model = lowbit.prepare(tiny("Albert"), lowbit.TernaryConfig())
     symmetric = {name: m.input_quantizer.symmetric for name, m in model.named_modules() if isinstance(m, QuantLinear)}
