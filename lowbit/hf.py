@@ -451,7 +451,7 @@ def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype | N
     A float pooler may be missing, as in files of heads that have none: transformers initializes it and says so.
     """
     expected: dict[str, tuple[torch.dtype | None, torch.Size]] = {
-        name: (None, tensor.shape)
+        name: (None if tensor.is_floating_point() else tensor.dtype, tensor.shape)
         for name, tensor in model.base_model.state_dict().items()
         if not is_pooler(model, name)
     }
