@@ -294,23 +294,29 @@ def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | 
     """`PreTrainedModel.set_attn_implementation`, which would leave out the quantization of attention unasked.
 
     "lowbit" is right at every stage. "eager", by which programs ask for attention maps, stays "lowbit" where attention
-    is quantized: that gives maps too.
+    is quantized, or run by the encoder of `fuse` and `set_length`: that gives maps too.
 
     Raises:
-        ValueError: another one, and the model's attention is quantized.
+        ValueError: another one, where attention is quantized or run by such an encoder.
     """
     wanted = _of_model(attn_implementation) or model.config._attn_implementation
     unpadded = any(isinstance(module, UnpaddedEncoder) for module in model.modules())
+    quantized = _has_quantized_attention(model)
     own = attention.UNPADDED if unpadded else attention.NAME
     if wanted in _OWN_ATTENTION:
         wanted = own
-    elif _has_quantized_attention(model):
-        if wanted != "eager":
+    elif unpadded or quantized:
+        if wanted != "eager" and quantized:
             raise ValueError(
                 f"attn_implementation={wanted!r} would leave out the quantization of this model's attention; accepted: "
                 "'lowbit'. For float attention quantize with quantize_attention=False, or call model.dequantize()"
             )
-        _log.warning("attn_implementation='eager': kept 'lowbit', which quantizes attention and returns its maps too")
+        if wanted != "eager":
+            raise ValueError(
+                f"attn_implementation={wanted!r}: the encoder that lowbit.fuse or set_length put into this model runs "
+                "attention itself; accepted: 'lowbit'"
+            )
+        _log.warning("attn_implementation='eager': kept 'lowbit', which is what the model needs and returns maps too")
         wanted = own
     type(model).set_attn_implementation(model, wanted, **kwargs)
 

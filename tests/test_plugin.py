@@ -288,6 +288,23 @@ def test_float_attention_may_be_any() -> None:
             assert (outputs(model, inputs)[0] - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("form", ["fused", "lengths"])
+def test_an_encoder_without_padding_keeps_its_attention_where_that_is_float(form: str, caplog: Any) -> None:
+    model = lowbit.quantize(tiny(), lowbit.TernaryConfig(quantize_attention=False))
+    if form == "fused":
+        lowbit.fuse(model)
+    else:
+        lowbit.set_length(model, lowbit.LengthConfig((0.6, 0.3)))
+    inputs = batch()
+    expected, name = outputs(model, inputs)[0], model.config._attn_implementation
+    with pytest.raises(ValueError, match=r"fuse or set_length.*runs attention itself"):
+        model.set_attn_implementation("sdpa")
+    with caplog.at_level(logging.WARNING, "lowbit"):
+        model.set_attn_implementation("eager")
+    assert "kept 'lowbit'" in caplog.text and model.config._attn_implementation == name
+    assert torch.equal(outputs(model, inputs)[0], expected)
+
+
 needs_to_be_asked = pytest.mark.skipif(
     not hasattr(HfQuantizer, "update_attn_implementation"), reason="this transformers does not say what was asked for"
 )
