@@ -56,7 +56,7 @@ def verify(folder: str | PathLike[str]) -> None:
             by an earlier version or another program: load it and save it again).
     """
     folder = Path(folder)
-    values = _read_json(folder / "config.json")
+    values = read_json(folder / "config.json")
     if not isinstance(values.get("quantization_config"), dict):
         raise CheckpointError(f"{folder / 'config.json'}: no quantization_config; not a checkpoint of lowbit")
     recorded = read_tensors(_weight_files(folder), lambda file, name, tensor: None, complete=True)
@@ -144,7 +144,7 @@ def check_config(path: Path, recorded: dict[str, Any] | None, config_class: Any 
     """
     if recorded is None:
         return
-    values = _read_json(path)
+    values = read_json(path)
     if strict and (added := sorted(set(values) - set(recorded) - _FREE)):
         raise CheckpointError(f"{path}: the weights were saved without a field {added[0]}; the file was edited")
     if strict and not isinstance(values.get("auto_map", {}), dict):  # Auto classes look into it before anything else
@@ -192,7 +192,7 @@ def _weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(
             f"{folder}: neither {_WEIGHTS} nor {_INDEX}; lowbit models are read from safetensors only"
         )
-    index = _read_json(path)
+    index = read_json(path)
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names or not isinstance(index.get("metadata"), dict):
         raise CheckpointError(f"{path}: no weight_map and metadata; the file is damaged")
@@ -211,7 +211,8 @@ def check_inside(folder: str | PathLike[str], files: Sequence[str | PathLike[str
             raise CheckpointError(f"{file}: outside of the checkpoint's folder {folder}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A table of names and values; CheckpointError where the file is missing or holds something else."""
     if not path.is_file():  # a pipe would wait for its writer
         raise CheckpointError(f"{path}: no such file")
     try:

@@ -43,7 +43,8 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
 
     What is swapped: the linears of the encoder and the pooler, and the word embedding, of the architectures that
     `lowbit.models` describes. Of any other encoder, every linear and the word embedding of the base model (other tables
-    by `position_embedding_bits`) that a forward pass calls; its attention stays float, and a warning says what else.
+    by `position_embedding_bits`) that a forward pass calls and transformers does not keep in float32; its attention
+    stays float, and a warning says what else.
     The configuration that the model has afterwards, `model.config.quantization_config`, says it too: in
     `modules_to_not_convert` and `quantize_attention`; `lowbit.left_in_float(model)` lists all.
 
@@ -55,11 +56,13 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
         The same model, with `attn_implementation="lowbit"` where the attention is quantized.
 
     Raises:
-        TypeError, ValueError: not a supported model; already prepared or packed; a quantizer of other bits than the
-            configuration's; a name in `modules_to_not_convert` that is none; NaN or infinity in a parameter; an encoder
-            without description that cannot be run on token ids.
+        TypeError, ValueError: not a supported model, or no configuration; already prepared or packed; a quantizer of
+            other bits than the configuration's; a name in `modules_to_not_convert` that is none; NaN or infinity in a
+            parameter; an encoder without description that cannot be run on token ids.
     """
     current = hf.current_config(model)
+    if not isinstance(config, LowbitConfig):
+        raise TypeError(f"config must be a TernaryConfig, BinaryConfig or LowbitConfig, got {type(config).__name__}")
     if current.stage != "float":
         raise ValueError(f"the model is already {current.stage}; prepare takes a float model")
     config = config.replace(stage="prepared", split=False, num_attention_heads=current.num_attention_heads)
@@ -74,7 +77,8 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
         if models.is_known(model) and config.activation_bits is not None:
             logger.warning("%s does not call transformers' attention: it stays float", type(model).__name__)
     if not models.is_known(model):
-        config = config.replace(modules_to_not_convert=[*config.modules_to_not_convert, *_not_called(model)])
+        left = [*config.modules_to_not_convert, *_kept_in_float32(model), *_not_called(model)]
+        config = config.replace(modules_to_not_convert=left)
     modules = _quantized(model, config)
     hf.own_config(model)
     if not drops and hasattr(model.config, "length_config"):
@@ -206,6 +210,13 @@ def left_in_float(model: PreTrainedModel) -> dict[str, str]:
         if not isinstance(module, QuantLinear | QuantEmbedding) and any(True for _ in matrices):
             found[name] = type(module).__name__
     return found
+
+
+def _kept_in_float32(model: PreTrainedModel) -> list[str]:
+    """Linears that transformers itself keeps in float32, such as "wo" of T5, which reads the dtype of their weights."""
+    entries = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    linears = [name for name, _ in models.linears(model)]
+    return sorted(entry for entry in entries if any(names(entry, name) for name in linears))
 
 
 def _not_called(model: PreTrainedModel) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import os
 import re
@@ -35,6 +36,7 @@ from . import card, checkpoints, publishing
 from ._files import exclusive
 from .config import FORMAT_VERSION, BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
 from .errors import CheckpointError
+from .models import has_plain_attention, is_pooler
 from .nn import UnpaddedEncoder, attention
 from .nn._packed import Packed
 
@@ -74,6 +76,7 @@ class LowbitQuantizer(HfQuantizer):
     """Builds lowbit modules before weights load, checks them after."""
 
     given_state: dict[str, torch.Tensor] | None = None  # `save_pretrained(state_dict=...)`, which transformers drops
+    asked_attention: str | dict[str, str] | None = None  # `from_pretrained(attn_implementation=...)`
     quantization_config: LowbitConfig
     is_trainable = True
     is_qat_trainable = True
@@ -81,6 +84,11 @@ class LowbitQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Before the model is built: afterwards what was asked for looks like the default. (New in transformers.)"""
+        self.asked_attention = config._attn_implementation
+        return config
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -113,12 +121,12 @@ class LowbitQuantizer(HfQuantizer):
                 )
             # transformers has already noted the wanted config on the model, which is still float.
             wanted, model.config.quantization_config = self.quantization_config, None
-            return quantize(model, wanted)
+            return _set_asked_attention(quantize(model, wanted), self.asked_attention)
         if self.quantization_config.stage == "packed":
             _expand_trits(model)
             _verify_modules(model)
         attach(model, self.quantization_config.replace(format_version=FORMAT_VERSION))
-        return _set_saved_length(model)
+        return _set_saved_length(_set_asked_attention(model, self.asked_attention))
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel
@@ -134,6 +142,21 @@ class LowbitQuantizer(HfQuantizer):
         from .dequantizing import dequantize
 
         return dequantize(model, dtype)
+
+
+def _set_asked_attention(model: PreTrainedModel, asked: str | dict[str, str] | None) -> PreTrainedModel:
+    """What the caller of `from_pretrained` asked for where attention is float; a warning where it is quantized."""
+    if asked is None or not has_plain_attention(model):
+        return model
+    if not _has_quantized_attention(model):
+        model.set_attn_implementation(asked)
+    elif _of_model(asked) not in (None, *_OWN_ATTENTION):
+        _log.warning(
+            "from_pretrained(attn_implementation=%r): kept 'lowbit', which quantizes the attention of this model; for "
+            "float attention quantize with quantize_attention=False, or call model.dequantize()",
+            asked,
+        )
+    return model
 
 
 def _set_saved_length(model: PreTrainedModel) -> PreTrainedModel:
@@ -271,27 +294,40 @@ def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | 
     """`PreTrainedModel.set_attn_implementation`, which would leave out the quantization of attention unasked.
 
     "lowbit" is right at every stage. "eager", by which programs ask for attention maps, stays "lowbit" where attention
-    is quantized: that gives maps too.
+    is quantized, or run by the encoder of `fuse` and `set_length`: that gives maps too.
 
     Raises:
-        ValueError: another one, and the model's attention is quantized.
+        ValueError: another one, where attention is quantized or run by such an encoder.
     """
-    wanted: Any = attn_implementation
-    if isinstance(wanted, dict):
-        wanted = wanted.get("", model.config._attn_implementation)
+    wanted = _of_model(attn_implementation) or model.config._attn_implementation
     unpadded = any(isinstance(module, UnpaddedEncoder) for module in model.modules())
+    quantized = _has_quantized_attention(model)
     own = attention.UNPADDED if unpadded else attention.NAME
-    if wanted in (attention.NAME, attention.UNPADDED):
+    if wanted in _OWN_ATTENTION:
         wanted = own
-    elif any(getattr(module, "quantizers", None) for module in model.modules()):
-        if wanted != "eager":
+    elif unpadded or quantized:
+        if wanted != "eager" and quantized:
             raise ValueError(
                 f"attn_implementation={wanted!r} would leave out the quantization of this model's attention; accepted: "
                 "'lowbit'. For float attention quantize with quantize_attention=False, or call model.dequantize()"
             )
-        _log.warning("attn_implementation='eager': kept 'lowbit', which quantizes attention and returns its maps too")
+        if wanted != "eager":
+            raise ValueError(
+                f"attn_implementation={wanted!r}: the encoder that lowbit.fuse or set_length put into this model runs "
+                "attention itself; accepted: 'lowbit'"
+            )
+        _log.warning("attn_implementation='eager': kept 'lowbit', which is what the model needs and returns maps too")
         wanted = own
     type(model).set_attn_implementation(model, wanted, **kwargs)
+
+
+def _of_model(attn_implementation: str | dict[str, str]) -> str | None:
+    """The entry for the model itself of what transformers takes; None where there are those of its parts only."""
+    return attn_implementation.get("") if isinstance(attn_implementation, dict) else attn_implementation
+
+
+def _has_quantized_attention(model: PreTrainedModel) -> bool:
+    return any(getattr(module, "quantizers", None) for module in model.modules())
 
 
 def _resize_token_embeddings(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
@@ -355,11 +391,17 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
     for one, other in ties:  # transformers writes one of them
         found |= {one, other} if found & {one, other} else set()
     missing = sorted(set(expected) - found)
+    if missing and all(is_pooler(model, name) for name in missing):
+        can_do_without = "add_pooling_layer" in inspect.signature(type(model)).parameters
+        raise CheckpointError(
+            f"{files[0]}: holds no pooler, the model that was saved has none, and the one of {type(model).__name__} is "
+            "quantized, so that it cannot be initialized; "
+            f"{'pass add_pooling_layer=False' if can_do_without else 'load the class that was saved'}"
+        )
     if missing:
         raise CheckpointError(
             f"{files[0]}: {len(missing)} tensors of the encoder are missing, the first is {missing[0]}; the file is "
-            f"damaged, or was saved from a head without a part that {type(model).__name__} has (a pooler: pass "
-            "add_pooling_layer=False to from_pretrained)"
+            f"damaged, or was saved from a model without a part that {type(model).__name__} has"
         )
 
 
@@ -414,10 +456,8 @@ def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype | N
 
     A float pooler may be missing, as in files of heads that have none: transformers initializes it and says so.
     """
-    from .models import is_pooler
-
     expected: dict[str, tuple[torch.dtype | None, torch.Size]] = {
-        name: (None, tensor.shape)
+        name: (None if tensor.is_floating_point() else tensor.dtype, tensor.shape)
         for name, tensor in model.base_model.state_dict().items()
         if not is_pooler(model, name)
     }

@@ -6,12 +6,11 @@ raises exceptions of many types for damaged folders. `from_pretrained` here veri
 
 from __future__ import annotations
 
-import json
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import verify
+from .checkpoints import read_json, verify
 from .errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -51,7 +50,9 @@ def from_pretrained(checkpoint: str | PathLike[str], *, subfolder: str = "", **k
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs}
     folder = _folder_of(checkpoint, subfolder, hub)
     verify(folder)
-    return _load(_class_of(folder), folder, kwargs)
+    model = _load(class_of(folder), folder, kwargs)
+    model.name_or_path = model.config._name_or_path = str(checkpoint)  # not where the Hub's files are kept
+    return model
 
 
 def _folder_of(checkpoint: str | PathLike[str], subfolder: str, hub: dict[str, Any]) -> Path:
@@ -70,11 +71,11 @@ def _folder_of(checkpoint: str | PathLike[str], subfolder: str, hub: dict[str, A
     return Path(snapshot_download(str(checkpoint), allow_patterns=patterns, **hub)) / subfolder
 
 
-def _class_of(folder: Path) -> type[PreTrainedModel]:
-    """The class of transformers that a verified config.json names."""
+def class_of(folder: Path) -> type[PreTrainedModel]:
+    """The class of transformers that config.json names; CheckpointError where it names none."""
     import transformers
 
-    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures")
+    names = read_json(folder / "config.json").get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):

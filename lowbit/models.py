@@ -169,7 +169,9 @@ def check(model: PreTrainedModel) -> None:
     config: Any = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
-    if getattr(config, "add_cross_attention", False) or getattr(config, "is_encoder_decoder", False):
+    # The encoder of such a model alone may have the configuration of the whole (UMT5EncoderModel, BartEncoder).
+    has_decoder = getattr(config, "is_encoder_decoder", False) and hasattr(model.base_model, "decoder")
+    if getattr(config, "add_cross_attention", False) or has_decoder:
         raise ValueError(f"{type(model).__name__} has cross-attention; supported: encoders without it")
 
 

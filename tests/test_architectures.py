@@ -338,6 +338,32 @@ def test_known_architectures_say_only_what_surprises(caplog: pytest.LogCaptureFi
     }
 
 
+@pytest.mark.parametrize("name", ["UMT5EncoderModel", "UMT5Model"])
+def test_an_encoder_of_an_encoder_decoder_is_an_encoder(name: str, tmp_path: Path) -> None:
+    """Its configuration says otherwise."""
+    sizes = {"vocab_size": 99, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+    model = getattr(transformers, name)(transformers.UMT5Config(**sizes)).eval()
+    if name == "UMT5Model":
+        with pytest.raises(ValueError, match="cross-attention"):
+            lowbit.quantize(model, lowbit.TernaryConfig())
+        return
+    ids = torch.randint(5, 99, (2, 9))
+    lowbit.quantize(model, lowbit.TernaryConfig()).save_pretrained(tmp_path)
+    loaded = lowbit.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids)[0], model(ids)[0])
+
+
+def test_buffers_of_whole_numbers_load(tmp_path: Path) -> None:
+    """MRA keeps the numbers of positions in its files."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.MraModel(transformers.MraConfig(**sizes, vocab_size=99, max_position_embeddings=66)).eval()
+    assert not model.state_dict()["embeddings.position_ids"].is_floating_point()
+    lowbit.quantize(model, lowbit.TernaryConfig()).save_pretrained(tmp_path)
+    loaded = lowbit.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_the_ffn_of_the_fallback_has_its_zero_point() -> None:
     model = lowbit.prepare(tiny("Albert"), lowbit.TernaryConfig())
     symmetric = {name: m.input_quantizer.symmetric for name, m in model.named_modules() if isinstance(m, QuantLinear)}

@@ -104,6 +104,47 @@ def test_quantize_writes_what_lowbit_quantize_makes(setup: tuple[Path, Path], tm
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(text) == AutoTokenizer.from_pretrained(model)(text)
 
 
+def test_a_folder_of_sentence_transformers_stays_one(setup: tuple[Path, Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    tiny("BertModel").save_pretrained(source)
+    (source / "1_Pooling").mkdir()
+    pooling = json.dumps({"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True})
+    files = {
+        "modules.json": json.dumps([
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+        ]),
+        "1_Pooling/config.json": pooling,
+        "config_sentence_transformers.json": "{}",
+        "sentence_bert_config.json": json.dumps({"max_seq_length": 17}),
+    }  # fmt: skip
+    for name, text in files.items():
+        (source / name).write_text(text)
+    for file in setup[1].glob("*token*"):
+        shutil.copyfile(file, source / file.name)
+    called("quantize", source, tmp_path / "out")
+    assert {name: (tmp_path / "out" / name).read_text() for name in files} == files
+    if importlib.util.find_spec("sentence_transformers"):
+        from sentence_transformers import SentenceTransformer
+
+        encoder = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+        assert encoder.max_seq_length == 17 and encoder.encode(["good film"]).shape == (1, 64)
+        assert any(isinstance(module, PackedLinear) for module in encoder.modules())
+    (source / "modules.json").write_text(files["modules.json"].replace("1_Pooling", "../elsewhere"))
+    (tmp_path / "elsewhere").mkdir()
+    assert "outside of the checkpoint's folder" in call("quantize", source, tmp_path / "no", code=1)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_damaged_checkpoint_is_named_by_every_command_that_loads_it(saved: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(saved["ternary"], tmp_path / "damaged")
+    (folder / "config.json").write_text(
+        (folder / "config.json").read_text().replace('"hidden_size": 64', '"hidden_size": 96')
+    )
+    assert "hidden_size is 96, the weights were saved with 64" in call("bench", folder, code=1)
+
+
 def test_quantize_to_one_bit_for_people(setup: tuple[Path, Path], tmp_path: Path) -> None:
     text = call("quantize", setup[1], tmp_path / "out", "--bits", "binary", "--embedding-bits", "8",
                 "--activation-bits", "none")  # fmt: skip

@@ -223,6 +223,8 @@ def test_output_scores_are_the_raw_scores() -> None:
     [
         (lambda: lowbit.prepare(torch.nn.Linear(2, 2), lowbit.TernaryConfig()), "transformers model"),
         (lambda: lowbit.prepare(GPT2Model(GPT2Config(n_layer=1, n_embd=8, n_head=2)), lowbit.TernaryConfig()), "gpt2"),
+        (lambda: lowbit.quantize(tiny(), None), "TernaryConfig.*got NoneType"),
+        (lambda: lowbit.prepare(tiny(), "ternary"), "TernaryConfig.*got str"),
         (lambda: lowbit.convert(tiny()), "prepare"),
         (lambda: lowbit.split(tiny()), "prepare"),
         (lambda: lowbit.convert(lowbit.quantize(tiny(), lowbit.TernaryConfig())), "already packed"),

@@ -58,6 +58,7 @@ BELOW = {
         "errors",
         "info",
         "length",
+        "loading",
         "nn",
         "quantizers",
         "recipes",

@@ -59,7 +59,8 @@ def test_a_repository_of_the_hub_and_its_subfolders(tmp_path: Path) -> None:
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(HASH)
     hub = {"cache_dir": tmp_path, "local_files_only": True}
-    assert same(model.eval(), lowbit.from_pretrained("me/bert-2bit", **hub))
+    loaded = lowbit.from_pretrained("me/bert-2bit", **hub)
+    assert same(model.eval(), loaded) and loaded.name_or_path == loaded.config._name_or_path == "me/bert-2bit"
     assert same(model, lowbit.from_pretrained("me/bert-2bit", subfolder="part", **hub))
     assert same(model, lowbit.from_pretrained(repository / "snapshots", subfolder=HASH))
     edit(repository / "snapshots" / HASH, hidden_size="x")

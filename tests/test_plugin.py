@@ -25,6 +25,7 @@ from transformers import (
     T5EncoderModel,
     pipeline,
 )
+from transformers.quantizers import HfQuantizer
 
 import lowbit
 from helpers import batch, outputs, tiny
@@ -287,6 +288,59 @@ def test_float_attention_may_be_any() -> None:
             assert (outputs(model, inputs)[0] - expected).norm() < 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("form", ["fused", "lengths"])
+def test_an_encoder_without_padding_keeps_its_attention_where_that_is_float(form: str, caplog: Any) -> None:
+    model = lowbit.quantize(tiny(), lowbit.TernaryConfig(quantize_attention=False))
+    if form == "fused":
+        lowbit.fuse(model)
+    else:
+        lowbit.set_length(model, lowbit.LengthConfig((0.6, 0.3)))
+    inputs = batch()
+    expected, name = outputs(model, inputs)[0], model.config._attn_implementation
+    with pytest.raises(ValueError, match=r"fuse or set_length.*runs attention itself"):
+        model.set_attn_implementation("sdpa")
+    with caplog.at_level(logging.WARNING, "lowbit"):
+        model.set_attn_implementation("eager")
+    assert "kept 'lowbit'" in caplog.text and model.config._attn_implementation == name
+    assert torch.equal(outputs(model, inputs)[0], expected)
+
+
+needs_to_be_asked = pytest.mark.skipif(
+    not hasattr(HfQuantizer, "update_attn_implementation"), reason="this transformers does not say what was asked for"
+)
+
+
+@needs_to_be_asked
+@pytest.mark.parametrize("stage", ["float", "prepared", "packed"])
+@pytest.mark.parametrize("asked", ["sdpa", "eager", {"": "sdpa"}, "lowbit", None])
+def test_attention_asked_for_at_loading_is_granted_or_refused_aloud(
+    asked: str | dict[str, str] | None, stage: str, tmp_path: Path, caplog: Any
+) -> None:
+    for quantized in (True, False):
+        config = lowbit.TernaryConfig(quantize_attention=quantized)
+        model, options = tiny(), {"quantization_config": config} if stage == "float" else {}
+        if stage != "float":
+            model = lowbit.prepare(model, config) if stage == "prepared" else lowbit.quantize(model, config)
+        model.save_pretrained(tmp_path)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "lowbit"):
+            loaded = Auto.from_pretrained(tmp_path, attn_implementation=asked, **options)
+        name = asked[""] if isinstance(asked, dict) else asked
+        assert loaded.config._attn_implementation == ("lowbit" if quantized or name is None else name)
+        assert ("kept 'lowbit'" in caplog.text) is (quantized and name in ("sdpa", "eager"))
+        expected = outputs(model if stage != "float" else lowbit.quantize(model, config), inputs := batch())[0]
+        assert (outputs(loaded, inputs)[0] - expected).norm() < (1e-6 if quantized else 0.02) * expected.norm()
+
+
+@needs_to_be_asked
+def test_lengths_are_kept_whatever_attention_is_asked_for(tmp_path: Path) -> None:
+    model = lowbit.quantize(tiny(), lowbit.TernaryConfig(quantize_attention=False))
+    lowbit.set_length(model, lowbit.LengthConfig((0.6, 0.3)))
+    model.save_pretrained(tmp_path)
+    loaded, inputs = Auto.from_pretrained(tmp_path, attn_implementation="sdpa"), batch()
+    assert torch.equal(outputs(loaded, inputs)[0], outputs(model, inputs)[0])
+
+
 def test_loading_a_base_model_of_a_packed_head_by_auto_class(tmp_path: Path) -> None:
     model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
     model.save_pretrained(tmp_path)
@@ -313,11 +367,13 @@ def test_a_decoder_is_loaded_as_it_was_saved(verb: str, fields: dict[str, Any], 
 
 
 def test_tied_tables_of_other_architectures_need_one_tensor(tmp_path: Path) -> None:
-    """T5 has its table twice; its `wo` reads its own dtype, so it stays float."""
+    """T5 has its table twice; its `wo` reads its own dtype, and transformers says that it stays float32."""
     sizes = {"vocab_size": 99, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 2}
     model = T5EncoderModel(T5Config(**sizes)).eval()
     ids = torch.randint(5, 99, (2, 9))
-    lowbit.quantize(model, lowbit.TernaryConfig(modules_to_not_convert=["wo"]))
+    lowbit.quantize(model, lowbit.TernaryConfig())
+    assert model.config.quantization_config.modules_to_not_convert[0] == "wo"
+    assert "encoder.block.0.layer.1.DenseReluDense.wo" in lowbit.left_in_float(model)
     model.save_pretrained(tmp_path)
     loaded = T5EncoderModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -334,6 +390,8 @@ def test_save_pretrained_takes_the_arguments_of_transformers_by_place(tmp_path: 
 
 def test_a_missing_pooler_says_how_to_load_without(tmp_path: Path) -> None:
     lowbit.quantize(tiny("BertForMaskedLM"), lowbit.TernaryConfig()).save_pretrained(tmp_path)
-    with pytest.raises(lowbit.CheckpointError, match="add_pooling_layer=False"):
+    with pytest.raises(lowbit.CheckpointError, match=r"^[^;]*holds no pooler.*; pass add_pooling_layer=False$"):
         AutoModel.from_pretrained(tmp_path)
+    with pytest.raises(lowbit.CheckpointError, match=r"holds no pooler.*; load the class that was saved$"):
+        Auto.from_pretrained(tmp_path)
     assert isinstance(AutoModel.from_pretrained(tmp_path, add_pooling_layer=False), BertModel)

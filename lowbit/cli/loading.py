@@ -1,12 +1,16 @@
-"""Checkpoints by name: where their files are, the model, and the tokenizer's files."""
+"""Checkpoints by name: where their files are, the model, and the files of others beside it."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
+
+from ..checkpoints import check_inside, read_json
+from ..loading import class_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +29,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+SENTENCE_FILES = ("config_sentence_transformers.json", "modules.json", "sentence_*_config.json")
 
 
 def quiet() -> None:
@@ -58,24 +63,21 @@ def folder_of(checkpoint: str) -> Path:
         ) from error
 
 
-def load_model(checkpoint: str, **fields: Any) -> PreTrainedModel:
+def load_model(checkpoint: str) -> PreTrainedModel:
     """The model in eval mode, by the class that it was saved from, of safetensors files only.
 
     Raises:
         FileNotFoundError: no such checkpoint.
-        ValueError: a class that transformers does not have.
-        CheckpointError: a damaged lowbit checkpoint.
+        CheckpointError: a class that transformers does not have; a damaged checkpoint of lowbit.
     """
-    import transformers
-
-    import lowbit  # noqa: F401 (packed checkpoints load)
-
+    folder = folder_of(checkpoint)
+    quantization = read_json(folder / "config.json").get("quantization_config")
     quiet()
-    folder_of(checkpoint)
-    names = transformers.AutoConfig.from_pretrained(checkpoint).architectures or ["AutoModel"]
-    if not hasattr(transformers, names[0]):
-        raise ValueError(f"{checkpoint} was saved from {names[0]}, which transformers does not have")
-    return getattr(transformers, names[0]).from_pretrained(checkpoint, use_safetensors=True, **fields).eval()
+    import lowbit
+
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "lowbit":
+        return lowbit.from_pretrained(folder)
+    return class_of(folder).from_pretrained(checkpoint, use_safetensors=True).eval()
 
 
 def load_classifier(checkpoint: str, labels: tuple[str, ...] | None = None) -> PreTrainedModel:
@@ -125,11 +127,25 @@ def check_out(out: Path, overwrite: bool, *inputs: str) -> None:
 
 
 def save(model: PreTrainedModel, source: str, out: Path) -> None:
-    """The model, and the tokenizer files of the checkpoint that it was made from."""
+    """The model, and the files beside it of the checkpoint that it was made from."""
+    folder = folder_of(source)
+    modules = _sentence_modules(folder)
     model.save_pretrained(out)
-    for name in TOKENIZER_FILES:
-        if (file := folder_of(source) / name).is_file():
-            shutil.copyfile(file, out / name)
+    for pattern in (*TOKENIZER_FILES, *SENTENCE_FILES):
+        for file in folder.glob(pattern):
+            shutil.copyfile(file, out / file.name)
+    for name in modules:
+        shutil.copytree(folder / name, out / name, dirs_exist_ok=True)
+
+
+def _sentence_modules(folder: Path) -> list[str]:
+    """Folders of what sentence-transformers runs after the model: pooling, normalization, ..."""
+    if not (folder / "modules.json").is_file():
+        return []
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    names = [module["path"] for module in modules if module["path"]]
+    check_inside(folder, [folder / name for name in names])
+    return [name for name in names if (folder / name).is_dir()]  # the Hub has no empty ones
 
 
 def device_of(name: str) -> str:
