@@ -37,16 +37,20 @@ class GlueOptions(Options, options.GlueOptions):
     """Options of the GLUE examples."""
 
 
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and the default of every option."""
+
+
 def run_example(main: Callable[[Any], None], options: type, description: str) -> None:
     """Call `main` with options from the command line; the module docstring is the help text."""
-    parser = HfArgumentParser(options, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = HfArgumentParser(options, description=description, formatter_class=_Help)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     logger = logging.getLogger("lowbit")
     logger.setLevel(logging.INFO)
     logger.addHandler(logging.StreamHandler(sys.stdout))
     try:
         main(parser.parse_args_into_dataclasses()[0])
-    except RecipeError as error:
+    except (RecipeError, OSError) as error:  # OSError: no such data, no such model, a full disk
         raise SystemExit(f"error: {error}") from error
 
 

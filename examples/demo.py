@@ -46,14 +46,14 @@ class DemoOptions:
 
     model: str = field(default_factory=default_model, metadata={"help": "float BERT: folder or Hub id"})
     output_dir: str = field(default="demo-output", metadata={"help": "made anew in each run"})
-    train_samples: int = 8000
-    validation_samples: int = 1000
-    teacher_steps: int = 280
-    slim_steps: int = 80
+    train_samples: int = field(default=8000, metadata={"help": "sentences to train on"})
+    validation_samples: int = field(default=1000, metadata={"help": "held-out sentences"})
+    teacher_steps: int = field(default=280, metadata={"help": "of plain fine-tuning"})
+    slim_steps: int = field(default=80, metadata={"help": "of distilling the slimmed float model"})
     steps: int = field(default=160, metadata={"help": "of each distillation stage"})
-    batch_size: int = 32
+    batch_size: int = field(default=32, metadata={"help": "of training"})
     bf16: bool = field(default=False, metadata={"help": "train in bfloat16 (autocast)"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "of data and training"})
     measure_only: str = field(default="", metadata={"help": "internal: measure one saved model and exit"})
 
 

@@ -53,7 +53,7 @@ class SquadOptions(LengthOptions, Options):
     layers: int = field(
         default=0, metadata={"help": "layers of the student, a divisor of the teacher's; 0: no student"}
     )
-    batch_size: int = 16
+    batch_size: int = field(default=16, metadata={"help": "of training"})
     score: str = field(default="cls", metadata={"help": "importance: attention from [CLS], or from all queries (all)"})
     search_samples: int = field(
         default=200, metadata={"help": "training questions set apart, that the search scores on"}

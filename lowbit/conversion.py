@@ -27,7 +27,14 @@ from .errors import CheckpointError
 from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from .nn.linear import JointProjection, attention_quantizers
 from .quantizers import check_weight_quantizer
-from .unpadding import attention_implementation, check_fusable, check_quantized_attention, encoder_of, fuse
+from .unpadding import (
+    attention_implementation,
+    check_encoder,
+    check_fusable,
+    check_quantized_attention,
+    encoder_of,
+    fuse,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,15 +63,17 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
         The same model, with `attn_implementation="lowbit"` where the attention is quantized.
 
     Raises:
-        TypeError, ValueError: not a supported model, or no configuration; already prepared or packed; a quantizer of
-            other bits than the configuration's; a name in `modules_to_not_convert` that is none; NaN or infinity in a
-            parameter; an encoder without description that cannot be run on token ids.
+        TypeError, ValueError: not a supported model, or a decoder; no configuration; already prepared or packed; a
+            quantizer of other bits than the configuration's; a name in `modules_to_not_convert` that is none; NaN or
+            infinity in a parameter; an encoder without description that cannot be run on token ids.
     """
     current = hf.current_config(model)
     if not isinstance(config, LowbitConfig):
-        raise TypeError(f"config must be a TernaryConfig, BinaryConfig or LowbitConfig, got {type(config).__name__}")
+        raise TypeError(f"config={config!r}, accepted: lowbit.TernaryConfig(...) or lowbit.BinaryConfig(...)")
     if current.stage != "float":
         raise ValueError(f"the model is already {current.stage}; prepare takes a float model")
+    if models.has_plain_attention(model):
+        check_encoder(model)
     config = config.replace(stage="prepared", split=False, num_attention_heads=current.num_attention_heads)
     check_weight_quantizer(config.weight_quantizer, config.weight_bits)
     _check_names(model, config)
@@ -376,7 +385,8 @@ def _set_attention(model: PreTrainedModel, config: LowbitConfig) -> None:
     for _, layer in models.layers(model):
         quantizers = attention_quantizers(config)
         if quantizers is not None:
-            layer.get_submodule(models.describe(model).attention).quantizers = quantizers
+            attention = layer.get_submodule(models.describe(model).attention)
+            attention.quantizers = quantizers.train(attention.training)
 
 
 def _fuse_linears(model: PreTrainedModel) -> None:
@@ -393,7 +403,7 @@ def _fuse_linears(model: PreTrainedModel) -> None:
         activation = FUSED_ACTIVATIONS.get(getattr(model.config, architecture.hidden_act, ""))
         if activation and isinstance(linear, PackedLinear) and linear.input_quantizer is not None:
             linear.activation = activation
-            layer.set_submodule(architecture.ffn_activation, nn.Identity())
+            layer.set_submodule(architecture.ffn_activation, nn.Identity().train(layer.training))
 
 
 def _untie(model: PreTrainedModel) -> None:

@@ -20,20 +20,20 @@ import inspect
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trits
 
 from . import card, checkpoints, publishing
-from ._files import exclusive
+from ._files import exclusive, staging
 from .config import FORMAT_VERSION, BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
 from .errors import CheckpointError
 from .models import has_plain_attention, is_pooler
@@ -250,24 +250,25 @@ def _save_pretrained(
     hub = {name: kwargs.pop(name) for name in publishing.OPTIONS if name in kwargs}
     # Names are the modules' own: those of other libraries, which transformers writes for some types, say other shapes.
     kwargs.setdefault("save_original_format", False)
-    staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=target))
     model.hf_quantizer.given_state = state_dict
     try:
-        type(model).save_pretrained(model, staging, is_main_process, state_dict, **kwargs)
-        if (staging / "config.json").exists():  # not on the other ranks
-            _complete(model, staging, target, self_contained)
-        written = {path.name for path in staging.iterdir()}
-        variants = {_variant(name) for name in written} - {None}
-        with exclusive(target):  # of two processes that save, one checkpoint stays, not parts of both
-            # config.json last: until then a reader sees the old one, and mismatches are refused by the checks.
-            for name in sorted(written, key=lambda name: (name == "config.json", name)):
-                os.replace(staging / name, target / name)
-            for path in target.iterdir():
-                if path.name not in written and _variant(path.name) in variants:
-                    path.unlink()  # shards of the checkpoint before
+        with staging(target) as folder:
+            type(model).save_pretrained(model, folder, is_main_process, state_dict, **kwargs)
+            if (folder / "config.json").exists():  # not on the other ranks
+                _complete(model, folder, target, self_contained)
+            written = {path.name for path in folder.iterdir()}
+            variants = {_variant(name) for name in written} - {None}
+            with exclusive(target):  # of two processes that save, one checkpoint stays, not parts of both
+                # config.json last: until then a reader sees the old one, and mismatches are refused by the checks.
+                for name in sorted(written, key=lambda name: (name == "config.json", name)):
+                    os.replace(folder / name, target / name)
+                for path in target.iterdir():
+                    if path.name not in written and _variant(path.name) in variants:
+                        path.unlink()  # shards of the checkpoint before
+    except SafetensorError as error:  # its name for a full disk
+        raise OSError(f"{target}: {error}; what was there has not changed") from error
     finally:
         model.hf_quantizer.given_state = None
-        shutil.rmtree(staging, ignore_errors=True)
     if push_to_hub and written:
         publishing.upload(target, written | {card.FILE}, hub.pop("repo_id", target.name), **hub)
 

@@ -39,15 +39,15 @@ def slim(
 
     Raises:
         TypeError, ValueError: not a supported float model, already slimmed, a width outside (0, 1], batches without
-            labels, or an empty dataloader.
+            labels or that are no mappings, or an empty dataloader.
     """
     config = hf.current_config(model)
     models.describe_attention(model, "slim")
     if config.stage != "float" or config.num_attention_heads is not None:
         state = "slimmed" if config.stage == "float" else config.stage
         raise ValueError(f"slim takes a float model of full width, this one is already {state}")
-    if not 0 < width <= 1:
-        raise ValueError(f"width={width}; accepted: greater than 0, at most 1")
+    if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width <= 1:
+        raise ValueError(f"width={width!r}; accepted: a number greater than 0, at most 1")
     importance = _magnitude(model) if dataloader is None else _first_order(model, dataloader)
     heads = max(1, round(width * model.config.num_attention_heads))
     neurons = max(1, round(width * models.intermediate_size(model)))
@@ -153,6 +153,8 @@ def _first_order(model: PreTrainedModel, dataloader: Iterable[Mapping[str, Any]]
     try:
         model.eval()
         for batch in tqdm(dataloader, desc="head and neuron importance"):
+            if not isinstance(batch, Mapping):
+                raise TypeError(f"the dataloader gives {type(batch).__name__}, expected batches that are mappings")
             inputs = {key: value.to(device) for key, value in batch.items() if torch.is_tensor(value)}
             loss = getattr(model(**inputs), "loss", None)
             if loss is None:

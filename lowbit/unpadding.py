@@ -171,7 +171,7 @@ def check_fusable(model: PreTrainedModel, config: LowbitConfig) -> None:
     """Raise ValueError unless `fuse` can take a model of this configuration."""
     models.describe_attention(model, "fuse", bias=True)
     lowbit_encoder.check(config)
-    _check_encoder(model)
+    check_encoder(model)
     for name, _ in models.layer_linears(model):
         if not isinstance(model.get_submodule(name), PackedLinear | QuantLinear):
             raise ValueError(f"{name} is left in float (modules_to_not_convert?); a fused encoder needs it packed")
@@ -195,11 +195,12 @@ def _check_length(model: PreTrainedModel, config: LengthConfig) -> None:
         raise ValueError(f"{head} reads all tokens: it needs LengthConfig(restore=True)")
     if "first_segment" in config.protect and getattr(model.config, "type_vocab_size", 1) < 2:
         raise ValueError(f"LengthConfig(protect=('first_segment',)) needs token types, which {head} does not have")
-    _check_encoder(model)
+    check_encoder(model)
     check_quantized_attention(hf.current_config(model))
 
 
-def _check_encoder(model: PreTrainedModel) -> None:
+def check_encoder(model: PreTrainedModel) -> None:
+    """Raise ValueError for a decoder: "lowbit" attention has no causal mask."""
     if getattr(model.config, "is_decoder", False):
         raise ValueError(
             f"{type(model).__name__} is a decoder (is_decoder=True), whose attention needs its causal mask"

@@ -22,6 +22,7 @@ from transformers.models import bert as bert_package
 import lowbit
 import lowbit_kernels
 from helpers import HEADS, batch, outputs, tiny
+from lowbit._files import staging
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -304,6 +305,29 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytes
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
+def test_a_file_that_cannot_grow_is_an_os_error_and_keeps_the_old_checkpoint(tmp_path: Path) -> None:
+    """What safetensors itself raises has a type of its own."""
+    old = packed()
+    old.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    program = f"""
+        import resource, signal, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import lowbit
+        from helpers import tiny
+        model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))  # config.json fits
+        try:
+            model.save_pretrained({str(tmp_path)!r})
+        except OSError as error:
+            sys.exit(0 if "File too large" in str(error) else f"says {{error}}")
+        sys.exit("no error")
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_a_kill_while_saving_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     old = packed()
     old.save_pretrained(tmp_path)
@@ -326,6 +350,11 @@ def test_a_kill_while_saving_keeps_the_old_checkpoint(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert same(old, load(tmp_path))
+    assert list(tmp_path.glob(".saving-*"))
+    with staging(tmp_path) as other:  # a writer that lives
+        packed().save_pretrained(tmp_path)
+        assert list(tmp_path.glob(".saving-*")) == [other]  # what the killed one left is gone
+    assert not list(tmp_path.glob(".saving-*"))
 
 
 def test_saving_onto_a_file_is_refused(tmp_path: Path) -> None:

@@ -47,6 +47,12 @@ def test_every_head_without_padding_equals_the_unfused_model(head: str) -> None:
     assert all(map(close, outputs(fused, inputs), outputs(model, inputs)))
 
 
+def test_double_precision_runs_by_the_modules() -> None:
+    model, fused = (m.double() for m in pair("BertForSequenceClassification"))
+    inputs = batch()
+    assert all(map(torch.equal, outputs(fused, inputs), outputs(model, inputs)))
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_of_a_padded_batch_equal_the_unfused_model(name: str, dtype: torch.dtype) -> None:

@@ -37,6 +37,22 @@ def run(script: str, *arguments: str) -> str:
 def test_help_explains_with_an_example(script: str) -> None:
     text = run(script, "--help")
     assert "example:" in text and f"python examples/{script}" in text
+    options = [line for line in text.splitlines() if line.startswith("  --")]
+    assert " ".join(text.split()).count("(default: ") == len(options)  # but of --help
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "sst3"], "invalid choice: 'sst3' (choose from"),
+        (["--method", "bnw"], "invalid choice: 'bnw' (choose from"),
+        (["--data_dir", "none"], "error: none has no train file"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_a_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "binarybert_glue.py"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode != 0 and message in result.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")

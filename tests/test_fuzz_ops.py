@@ -74,6 +74,11 @@ SHORT = torch.zeros(2, 3, 4)
             lambda: lowbit_kernels.pack_split(W.sign().to(torch.int8), W.sign().to(torch.int8).to("meta")),
             "share one device",
         ),
+        (lambda: lowbit_kernels.quantize_per_token(X.to_sparse()), "x has layout torch.sparse_coo"),
+        (lambda: lowbit_kernels.ternarize(W.to_sparse()), "w has layout torch.sparse_coo"),
+        (lambda: lowbit_kernels.unpack_ternary(torch.zeros(1, 32, dtype=torch.uint8), 100.0), "whole number"),
+        (lambda: lowbit_kernels.unpack_split(torch.zeros(1, 32, dtype=torch.uint8), "9"), "whole number"),
+        (lambda: lowbit_kernels.unpack_trits(torch.zeros(1, 20, dtype=torch.uint8), None), "whole number"),
     ],
 )
 def test_arguments_are_refused_in_words(call: object, message: str) -> None:
@@ -101,6 +106,18 @@ def test_codes_without_columns(layout: str) -> None:
     x = torch.zeros(3, 0, dtype=torch.int8)
     got = lowbit_kernels.codes_linear(x, codes, scale, torch.arange(5.0), torch.ones(3), None, layout, torch.float32)
     assert torch.equal(got, torch.arange(5.0).expand(3, 5))
+
+
+def test_codes_and_joint_linear_compare_x_with_the_weights() -> None:
+    codes, scale = lowbit_kernels.ternarize(torch.randn(5, 7))
+    x, rest = torch.zeros(3, 7, dtype=torch.int8), (torch.ones(3), None)
+    with pytest.raises(ValueError, match=r"x has shape \(3, 70000\), expected \[..., 7\]"):
+        lowbit_kernels.codes_linear(x.repeat(1, 10000), codes, scale, None, *rest, "ternary", torch.float32)
+    with pytest.raises(ValueError, match="share one device"):
+        lowbit_kernels.codes_linear(x, codes.to("meta"), scale, None, *rest, "ternary", torch.float32)
+    packed = lowbit_kernels.pack_ternary(codes).to("meta")
+    with pytest.raises(ValueError, match="share one device"):
+        lowbit_kernels.joint_linear(x, [packed], [scale], [None], *rest, "ternary", None, torch.float32)
 
 
 def test_trits_on_meta_have_a_shape() -> None:

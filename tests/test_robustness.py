@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertForMaskedLM, BertForSequenceClassification
+from transformers import BertForMaskedLM, BertForSequenceClassification, BertLMHeadModel
 
 import lowbit
 from helpers import HEADS, batch, outputs, tiny, tiny_config
@@ -183,6 +183,43 @@ def test_contradictions_are_found_before_training(config: Any, message: str) -> 
     with pytest.raises(ValueError, match=message):
         lowbit.prepare(model, config())
     assert isinstance(model.bert.pooler.dense, torch.nn.Linear)
+
+
+@pytest.mark.parametrize("config", [lowbit.TernaryConfig(), lowbit.TernaryConfig(activation_bits=None)])
+def test_linears_refuse_another_width_and_another_device(config: lowbit.LowbitConfig) -> None:
+    linear = torch.nn.Linear(64, 32)
+    modules = QuantLinear(linear, config), PackedLinear.from_float(linear, config)
+    for module in modules:
+        for features in (63, 65, 64000):
+            with pytest.raises(ValueError, match=rf"expected \[..., {64}\]"), torch.no_grad():
+                module(torch.randn(2, features))
+        if config.activation_bits:  # else it is torch's to say
+            with pytest.raises(ValueError, match="share one device"), torch.no_grad():
+                copy.deepcopy(module).to("meta")(torch.randn(2, 64))
+        with torch.no_grad():
+            assert module.to("meta")(torch.empty(2, 64, device="meta")).shape == (2, 32)
+
+
+@pytest.mark.parametrize("config", [None, {"weight_bits": 2}, lowbit.TernaryConfig])
+def test_what_is_no_configuration_is_refused(config: Any) -> None:
+    with pytest.raises(TypeError, match=r"accepted: lowbit\.TernaryConfig"):
+        lowbit.prepare(tiny(), config)
+
+
+@pytest.mark.parametrize("quantize_attention", [True, False])
+def test_a_decoder_is_refused_before_it_is_changed(quantize_attention: bool) -> None:
+    model = BertLMHeadModel(tiny_config(is_decoder=True))
+    with pytest.raises(ValueError, match="is a decoder"):
+        lowbit.prepare(model, lowbit.TernaryConfig(quantize_attention=quantize_attention))
+    assert model(**batch()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_new_modules_are_in_the_mode_of_the_model(training: bool) -> None:
+    model = lowbit.slim(tiny().train(training), 0.5)
+    for step in (lambda m: lowbit.prepare(m, lowbit.TernaryConfig()), lowbit.split, lowbit.convert):
+        model = step(model)
+        assert {module.training for module in model.modules()} == {training}
 
 
 def test_none_left_in_float_may_be_none() -> None:

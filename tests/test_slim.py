@@ -175,8 +175,8 @@ def test_a_slim_model_trains_and_goes_on_to_ternary_and_split() -> None:
     assert packed(**inputs).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("width", [0, -0.5, 1.5, math.nan])
-def test_a_width_outside_its_range_is_refused(width: float) -> None:
+@pytest.mark.parametrize("width", [0, -0.5, 1.5, math.nan, "0.5", None, True])
+def test_a_width_outside_its_range_is_refused(width: object) -> None:
     with pytest.raises(ValueError, match="greater than 0, at most 1"):
         lowbit.slim(tiny(), width)
 
@@ -201,5 +201,7 @@ def test_data_without_labels_is_refused_and_the_model_stays_whole() -> None:
         lowbit.slim(model, 0.5, [inputs])
     with pytest.raises(ValueError, match="empty"):
         lowbit.slim(model, 0.5, [])
+    with pytest.raises(TypeError, match="gives Tensor, expected batches that are mappings"):
+        lowbit.slim(model, 0.5, [inputs["input_ids"]])
     assert model.training
     assert all(torch.equal(x, y) for x, y in zip(outputs(model.eval(), inputs), before, strict=True))

@@ -42,9 +42,11 @@ def _on_device_of_first(cuda: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def check_tensor(name: str, tensor: object, dtypes: tuple[torch.dtype, ...], ndim: int | None = None) -> None:
-    """Raise TypeError or ValueError unless `tensor` has one of the dtypes and, where given, the rank."""
+    """Raise TypeError or ValueError unless `tensor` is dense, of one of the dtypes and, where given, the rank."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, accepted: strided (dense); call .to_dense()")
     if tensor.dtype not in dtypes:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name} has dtype {tensor.dtype}, accepted: {accepted}")

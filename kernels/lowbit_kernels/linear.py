@@ -147,7 +147,7 @@ def joint_linear(
 ) -> torch.Tensor:
     """Linears that share their input (query, key and value): one product, the same bits as one by one.
 
-    What the modules call, whose weights are known to fit: arguments are not checked.
+    What the modules call, whose weights are known to fit each other: only x is compared with them.
 
     Args:
         x: int8 [..., K].
@@ -157,7 +157,11 @@ def joint_linear(
 
     Returns:
         [..., sum of N], one result beside the other.
+
+    Raises:
+        ValueError: x and the weights are on different devices.
     """
+    check_device(x=x, packed=packed[0], scale=scale[0], bias=bias[0])
     tokens = x.shape[:-1]
     zero = None if x_zero_point is None else x_zero_point.reshape(-1)
     run = linears_cpu if traced_on_cpu(x, natively=True) else _joint_op
@@ -223,7 +227,13 @@ def codes_linear(
 
     Returns:
         [..., N].
+
+    Raises:
+        ValueError: another K than the codes have, or different devices. What else fits, the quantizers see to.
     """
+    check_device(x=x, codes=codes, scale=scale, bias=bias)
+    if x.shape[-1] != codes.shape[-1]:  # the native kernels would read past the end of the codes
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {codes.shape[-1]}]")
     zero = None if x_zero_point is None else x_zero_point.reshape(-1)
     rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = _codes_op(rows, codes, scale, bias, x_scale.reshape(-1), zero, layout, out_dtype)

@@ -128,8 +128,14 @@ def _check_codes(name: str, codes: torch.Tensor, accepted: tuple[int, ...]) -> N
         raise ValueError(f"{name} holds {int(wrong[0])}, accepted codes: {', '.join(map(str, accepted))}")
 
 
+def _check_columns(K: object) -> None:
+    if isinstance(K, bool) or not isinstance(K, int | torch.SymInt):
+        raise TypeError(f"K={K!r}, accepted: a whole number")
+
+
 def check_packed(packed: torch.Tensor, columns: int, values_per_byte: int) -> None:
     check_tensor("packed", packed, (torch.uint8,), ndim=2)
+    _check_columns(columns)
     needed = -(-columns // (BLOCK_BYTES * values_per_byte)) * BLOCK_BYTES
     if columns < 0 or packed.shape[1] != needed:
         raise ValueError(f"packed has {packed.shape[1]} bytes a row, K={columns} needs {needed}")
@@ -258,6 +264,7 @@ def unpack_trits(packed: torch.Tensor, K: int) -> torch.Tensor:
         TypeError, ValueError: another dtype or shape, or a byte above 242, which five trits do not reach.
     """
     check_tensor("packed", packed, (torch.uint8,), ndim=2)
+    _check_columns(K)
     rows, columns = packed.shape
     if K < 0 or columns != -(-K // len(_DIGITS)):
         raise ValueError(f"packed has {columns} bytes a row, K={K} needs {-(-K // len(_DIGITS))}")

@@ -156,7 +156,7 @@ class FusedEmbeddings(nn.Module):
     """Stands in for the embeddings of a fused model: all tables and LayerNorm in one operation.
 
     The modules stay what and where they were; they run instead for `inputs_embeds`, dropout, gradients, packed position
-    embeddings and offloaded parameters.
+    embeddings, float64 and offloaded parameters.
 
     Args:
         embeddings: of a Hugging Face model: `word_embeddings`, `position_embeddings`, `LayerNorm`, and, but in
@@ -193,6 +193,7 @@ class FusedEmbeddings(nn.Module):
             or not isinstance(word, PackedEmbedding)
             or type(position) is not nn.Embedding
             or norm.weight.device != input_ids.device
+            or norm.weight.dtype == torch.float64
         ):
             return self._by_module[0](*args, **kwargs)
         if position_ids is None:

@@ -107,7 +107,12 @@ class QuantLinear(nn.Module):
         self.input_quantizer = activation_quantizer(config, site)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float [..., K] -> float [..., N] in x's dtype; straight-through gradients to `x` and `weight`."""
+        """float [..., K] -> float [..., N] in x's dtype; straight-through gradients to `x` and `weight`.
+
+        Raises:
+            ValueError: another K.
+        """
+        _check_features(self, x)
         x = autocast(x)
         codes, scale = weight_codes(self.weight, self.quantizer, self.granularity)
         if self.input_quantizer is None:
@@ -207,10 +212,9 @@ class PackedLinear(Packed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float [..., K] -> float [..., N] in x's dtype; ValueError for another K."""
+        _check_features(self, x)
         if self.input_quantizer is None:
             return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {self.in_features}]")
         if self.joint is not None and self.joint.covers(self, x):
             return self.joint(self, x)
         return multiply([self], x)[0]
@@ -226,6 +230,11 @@ class PackedLinear(Packed):
     def extra_repr(self) -> str:
         activation = f", {self.activation}" if self.activation else ""
         return f"{self.in_features}, {self.out_features}, {self.layout}, bias={self.bias is not None}{activation}"
+
+
+def _check_features(linear: QuantLinear | PackedLinear, x: torch.Tensor) -> None:
+    if x.shape[-1] != linear.in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {linear.in_features}]")
 
 
 def multiply(linears: Sequence[PackedLinear], x: torch.Tensor) -> list[torch.Tensor]:
@@ -283,6 +292,8 @@ class _StraightThroughProduct(torch.autograd.Function):
 def autocast(x: torch.Tensor) -> torch.Tensor:
     """x in the dtype that torch.autocast gives the inputs of linears, where it is on."""
     device = x.device.type
+    if device == "meta":  # torch has no autocast there, and raises when asked
+        return x
     return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 

@@ -13,14 +13,14 @@ class Options:
 
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "folder with TASK/train.jsonl[.gz] and TASK/validation.jsonl[.gz]; default: Hub"},
+        metadata={"help": "folder with TASK/train.jsonl[.gz] and TASK/validation.jsonl[.gz]; without: Hub"},
     )
     model: str = field(default="google-bert/bert-base-uncased", metadata={"help": "float BERT: folder or Hub id"})
     output_dir: str = field(default="runs", metadata={"help": "stages, results.json; finished stages are not repeated"})
     max_train_samples: int = field(default=0, metadata={"help": "use only the first N training examples, 0 for all"})
     teacher_steps: int = field(default=500, metadata={"help": "steps of plain fine-tuning; 0: --model is fine-tuned"})
     steps: int = field(default=1000, metadata={"help": "steps of each distillation stage"})
-    batch_size: int = 32
+    batch_size: int = field(default=32, metadata={"help": "of training"})
     teacher_learning_rate: float = field(default=1e-4, metadata={"help": "BERT-base: 2e-5 to 5e-5"})
     learning_rate: float = field(
         default=3e-4, metadata={"help": "of the distillation stages; published for BERT-base: 2e-5, split stage 5e-5"}
@@ -30,14 +30,14 @@ class Options:
         default=False, metadata={"help": "train and search in bfloat16 (autocast): CPUs with AMX, GPUs since Ampere"}
     )
     save_steps: int = field(default=500, metadata={"help": "checkpoint interval for resuming inside a stage, 0: none"})
-    seed: int = 0
+    seed: int = field(default=0, metadata={"help": "of training"})
 
 
 @dataclass
 class GlueOptions(Options):
     """Options of runs on a GLUE task."""
 
-    task: str = field(default="sst2", metadata={"help": f"GLUE task: {', '.join(TASKS)}"})
+    task: str = field(default="sst2", metadata={"help": "GLUE task", "choices": [*TASKS]})
     heldout: int = field(
         default=0, metadata={"help": "evaluate also on N training examples of 6 words or more beyond max_train_samples"}
     )
@@ -47,7 +47,10 @@ class GlueOptions(Options):
 class BinaryOptions(GlueOptions):
     """Options of runs that end in a binary model: which one."""
 
-    method: str = field(default="tws", metadata={"help": "tws (ternary weight splitting) or bwn (binary at once)"})
+    method: str = field(
+        default="tws",
+        metadata={"help": "tws (ternary weight splitting) or bwn (binary at once)", "choices": ["tws", "bwn"]},
+    )
     width: float = field(default=0.5, metadata={"help": "tws: fraction of heads and FFN neurons; published: 0.5"})
     slim_steps: int = field(default=250, metadata={"help": "tws: distillation steps of the slimmed float model"})
 
@@ -71,7 +74,7 @@ class LengthOptions:
     length_steps: int = field(
         default=1000, metadata={"help": "steps of LengthDrop training; 0: tokens are dropped from the model as it is"}
     )
-    length_learning_rate: float = 5e-5
+    length_learning_rate: float = field(default=5e-5, metadata={"help": "of LengthDrop training"})
     drop_ratio: list[float] = field(
         default_factory=lambda: [0.35],
         metadata={"help": "the most that a layer drops in training, or one such number a layer; published: 0.2"},
