@@ -69,7 +69,7 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     """
     current = hf.current_config(model)
     if not isinstance(config, LowbitConfig):
-        raise TypeError(f"config={config!r}, accepted: lowbit.TernaryConfig(...) or lowbit.BinaryConfig(...)")
+        raise TypeError(f"config must be a TernaryConfig, BinaryConfig or LowbitConfig, got {type(config).__name__}")
     if current.stage != "float":
         raise ValueError(f"the model is already {current.stage}; prepare takes a float model")
     if models.has_plain_attention(model):

@@ -232,6 +232,9 @@ def _save_pretrained(
 ) -> None:
     """`PreTrainedModel.save_pretrained`, with files written aside and renamed: a failure leaves the old ones intact.
 
+    A process that is killed leaves them intact too, but for one moment: between the renames of several shards, or of
+    weights and another configuration than before, the folder holds parts of both, and loading refuses it.
+
     A model card is written too, but never over one that a person wrote (`lowbit.card`).
 
     Args:

@@ -202,7 +202,7 @@ def test_linears_refuse_another_width_and_another_device(config: lowbit.LowbitCo
 
 @pytest.mark.parametrize("config", [None, {"weight_bits": 2}, lowbit.TernaryConfig])
 def test_what_is_no_configuration_is_refused(config: Any) -> None:
-    with pytest.raises(TypeError, match=r"accepted: lowbit\.TernaryConfig"):
+    with pytest.raises(TypeError, match="config must be a TernaryConfig"):
         lowbit.prepare(tiny(), config)
 
 
