@@ -117,6 +117,11 @@ struct Finish {
     }
 };
 
+// Memory that is wanted soon, in time; past the end of an array it does no harm.
+inline void fetch(const uint8_t* first, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) _mm_prefetch(first + at, _MM_HINT_T1);
+}
+
 template <int LAYOUT, int ACTIVATION, bool ZERO>
 void team_linear(const Codes& x, const Product& w, float* out, int64_t features) {
     constexpr int VALUES = LAYOUT == BINARY ? 8 : LAYOUT == TERNARY || LAYOUT == SPLIT ? 4 : 1;  // in a byte
@@ -124,7 +129,8 @@ void team_linear(const Codes& x, const Product& w, float* out, int64_t features)
     constexpr int64_t LOTS = GROUP / LANES;
     const int64_t tile_bytes = round_up(w.row_bytes * VALUES, STEP) * LANES, lots = lots_of(x.M);
     const int64_t blocks = (w.N + WIDTH - 1) / WIDTH, groups = (lots + LOTS - 1) / LOTS;
-    const int64_t steps = x.width / STEP, share = (WIDTH + steps - 1) / steps;
+    const int64_t steps = x.width / STEP;
+    const int64_t share = steps ? (WIDTH + steps - 1) / steps : 0;
     static thread_local Scratch<uint8_t> scratch;
     uint8_t* first = scratch.get(2 * tile_bytes);
     uint8_t* second = first + tile_bytes;
@@ -138,13 +144,13 @@ void team_linear(const Codes& x, const Product& w, float* out, int64_t features)
             const int64_t next = is_pair(LAYOUT) ? 0 : std::min<int64_t>(LANES, columns - 1);
             expand_rows<LAYOUT>(w, n0, columns, 0, first);
             expand_rows<LAYOUT>(w, n0 + next, columns - next, 1, second);
-            for (const uint8_t *at = w.packed + (n0 + WIDTH) * w.row_bytes, *last = at + WIDTH * w.row_bytes; at < last; at += 64)
-                _mm_prefetch(at, _MM_HINT_T1);
+            fetch(w.packed + (n0 + WIDTH) * w.row_bytes, WIDTH * w.row_bytes);
             const int64_t end = std::min(lots, (group + 1) * LOTS);
             for (int64_t lot = group * LOTS; lot < end; lot += 2, turn = 1 - turn) {
                 const bool pair = lot + 1 < end;
                 const int8_t* more = pair ? x.panel(lot + 1) : nullptr;
                 product(first, second, x.panel(lot), more, x.width, sums[turn], [&] { finish.some(share); });
+                finish.some(WIDTH);  // of inputs without values, which have no steps
                 finish.next(sums[turn], lot, 1 + pair, n0, columns);
             }
         }
