@@ -165,8 +165,11 @@ def _layer_of(
     bits: int,
     symmetric: bool,
     ffn_symmetric: bool,
-) -> native.Layer:
-    """A layer as the kernel takes it, with the linears of both halves."""
+) -> tuple[native.Layer, list[torch.Tensor]]:
+    """A layer as the kernel takes it, with the linears of both halves; and what it points to besides the tensors given.
+
+    To be held until the kernel is done: of inference tensors nothing is kept, and another thread may replace an entry.
+    """
     options = (layout, activation, eps, bits, symmetric, ffn_symmetric)
     given = [*packed, *scale, *norms, *(tensor for tensor in bias if tensor is not None)]
 
@@ -177,8 +180,7 @@ def _layer_of(
         kept = [tensor for tensor in (*alive, *first.tensors) if tensor is not None and id(tensor) not in own]
         return native.Layer((native.Product * 3)(*first.products), rest), kept
 
-    layer, _alive = _layers.get(given, options, make)
-    return layer
+    return _layers.get(given, options, make)
 
 
 def _layers_cpu(
@@ -206,13 +208,14 @@ def _layers_cpu(
     position_bias = None if position_bias is None else position_bias.float()
     symmetric, T = x_zero_point is None, len(tokens)
     count = len(packed) // 6
-    layers = [
+    made = [
         _layer_of(
             packed[6 * i : 6 * i + 6], scale[6 * i : 6 * i + 6], bias[6 * i : 6 * i + 6], norms[4 * i : 4 * i + 4],
             layout, activation, eps, bits, symmetric, ffn_symmetric,
         )
         for i in range(count)
     ]  # fmt: skip
+    layers, _alive = zip(*made, strict=True)
     out = torch.empty_like(tokens)
     codes = outputs(out, symmetric, T)
     context = tokens.new_empty(T, packed[0].shape[0])

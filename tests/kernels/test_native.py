@@ -255,6 +255,23 @@ def test_layers_together_are_the_layers(lengths: list[int], layout: str, symmetr
 
 
 @needs_native
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_layers_together_hold_what_they_point_to(symmetric: bool, kind: str) -> None:
+    """Nothing is kept for inference tensors: scales of a whole tensor, repeated for every row, were gone too early."""
+    packed, scale, bias, norms = layers_of(3, "ternary", H=48, F=100, C=24)
+    weights = packed, [own[:1] for own in scale], bias, norms
+    tokens, starts = torch.randn(24, 48), torch.tensor([0, 24], dtype=torch.int32)
+    q, q_scale, zero = quantize_per_token(tokens, 8, symmetric)
+    codes = q, q_scale, None if symmetric else zero
+    options = ("ternary", "gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], None)
+    expected = encoder_cpu.encoder_layers(tokens, *codes, *weights, *options)
+    with torch.inference_mode():
+        weights = [[None if tensor is None else tensor.clone() for tensor in tensors] for tensors in weights]
+        got = encoder_cpu.encoder_layers(tokens, *codes, *weights, *options)
+    assert all(map(torch.equal, got, expected))
+
+
+@needs_native
 def test_layers_together_keep_no_weights_alive(kind: str) -> None:
     weights = layers_of(2, "ternary", H=32, F=64, C=32)
     starts, tokens = torch.tensor([0, 2, 5], dtype=torch.int32), torch.randn(5, 32)
