@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -655,6 +656,18 @@ def test_a_model_that_is_nowhere(tmp_path: Path) -> None:
     assert text.startswith("error: no/such-model is no folder here, and no model that the Hub gives")
     assert "is no folder here" in call("quantize", tmp_path / "none", tmp_path / "out", code=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_of_the_hub_keeps_its_name(saved: dict[str, Path], tmp_path: Path) -> None:
+    """Model cards show it; the folder that the Hub's files are kept in is named by a digest."""
+    repository = tmp_path / "models--me--bert"
+    shutil.copytree(saved["ternary"], repository / "snapshots" / ("0" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    program = "from lowbit.cli.loading import load_model; print(load_model('me/bert').config._name_or_path)"
+    cache = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}  # read when it is imported
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=cache)
+    assert result.stdout.splitlines()[-1] == "me/bert"
 
 
 def test_help_and_completion_need_no_torch() -> None:

@@ -76,7 +76,7 @@ def load_model(checkpoint: str) -> PreTrainedModel:
     import lowbit
 
     if isinstance(quantization, dict) and quantization.get("quant_method") == "lowbit":
-        return lowbit.from_pretrained(folder)
+        return lowbit.from_pretrained(checkpoint)  # by its name, which cards show
     return class_of(folder).from_pretrained(checkpoint, use_safetensors=True).eval()
 
 
