@@ -147,7 +147,7 @@ def joint_linear(
 ) -> torch.Tensor:
     """Linears that share their input (query, key and value): one product, the same bits as one by one.
 
-    What the modules call, whose weights are known to fit each other: only x is compared with them.
+    What the modules call, whose weights are known to fit each other and x: only devices are compared.
 
     Args:
         x: int8 [..., K].

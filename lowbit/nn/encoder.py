@@ -475,7 +475,7 @@ class PackedEncoder(UnpaddedEncoder):
         return tokens, tuple(last)  # type: ignore[return-value]
 
     def _native(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether the halves of a layer run as one operation each."""
+        """Whether layers, or halves of one, run as one operation of the native CPU kernels."""
         options = self.attention_options
         return device.type == "cpu" and encoder_cpu.takes(
             dtype, options.get("bits"), options.get("asymmetric", ()), self.gelu

@@ -132,8 +132,8 @@ void lowbit_rest(
     }
 }
 
-// Both, layer after layer, of layers that are alike in shape: `op` as in the first, its output [T, C] is the context of
-// each; x and tokens enter the first layer, out and its codes leave the last.
+// Both, layer after layer, of layers that are alike in shape: `op` as for the first half, its output [T, C] is the
+// context of each; x and tokens enter the first layer, out and its codes leave the last.
 void lowbit_layers(
     const Layer* layers, int count, const Attention* op, const int32_t* starts, int64_t B, int8_t* x, float* x_scale,
     int32_t* x_zero_point, const float* tokens, float* out, int8_t* q, float* scale, int32_t* zero_point) {
