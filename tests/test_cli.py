@@ -135,6 +135,9 @@ def test_a_folder_of_sentence_transformers_stays_one(setup: tuple[Path, Path], t
     (source / "modules.json").write_text(files["modules.json"].replace("1_Pooling", "../elsewhere"))
     (tmp_path / "elsewhere").mkdir()
     assert "outside of the checkpoint's folder" in call("quantize", source, tmp_path / "no", code=1)
+    for damaged in ("[{}]", "[1]", '{"path": 1}', "{"):
+        (source / "modules.json").write_text(damaged)
+        assert "is no list of modules" in call("quantize", source, tmp_path / "no", code=1)
     assert not (tmp_path / "no").exists()
 
 

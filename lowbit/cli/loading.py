@@ -140,10 +140,15 @@ def save(model: PreTrainedModel, source: str, out: Path) -> None:
 
 def _sentence_modules(folder: Path) -> list[str]:
     """Folders of what sentence-transformers runs after the model: pooling, normalization, ..."""
-    if not (folder / "modules.json").is_file():
+    file = folder / "modules.json"
+    if not file.is_file():
         return []
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    names = [module["path"] for module in modules if module["path"]]
+    try:
+        names = [str(module["path"]) for module in json.loads(file.read_text(encoding="utf-8")) if module["path"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file} is no list of modules with their paths, as sentence-transformers writes it"
+        ) from error
     check_inside(folder, [folder / name for name in names])
     return [name for name in names if (folder / name).is_dir()]  # the Hub has no empty ones
 
