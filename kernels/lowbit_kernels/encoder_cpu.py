@@ -12,7 +12,7 @@ bits but for GELU, which is their own here. Arguments are not checked: they come
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -84,24 +84,37 @@ encoder_attention = define(
 )
 
 
+class _Linears(NamedTuple):
+    """Some of a layer's: query, key, value, attention output, FFN input and output."""
+
+    packed: Sequence[torch.Tensor]
+    scale: Sequence[torch.Tensor]
+    bias: Sequence[torch.Tensor | None]
+
+    def part(self, start: int, stop: int) -> _Linears:
+        return _Linears(self.packed[start:stop], self.scale[start:stop], self.bias[start:stop])
+
+
+class _Options(NamedTuple):
+    """What all layers share."""
+
+    layout: str
+    activation: str
+    eps: float
+    bits: int
+    symmetric: bool
+    ffn_symmetric: bool
+
+
 def _rest_of(
-    packed: Sequence[torch.Tensor],
-    scale: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor | None],
-    norms: Sequence[torch.Tensor],
-    layout: str,
-    activation: str,
-    eps: float,
-    bits: int,
-    symmetric: bool,
-    ffn_symmetric: bool,
-    C: int,
+    linears: _Linears, norms: Sequence[torch.Tensor], options: _Options, C: int
 ) -> tuple[native.Rest, list[torch.Tensor | None]]:
     """The second half of a layer as the kernel takes it, of a context [T, C], and the tensors that it points to."""
+    layout, activation, eps, bits, symmetric, ffn_symmetric = options
     norms = [tensor.contiguous() for tensor in norms]
-    H, F = len(norms[0]), packed[1].shape[0]
+    H, F = len(norms[0]), linears.packed[1].shape[0]
     weights = [
-        Weights.packed(packed[i : i + 1], scale[i : i + 1], bias[i : i + 1], layout, K, not is_symmetric)
+        Weights.packed(*linears.part(i, i + 1), layout, K, not is_symmetric)
         for i, (K, is_symmetric) in enumerate([(C, symmetric), (H, symmetric), (F, ffn_symmetric)])
     ]
     rest = native.Rest(H=H, C=C, layout=weights[0].layout, activation=ACTIVATIONS.index(activation), bits=bits)
@@ -127,7 +140,8 @@ def _rest_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     context, tokens = context.contiguous(), tokens.contiguous()
     T, C = context.shape
-    op, _alive = _rest_of(packed, scale, bias, norms, layout, activation, eps, bits, symmetric, ffn_symmetric, C)
+    options = _Options(layout, activation, eps, bits, symmetric, ffn_symmetric)
+    op, _alive = _rest_of(_Linears(packed, scale, bias), norms, options, C)
     out = torch.empty_like(tokens)
     codes = outputs(out, symmetric, T)
     if T:
@@ -155,27 +169,17 @@ _layers = Derived()
 
 
 def _layer_of(
-    packed: Sequence[torch.Tensor],
-    scale: Sequence[torch.Tensor],
-    bias: Sequence[torch.Tensor | None],
-    norms: Sequence[torch.Tensor],
-    layout: str,
-    activation: str,
-    eps: float,
-    bits: int,
-    symmetric: bool,
-    ffn_symmetric: bool,
+    linears: _Linears, norms: Sequence[torch.Tensor], options: _Options
 ) -> tuple[native.Layer, list[torch.Tensor]]:
     """A layer as the kernel takes it, with the linears of both halves; and what it points to besides the tensors given.
 
     To be held until the kernel is done: of inference tensors nothing is kept, and another thread may replace an entry.
     """
-    options = (layout, activation, eps, bits, symmetric, ffn_symmetric)
-    given = [*packed, *scale, *norms, *(tensor for tensor in bias if tensor is not None)]
+    given = [*linears.packed, *linears.scale, *norms, *(tensor for tensor in linears.bias if tensor is not None)]
 
     def make() -> tuple[native.Layer, list[torch.Tensor]]:
-        first = Weights.packed(packed[:3], scale[:3], bias[:3], layout, len(norms[0]), not symmetric)
-        rest, alive = _rest_of(packed[3:], scale[3:], bias[3:], norms, *options, packed[0].shape[0])
+        first = Weights.packed(*linears.part(0, 3), options.layout, len(norms[0]), not options.symmetric)
+        rest, alive = _rest_of(linears.part(3, 6), norms, options, linears.packed[0].shape[0])
         own = {id(tensor) for tensor in given}  # these live while the entry does; to hold them would keep it for ever
         kept = [tensor for tensor in (*alive, *first.tensors) if tensor is not None and id(tensor) not in own]
         return native.Layer((native.Product * 3)(*first.products), rest), kept
@@ -207,14 +211,9 @@ def _layers_cpu(
     x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
     position_bias = None if position_bias is None else position_bias.float()
     symmetric, T = x_zero_point is None, len(tokens)
+    linears, options = _Linears(packed, scale, bias), _Options(layout, activation, eps, bits, symmetric, ffn_symmetric)
     count = len(packed) // 6
-    made = [
-        _layer_of(
-            packed[6 * i : 6 * i + 6], scale[6 * i : 6 * i + 6], bias[6 * i : 6 * i + 6], norms[4 * i : 4 * i + 4],
-            layout, activation, eps, bits, symmetric, ffn_symmetric,
-        )
-        for i in range(count)
-    ]  # fmt: skip
+    made = [_layer_of(linears.part(6 * i, 6 * i + 6), norms[4 * i : 4 * i + 4], options) for i in range(count)]
     layers, _alive = zip(*made, strict=True)
     out = torch.empty_like(tokens)
     codes = outputs(out, symmetric, T)
