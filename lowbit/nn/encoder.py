@@ -368,13 +368,17 @@ class PackedEncoder(UnpaddedEncoder):
         codes: Codes = quantize_per_token(tokens, self.bits, self.symmetric["linear"])
         bias = self._position_bias(tokens, sequences.max_seqlen)
         weights = [self._weights(layer) for layer in self.layer]
-        together = self._layers_together(weights, steps) if self._native(tokens.device, tokens.dtype) else 0
-        if together:
-            tokens, codes = self._run_layers(weights[:together], tokens, codes, sequences, bias)
-        for own, keep in zip(weights[together:], steps[together:], strict=True):
-            before = tokens
-            tokens, codes, kept = self._run_layer(own, tokens, codes, sequences, keep, protected, bias)
-            sequences, protected = _after(before, kept, sequences, protected, survivors)
+        native = self._native(tokens.device, tokens.dtype)
+        while weights:
+            together = self._layers_together(weights, steps) if native else 0
+            if together:
+                tokens, codes = self._run_layers(weights[:together], tokens, codes, sequences, bias)
+            else:
+                before = tokens
+                tokens, codes, kept = self._run_layer(weights[0], tokens, codes, sequences, steps[0], protected, bias)
+                sequences, protected = _after(before, kept, sequences, protected, survivors)
+            done = together or 1
+            weights, steps = weights[done:], steps[done:]
         return survivors.all(tokens)
 
     def _position_bias(self, tokens: torch.Tensor, length: int) -> torch.Tensor | None:

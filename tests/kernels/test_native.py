@@ -325,6 +325,20 @@ def test_a_fused_model_agrees_with_torchs_products(config: lowbit.LowbitConfig, 
 
 
 @needs_native
+def test_layers_between_those_that_drop_tokens_run_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lowbit.quantize(tiny(num_hidden_layers=6), lowbit.TernaryConfig(), fused=True)
+    lowbit.set_length(model, lowbit.LengthConfig((1.0, 1.0, 0.6, 0.6, 0.6, 0.3)))
+    inputs, encoder, together = batch(rows=5, length=37), model.bert.encoder, []
+    run_layers = encoder._run_layers
+    monkeypatch.setattr(encoder, "_run_layers", lambda own, *args: together.append(len(own)) or run_layers(own, *args))
+    with torch.inference_mode():
+        got = model(**inputs).logits
+        monkeypatch.setattr(encoder, "_layers_together", lambda weights, steps: 0)
+        assert torch.equal(model(**inputs).logits, got)
+    assert together == [2, 2]
+
+
+@needs_native
 def test_nothing_is_kept_beside_the_packed_weights(kind: str) -> None:
     model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
     before = lowbit_kernels.expanded_bytes()
