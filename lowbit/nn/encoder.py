@@ -295,6 +295,10 @@ class Weights(NamedTuple):
         return self.projections, self.attention_output, self.ffn_input, self.ffn_output
 
     @property
+    def shapes(self) -> list[torch.Size]:
+        return [packed.shape for product in self.products for packed in product.packed]
+
+    @property
     def norms(self) -> tuple[Norm, ...]:
         return self.attention_norm, self.ffn_norm
 
@@ -390,8 +394,8 @@ class PackedEncoder(UnpaddedEncoder):
 
     def _layers_together(self, weights: list[Weights], steps: list[Keep | None]) -> int:
         """How many layers, from the first on, are alike in shape and drop nothing."""
-        shapes = [[packed.shape for product in own.products for packed in product.packed] for own in weights]
-        alike = (keep is None and shape == shapes[0] for keep, shape in zip(steps, shapes, strict=True))
+        first = weights[0].shapes
+        alike = (keep is None and own.shapes == first for keep, own in zip(steps, weights, strict=True))
         return sum(itertools.takewhile(bool, alike))
 
     def _run_layers(
