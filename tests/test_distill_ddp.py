@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import BertForSequenceClassification, TrainingArguments
 
 import lowbit
-from helpers import batch, outputs, tiny
+from helpers import batch, end_of_process, outputs, tiny
 from lowbit import AttentionScoreLoss, HiddenStateLoss, LogitsLoss, card
 
 SCHEDULES = {
@@ -163,4 +163,4 @@ if __name__ == "__main__":
     result = {"train": train(folder, processes=int(os.environ["WORLD_SIZE"])), "shard": shard(folder, rank)}
     if rank == 0:
         torch.save(result, folder / "result.pt")
-    torch.distributed.destroy_process_group()
+    end_of_process()

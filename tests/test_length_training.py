@@ -19,7 +19,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import lowbit
-from helpers import batch, outputs, tiny
+from helpers import batch, end_of_process, outputs, tiny
 from lowbit import LearnedThresholds, LengthConfig, LengthDrop, LogitsLoss, SoftExtract, TaskLoss
 from lowbit.length.soft import ranks
 from lowbit.nn import UnpaddedEncoder
@@ -829,4 +829,4 @@ if __name__ == "__main__":
     found = curves(Path(sys.argv[1]), processes=int(os.environ["WORLD_SIZE"]))
     if os.environ["RANK"] == "0":
         (Path(sys.argv[1]) / "curves.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    end_of_process()
