@@ -169,7 +169,7 @@ class Graphs:
         first_token_only: bool = False,
         protected: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """tokens [T, H] -> [T, H], a tensor of its own."""
+        """tokens [T, H] -> [T, H], of first tokens only [B, H]; a tensor of its own."""
         shape = nearest(self.graphs, tokens.shape[0], sequences)
         if shape is None or protected is not None or first_token_only != self.first_token_only:
             return self.uncaptured(tokens, sequences, first_token_only, protected)
@@ -180,4 +180,4 @@ class Graphs:
         graph.cu_seqlens[:ends].copy_(sequences.cu_seqlens)
         graph.cu_seqlens[ends:].fill_(T)
         graph.replay()
-        return graph.output[:T].clone()
+        return graph.output[: ends - 1 if first_token_only else T].clone()

@@ -168,9 +168,9 @@ def test_only_the_first_token_is_computed_where_nothing_else_is_read() -> None:
         rows.append(len(result[0]))
         return result
 
-    def counted_together(weights: list[Any], *args: Any) -> Any:
-        result = run_layers(weights, *args)
-        rows.extend([len(result[0])] * len(weights))
+    def counted_together(weights: list[Any], tokens: torch.Tensor, *args: Any) -> Any:
+        result = run_layers(weights, tokens, *args)
+        rows.extend([len(tokens)] * (len(weights) - 1) + [len(result[0])])
         return result
 
     encoder.run_rest, encoder._run_layers = counted, counted_together

@@ -295,7 +295,7 @@ def native_attention(
     by_head: torch.Tensor | None,
 ) -> native.Attention:
     """Arguments of the native kernel but for query, key and value; it points to the tensors given, all float32."""
-    op = native.Attention(T=T, H=H, D=D, scaling=mode.scaling, bits=mode.bits)
+    op = native.Attention(T=T, H=H, D=D, queries=T, scaling=mode.scaling, bits=mode.bits)
     op.probs_symmetric = "attention_probs" not in mode.asymmetric
     op.first_query_only = mode.importance == "cls"
     op.out, op.lse, op.importance, op.bias = map(native.pointer, (out, lse, by_head, bias))

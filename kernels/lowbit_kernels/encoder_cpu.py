@@ -11,6 +11,7 @@ bits but for GELU, which is their own here. Arguments are not checked: they come
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -168,21 +169,25 @@ encoder_rest = define(
 _layers = Derived()
 
 
-def _layer_of(
+def _layers_of(
     linears: _Linears, norms: Sequence[torch.Tensor], options: _Options
-) -> tuple[native.Layer, list[torch.Tensor]]:
-    """A layer as the kernel takes it, with the linears of both halves; and what it points to besides the tensors given.
+) -> tuple[ctypes.Array[native.Layer], list[torch.Tensor]]:
+    """Layers as the kernel takes them, and what they point to besides the tensors given.
 
     To be held until the kernel is done: of inference tensors nothing is kept, and another thread may replace an entry.
     """
     given = [*linears.packed, *linears.scale, *norms, *(tensor for tensor in linears.bias if tensor is not None)]
 
-    def make() -> tuple[native.Layer, list[torch.Tensor]]:
-        first = Weights.packed(*linears.part(0, 3), options.layout, len(norms[0]), not options.symmetric)
-        rest, alive = _rest_of(linears.part(3, 6), norms, options, linears.packed[0].shape[0])
+    def make() -> tuple[ctypes.Array[native.Layer], list[torch.Tensor]]:
         own = {id(tensor) for tensor in given}  # these live while the entry does; to hold them would keep it for ever
-        kept = [tensor for tensor in (*alive, *first.tensors) if tensor is not None and id(tensor) not in own]
-        return native.Layer((native.Product * 3)(*first.products), rest), kept
+        layers, kept = [], []
+        for i in range(len(linears.packed) // 6):
+            of_layer, own_norms = linears.part(6 * i, 6 * i + 6), norms[4 * i : 4 * i + 4]
+            first = Weights.packed(*of_layer.part(0, 3), options.layout, len(own_norms[0]), not options.symmetric)
+            rest, alive = _rest_of(of_layer.part(3, 6), own_norms, options, of_layer.packed[0].shape[0])
+            layers.append(native.Layer((native.Product * 3)(*first.products), rest))
+            kept += [tensor for tensor in (*alive, *first.tensors) if tensor is not None and id(tensor) not in own]
+        return (native.Layer * len(layers))(*layers), kept
 
     return _layers.get(given, options, make)
 
@@ -206,37 +211,41 @@ def _layers_cpu(
     scaling: float,
     asymmetric: Sequence[str],
     position_bias: torch.Tensor | None,
+    first_only: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     tokens, x, x_scale, cu_seqlens = (t.contiguous() for t in (tokens, x, x_scale, cu_seqlens))
     x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
     position_bias = None if position_bias is None else position_bias.float()
-    symmetric, T = x_zero_point is None, len(tokens)
+    symmetric, T, B = x_zero_point is None, len(tokens), len(cu_seqlens) - 1
     linears, options = _Linears(packed, scale, bias), _Options(layout, activation, eps, bits, symmetric, ffn_symmetric)
-    count = len(packed) // 6
-    made = [_layer_of(linears.part(6 * i, 6 * i + 6), norms[4 * i : 4 * i + 4], options) for i in range(count)]
-    layers, _alive = zip(*made, strict=True)
-    out = torch.empty_like(tokens)
-    codes = outputs(out, symmetric, T)
+    layers, _alive = _layers_of(linears, norms, options)
+    rows = max(T, B) if first_only else T  # layers before the last put all tokens here
+    out = tokens.new_empty(rows, tokens.shape[1])
+    codes = outputs(out, symmetric, rows)
     context = tokens.new_empty(T, packed[0].shape[0])
     mode = Mode(scaling, bits, asymmetric)
     op = native_attention(T, heads, context.shape[1] // heads, mode, position_bias, context, None, None)
     if T:
         native.function("layers")(
-            (native.Layer * count)(*layers), count, op, cu_seqlens.data_ptr(), len(cu_seqlens) - 1,
+            layers, len(layers), first_only, op, cu_seqlens.data_ptr(), B,
             *map(native.pointer, (x, x_scale, x_zero_point, tokens, out, *codes)),
         )  # fmt: skip
+    if first_only:
+        return out[:B], codes[0][:B], codes[1][:B], codes[2][:B]
     return out, *codes
 
 
 def _layers_fake(tokens: torch.Tensor, x: torch.Tensor, x_scale: torch.Tensor, x_zero_point: Any, *others: Any) -> Any:
-    out = torch.empty_like(tokens, memory_format=torch.contiguous_format)
-    return out, *outputs(tokens, x_zero_point is None, tokens.shape[0])
+    *_, cu_seqlens, _heads, _scaling, _asymmetric, _position_bias, first_only = others
+    rows = cu_seqlens.shape[0] - 1 if first_only else tokens.shape[0]
+    out = tokens.new_empty(rows, tokens.shape[1])
+    return out, *outputs(out, x_zero_point is None, rows)
 
 
 encoder_layers = define(
     "encoder_layers(Tensor tokens, Tensor x, Tensor x_scale, Tensor? x_zero_point, Tensor[] packed, Tensor[] scale, "
     "Tensor?[] bias, Tensor[] norms, str layout, str activation, float eps, int bits, bool ffn_symmetric, "
-    "Tensor cu_seqlens, int heads, float scaling, str[] asymmetric, Tensor? position_bias) "
+    "Tensor cu_seqlens, int heads, float scaling, str[] asymmetric, Tensor? position_bias, bool first_only) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_layers_cpu,
     fake=_layers_fake,

@@ -74,6 +74,7 @@ class Attention(ctypes.Structure):
         ("T", _size),
         ("H", _size),
         ("D", _size),
+        ("queries", _size),
         ("scaling", ctypes.c_float),
         ("bits", _int),
         ("probs_symmetric", ctypes.c_bool),
@@ -125,7 +126,7 @@ _ARGUMENTS = {
         *(ctypes.POINTER(Attention), _pointer, _size),
     ],
     "rest": [ctypes.POINTER(Rest), _pointer, _pointer, _size, *[_pointer] * 4],
-    "layers": [ctypes.POINTER(Layer), _int, ctypes.POINTER(Attention), _pointer, _size, *[_pointer] * 8],
+    "layers": [ctypes.POINTER(Layer), _int, ctypes.c_bool, ctypes.POINTER(Attention), _pointer, _size, *[_pointer] * 8],
 }
 
 logger = logging.getLogger("lowbit")

@@ -36,7 +36,7 @@ from lowbit_kernels.varlen_attention import HEAD_DIMS
 from ..config import LengthConfig, LowbitConfig
 from ..models import Architecture
 from .pruning import Keep, Kept, Survivors, drop, gathered, importance_loss, plan
-from .sequences import Sequences, additive, with_padding, without_padding
+from .sequences import Sequences, additive, with_first_tokens, with_padding, without_padding
 
 _SITES = ("query", "key", "value", "attention_probs")
 
@@ -162,9 +162,11 @@ class UnpaddedEncoder(nn.Module):
         if len(tokens):
             run = self._run_modules if fast is None else fast  # not `fast or`: Dynamo of torch 2.11 cannot trace that
             tokens = run(tokens, sequences, first_token_only, protected)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=with_padding(tokens, places, hidden_states.shape)
-        )
+        if first_token_only and len(tokens):
+            output = with_first_tokens(tokens, sequences, places, hidden_states.shape)
+        else:
+            output = with_padding(tokens, places, hidden_states.shape)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
 
     def _compile_options(self, options: dict[str, Any]) -> dict[str, Any]:
         # Each layer that drops tokens has a shape of its own: compiled for each, they would soon be too many.
@@ -188,9 +190,9 @@ class UnpaddedEncoder(nn.Module):
     def _run_modules(
         self, tokens: torch.Tensor, sequences: Sequences, first_token_only: bool, protected: torch.Tensor | None
     ) -> torch.Tensor:
-        """All layers by their modules: tokens [T, H] -> [T, H]."""
+        """All layers by their modules: tokens [T, H] -> [T, H]; `first_token_only`: [B, H]."""
         steps = self._plan(sequences, tokens.shape[0], first_token_only)
-        survivors = Survivors(self._restores(first_token_only), sequences.host is not None)
+        survivors = self._survivors(sequences, first_token_only)
         target = self.importance_target
         for number, (layer, keep) in enumerate(zip(self.layer, steps, strict=True)):
             if number in self.skip:
@@ -207,10 +209,12 @@ class UnpaddedEncoder(nn.Module):
                 self.importance_losses.append(importance_loss(received, target, sequences))
                 target = target[kept.rows]
             sequences, protected = _after(before, kept, sequences, protected, survivors)
-        return survivors.all(tokens)
+        return tokens if survivors is None else survivors.all(tokens)
 
-    def _restores(self, first_token_only: bool) -> bool:
-        return not first_token_only and (self.lengths is None or self.lengths.restore)
+    def _survivors(self, sequences: Sequences, first_token_only: bool) -> Survivors | None:
+        if first_token_only:
+            return None
+        return Survivors(self.lengths is None or self.lengths.restore, sequences.host is not None)
 
     def _run_layer_modules(
         self,
@@ -365,9 +369,12 @@ class PackedEncoder(UnpaddedEncoder):
         first_token_only: bool = False,
         protected: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """All layers: tokens [T, H] -> [T, H]. Tokens after the last sequence belong to none and do not matter."""
+        """All layers: tokens [T, H] -> [T, H], `first_token_only`: [B, H].
+
+        Tokens after the last sequence belong to none and do not matter.
+        """
         steps = self._plan(sequences, tokens.shape[0], first_token_only)
-        survivors = Survivors(self._restores(first_token_only), sequences.host is not None)
+        survivors = self._survivors(sequences, first_token_only)
         sequences = sequences._replace(host=None)  # a layer compiled with it would be compiled again without
         codes: Codes = quantize_per_token(tokens, self.bits, self.symmetric["linear"])
         bias = self._position_bias(tokens, sequences.max_seqlen)
@@ -376,14 +383,15 @@ class PackedEncoder(UnpaddedEncoder):
         while weights:
             together = self._layers_together(weights, steps) if native else 0
             if together:
-                tokens, codes = self._run_layers(weights[:together], tokens, codes, sequences, bias)
+                first_only = steps[together - 1] is not None
+                tokens, codes = self._run_layers(weights[:together], tokens, codes, sequences, bias, first_only)
             else:
                 before = tokens
                 tokens, codes, kept = self._run_layer(weights[0], tokens, codes, sequences, steps[0], protected, bias)
                 sequences, protected = _after(before, kept, sequences, protected, survivors)
             done = together or 1
             weights, steps = weights[done:], steps[done:]
-        return survivors.all(tokens)
+        return tokens if survivors is None else survivors.all(tokens)
 
     def _position_bias(self, tokens: torch.Tensor, length: int) -> torch.Tensor | None:
         """float32 [heads, S, S], where the architecture has a bias."""
@@ -393,9 +401,11 @@ class PackedEncoder(UnpaddedEncoder):
         return bias(tokens.new_empty(1, length, 1))[0].detach().float()
 
     def _layers_together(self, weights: list[Weights], steps: list[Keep | None]) -> int:
-        """How many layers, from the first on, are alike in shape and drop nothing."""
+        """How many layers, from the first on, are alike in shape and drop nothing; the last may keep first tokens."""
         first = weights[0].shapes
-        alike = (keep is None and own.shapes == first for keep, own in zip(steps, weights, strict=True))
+        alike = (
+            (keep is None or keep.first_only) and own.shapes == first for keep, own in zip(steps, weights, strict=True)
+        )
         return sum(itertools.takewhile(bool, alike))
 
     def _run_layers(
@@ -405,15 +415,17 @@ class PackedEncoder(UnpaddedEncoder):
         codes: Codes,
         sequences: Sequences,
         bias: torch.Tensor | None,
+        first_only: bool,
     ) -> tuple[torch.Tensor, Codes]:
-        """Layers that drop nothing: tokens [T, H] and their codes -> the same of the next layer."""
+        """Layers that drop nothing: tokens [T, H] and their codes -> the same of the next layer; `first_only`: [B, H]
+        of the first token of each sequence."""
         products = [product for own in weights for product in own.products]
         packed, scale, biases = (list(itertools.chain.from_iterable(of)) for of in zip(*products, strict=True))
         norms = [tensor for own in weights for norm in own.norms for tensor in norm]
         tokens, q, q_scale, zero_point = encoder_cpu.encoder_layers(
             tokens, *codes, packed, scale, biases, norms, self.layout, self.gelu, self.eps, self.bits,
             self.symmetric["ffn_output"], sequences.cu_seqlens, self.heads, self.attention_options["scaling"],
-            self.attention_options["asymmetric"], bias,
+            self.attention_options["asymmetric"], bias, first_only,
         )  # fmt: skip
         return tokens, (q, q_scale, None if self.symmetric["linear"] else zero_point)
 
@@ -552,12 +564,13 @@ def _after(
     kept: Kept | None,
     sequences: Sequences,
     protected: torch.Tensor | None,
-    survivors: Survivors,
+    survivors: Survivors | None,
 ) -> tuple[Sequences, torch.Tensor | None]:
     """Sequences and protected tokens behind a layer."""
     if kept is None:
         return sequences, protected
-    survivors.keep(before, kept)
+    if survivors is not None:
+        survivors.keep(before, kept)
     return kept.sequences, None if protected is None else protected[kept.rows]
 
 

@@ -28,6 +28,10 @@ class Keep(NamedTuple):
     threshold: float = 0.0
     min_tokens: int = 1
 
+    @property
+    def first_only(self) -> bool:
+        return self.score is None
+
 
 class Kept(NamedTuple):
     """What a layer has left: int64 [T'] rows of its input, and where the sequences lie among them."""
@@ -120,7 +124,7 @@ def drop(
         protected: bool [T] or None.
     """
     cu_seqlens, longest, _ = sequences
-    if keep.score is None:
+    if keep.first_only:
         assert keep.sequences is not None
         # An empty sequence gets some token; it has no place to be read from.
         return Kept(cu_seqlens[:-1].clamp(max=num_tokens - 1).long(), keep.sequences)

@@ -48,6 +48,17 @@ def with_padding(tokens: torch.Tensor, places: torch.Tensor | None, shape: torch
     return padded.index_copy_(0, places, tokens).view(shape)
 
 
+def with_first_tokens(
+    tokens: torch.Tensor, sequences: Sequences, places: torch.Tensor | None, shape: torch.Size
+) -> torch.Tensor:
+    """The first tokens of all sequences, [B, H], as [B, S, H] whose other rows may be anything."""
+    if places is None:
+        return tokens.unsqueeze(1).expand(shape)
+    assert sequences.host is not None
+    real = sequences.host.diff().nonzero().squeeze(1).to(tokens.device)  # an empty sequence has no place
+    return with_padding(tokens[real], places[sequences.cu_seqlens[real].long()], shape)
+
+
 def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """What layers take for a mask [B, S]: float [B, 1, 1, S], the least number at padding."""
     if mask is None or mask.dim() != 2:

@@ -244,7 +244,7 @@ def test_layers_together_are_the_layers(lengths: list[int], layout: str, symmetr
     position_bias = torch.randn(3, max(lengths), max(lengths))
     q, q_scale, zero = quantize_per_token(tokens, 8, symmetric)
     codes = q, q_scale, None if symmetric else zero
-    together = (*weights, layout, "gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], position_bias)
+    together = (*weights, layout, "gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], position_bias, False)
     for _ in range(2):  # the second time with weights that are edited: what was made of the first must not be taken
         got = encoder_cpu.encoder_layers(tokens, *codes, *together)
         expected = layer_by_layer(tokens, codes, weights, starts, layout, "gelu", 1e-5, 8, symmetric, 3, position_bias)
@@ -256,6 +256,26 @@ def test_layers_together_are_the_layers(lengths: list[int], layout: str, symmetr
 
 @needs_native
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("lengths", [[1], [17, 0, 3, 40, 0], [0, 1, 0, 0], [300, 129]], ids=str)
+def test_layers_together_that_keep_first_tokens(lengths: list[int], symmetric: bool, kind: str) -> None:
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    tokens = torch.randn(int(starts[-1]), 48)
+    weights = layers_of(2, "ternary", H=48, F=100, C=24)
+    position_bias = torch.randn(3, max(lengths), max(lengths))
+    q, q_scale, zero = quantize_per_token(tokens, 8, symmetric)
+    codes = q, q_scale, None if symmetric else zero
+    options = ("ternary", "gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], position_bias)
+    real = starts.diff().nonzero().squeeze(1)
+    for own in (weights, [part[: len(part) // 2] for part in weights]):  # two layers; one, which is the first too
+        every = encoder_cpu.encoder_layers(tokens, *codes, *own, *options, False)
+        got = encoder_cpu.encoder_layers(tokens, *codes, *own, *options, True)
+        for first, all_of_it in zip(got[: 3 if symmetric else 4], every, strict=False):
+            assert len(first) == len(lengths)
+            assert torch.equal(first[real], all_of_it[starts[real].long()])
+
+
+@needs_native
+@pytest.mark.parametrize("symmetric", [True, False])
 def test_layers_together_hold_what_they_point_to(symmetric: bool, kind: str) -> None:
     """Nothing is kept for inference tensors: scales of a whole tensor, repeated for every row, were gone too early."""
     packed, scale, bias, norms = layers_of(3, "ternary", H=48, F=100, C=24)
@@ -263,7 +283,7 @@ def test_layers_together_hold_what_they_point_to(symmetric: bool, kind: str) -> 
     tokens, starts = torch.randn(24, 48), torch.tensor([0, 24], dtype=torch.int32)
     q, q_scale, zero = quantize_per_token(tokens, 8, symmetric)
     codes = q, q_scale, None if symmetric else zero
-    options = ("ternary", "gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], None)
+    options = ("ternary", "gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], None, False)
     expected = encoder_cpu.encoder_layers(tokens, *codes, *weights, *options)
     with torch.inference_mode():
         weights = [[None if tensor is None else tensor.clone() for tensor in tensors] for tensors in weights]
@@ -275,7 +295,7 @@ def test_layers_together_hold_what_they_point_to(symmetric: bool, kind: str) -> 
 def test_layers_together_keep_no_weights_alive(kind: str) -> None:
     weights = layers_of(2, "ternary", H=32, F=64, C=32)
     starts, tokens = torch.tensor([0, 2, 5], dtype=torch.int32), torch.randn(5, 32)
-    options = ("ternary", "gelu", 1e-5, 8, True, starts, 2, 0.2, [], None)
+    options = ("ternary", "gelu", 1e-5, 8, True, starts, 2, 0.2, [], None, False)
     torch.library.opcheck(encoder_cpu.encoder_layers, (tokens, *quantize_per_token(tokens), *weights, *options))
     gone = [weakref.ref(tensor) for tensors in weights for tensor in tensors if tensor is not None]
     del weights
@@ -335,7 +355,7 @@ def test_layers_between_those_that_drop_tokens_run_together(kind: str, monkeypat
         got = model(**inputs).logits
         monkeypatch.setattr(encoder, "_layers_together", lambda weights, steps: 0)
         assert torch.equal(model(**inputs).logits, got)
-    assert together == [2, 2]
+    assert together == [2, 3]
 
 
 @needs_native

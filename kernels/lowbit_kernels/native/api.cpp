@@ -133,23 +133,39 @@ void lowbit_rest(
 }
 
 // Both, layer after layer, of layers that are alike in shape: `op` as for the first half, its output [T, C] is the
-// context of each; x and tokens enter the first layer, out and its codes leave the last.
+// context of each; x and tokens enter the first layer, out and its codes leave the last: with `first_only`, of the first
+// token of each sequence [B], and out and codes have room for T of them or B, whichever is more.
 void lowbit_layers(
-    const Layer* layers, int count, const Attention* op, const int32_t* starts, int64_t B, int8_t* x, float* x_scale,
-    int32_t* x_zero_point, const float* tokens, float* out, int8_t* q, float* scale, int32_t* zero_point) {
+    const Layer* layers, int count, bool first_only, const Attention* op, const int32_t* starts, int64_t B, int8_t* x,
+    float* x_scale, int32_t* x_zero_point, const float* tokens, float* out, int8_t* q, float* scale,
+    int32_t* zero_point) {
+    static thread_local Scratch<float> scratch;
     const Rest& shape = layers->rest;
-    const Rows first{op->T, shape.H, x, x_scale, x_zero_point}, codes{op->T, shape.H, q, scale, zero_point};
+    const int64_t T = op->T, left = first_only ? B : T;
+    const Rows entering{T, shape.H, x, x_scale, x_zero_point}, codes{T, shape.H, q, scale, zero_point};
+    const Rows leaving{left, shape.H, q, scale, zero_point};
     const Batch batch(starts, B);
     const AttentionWork attention(batch, shape.H, zero_point == nullptr, *op);
-    const RestWork rest(shape, op->T, zero_point == nullptr);
+    const RestWork rest(shape, std::max(T, left), zero_point == nullptr);
+    Attention of_first = *op;
+    of_first.queries = 1;
+    float* first_context = scratch.get(B * (shape.C + shape.H));
+    float* first_tokens = first_context + B * shape.C;
 #pragma omp parallel
     {
         Tiles tiles;
         for (const Layer* layer = layers; layer != layers + count; layer++) {
-            const bool begins = layer == layers;
+            const bool begins = layer == layers, drops = first_only && layer + 1 == layers + count;
+            const float *context = op->out, *own = begins ? tokens : out;
             team_attention_half(
-                begins ? first : codes, layer->projections, 3, layer->rest.layout, *op, starts, batch, attention);
-            team_rest(layer->rest, op->out, begins ? tokens : out, out, codes, rest);
+                begins ? entering : codes, layer->projections, 3, layer->rest.layout, drops ? of_first : *op, starts,
+                batch, attention);
+            if (drops) {
+                team_first_rows(context, T, shape.C, starts, B, first_context);
+                team_first_rows(own, T, shape.H, starts, B, first_tokens);
+                context = first_context, own = first_tokens;
+            }
+            team_rest(layer->rest, context, own, out, drops ? leaving : codes, rest);
         }
     }
 }

@@ -21,6 +21,7 @@ struct Attention {
     const float *query, *key, *value;                // [T, H, D]; heads follow each other, D side by side
     int64_t query_stride, key_stride, value_stride;  // between tokens
     int64_t T, H, D;
+    int64_t queries;  // of each sequence, from its first token on; or all, where it has fewer
     float scaling;
     int bits;
     bool probs_symmetric;
@@ -168,7 +169,7 @@ struct Queries {
 };
 
 inline void attend(const Attention& op, const Head& head, AttentionBuffers& buffers) {
-    const int64_t S = head.S, D = op.D, lots = lots_of(S), keys = round_up(S, STEP);
+    const int64_t S = head.S, D = op.D, Q = std::min(S, op.queries), keys = round_up(S, STEP);
     const int64_t K = round_up(D, STEP), V = round_up(D, BLOCK);
     uint8_t* key_tiles = buffers.keys.get(round_up(S, BLOCK) * K);
     uint8_t* value_tiles = buffers.values.get(keys * V);
@@ -179,15 +180,15 @@ inline void attend(const Attention& op, const Head& head, AttentionBuffers& buff
     float* value_scale = key_scale + keys;
     float* scores = buffers.scores.get(round_up(S, BLOCK) * BLOCK);
     float* out = buffers.out.get(D * LANES);
-    for (int64_t lot = 0; lot < lots; lot++) {
+    for (int64_t lot = 0; lot < lots_of(S); lot++) {
         uint8_t* tiles = key_tiles + lot * LANES * K;
         expand_keys(head.key + lot * head.stride, D, K, op.bits, tiles, key_scale + lot * LANES, query_panels);
         expand_values(head.value + lot * head.stride, D, keys, op.bits, lot, value_tiles, value_scale + lot * LANES);
     }
 
     alignas(64) int32_t c[BYTES][BLOCK * BLOCK];
-    for (int64_t lot = 0; lot < lots; lot += 2) {
-        const bool pair = lot + 1 < lots;
+    for (int64_t lot = 0; lot < lots_of(Q); lot += 2) {
+        const bool pair = lot + 1 < lots_of(Q);
         Floats query_scale[2], factor[2];
         Ints query_sum[2], sums[2][BYTES];
         for (int side = 0; side <= pair; side++) {
@@ -211,7 +212,7 @@ inline void attend(const Attention& op, const Head& head, AttentionBuffers& buff
             }
         }
         for (int side = 0; side <= pair; side++) {
-            const Lot rows = lot_of(lot + side, S);
+            const Lot rows = lot_of(lot + side, Q);
             const Queries queries{op, head, rows.row, rows.count, keys, scores + side * LANES};
             if (op.bias) queries.add_bias();
             factor[side] = queries.softmax(value_scale, panels + side * LANES * keys, size, sums[side]);
@@ -234,7 +235,7 @@ inline void attend(const Attention& op, const Head& head, AttentionBuffers& buff
                     }
                     _mm512_store_ps(out + j * LANES, _mm512_mul_ps(y, factor[side]));
                 }
-                const Lot rows = lot_of(lot + side, S);
+                const Lot rows = lot_of(lot + side, Q);
                 store_lot(out, columns, op.out + ((head.start + rows.row) * op.H + head.h) * D + d, op.H * D, rows.count);
             }
         }

@@ -145,6 +145,13 @@ inline void team_rest(
     }
 }
 
+// The first row of every sequence, of x [T, K] -> out [B, K]; of an empty sequence some row, which nobody reads.
+inline void team_first_rows(const float* x, int64_t T, int64_t K, const int32_t* starts, int64_t B, float* out) {
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < B; b++)
+        std::copy_n(x + std::min<int64_t>(starts[b], T - 1) * K, K, out + b * K);
+}
+
 // All of one layer.
 struct Layer {
     Product projections[3];
