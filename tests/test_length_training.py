@@ -159,10 +159,11 @@ def test_draws_depend_on_seed_and_step_only() -> None:
     assert LengthDrop(seed=1).draw(LAYERS, 3) != first[0]
 
 
-def test_a_layer_left_out_is_not_run() -> None:
+@pytest.mark.parametrize("head", ["BertForTokenClassification", "BertForSequenceClassification"])
+def test_a_layer_left_out_is_not_run(head: str) -> None:
     """Against the model without that layer, at the lengths of the others."""
     for skip, rest in ({0}, [1, 2]), ({1}, [0, 2]), ({2}, [0, 1]), ({0, 2}, [1]):
-        model, inputs = model_of("BertForTokenClassification").double(), batch("BertForTokenClassification")
+        model, inputs = model_of(head).double(), batch(head)
         keep, left = [], 1.0
         for layer in range(LAYERS):
             left *= 1.0 if layer in skip else 0.7

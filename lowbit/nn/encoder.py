@@ -196,6 +196,8 @@ class UnpaddedEncoder(nn.Module):
         target = self.importance_target
         for number, (layer, keep) in enumerate(zip(self.layer, steps, strict=True)):
             if number in self.skip:
+                if keep is not None and keep.first_only:
+                    (tokens,) = gathered(drop(None, sequences, keep, tokens.shape[0], 0, None), tokens)
                 continue
             before = tokens
             run: Callable[..., Any] = self._run_layer_modules
