@@ -5,7 +5,7 @@
 
 Rows and both sums are rounded to the output dtype and added in this order, so that the result is that of
 `quantized_embedding`, two additions and `add_layernorm`. On a GPU that chain writes and reads three [tokens, K] floats
-that never leave the registers here.
+that never leave the registers here; on a CPU, where the native kernel takes them, the cache.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from . import native
 from ._ops import FLOATS, SINGLE, check_choice, check_device, check_tensor, define
 from ._triton import tl, triton
 from .embedding import (
@@ -33,10 +34,10 @@ from .embedding import (
 )
 from .layernorm import (
     Normalized,
+    add_layernorm_cpu,
     check_layernorm,
     code_outputs,
     fake_with_codes,
-    layernorm,
     normalize_row,
     row_tile,
     shaped,
@@ -154,6 +155,11 @@ def _sum(
     return word
 
 
+def _single(token_type_table: torch.Tensor, position_table: torch.Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether the native kernel takes these."""
+    return token_type_table.dtype == position_table.dtype == out_dtype == torch.float32
+
+
 def _embedding_layernorm_cpu(
     ids: torch.Tensor,
     packed: torch.Tensor,
@@ -170,14 +176,36 @@ def _embedding_layernorm_cpu(
     symmetric: bool,
     out_dtype: torch.dtype,
 ) -> Normalized:
-    K = weight.shape[0]
-    if not ids.numel() or not K:
-        return with_codes(weight.new_empty(ids.shape[0], K, dtype=out_dtype), bits, symmetric)
+    M, K = ids.shape[0], weight.shape[0]
+    y = weight.new_empty(M, K, dtype=out_dtype)
+    if not M or not K:
+        return with_codes(y, bits, symmetric)
+    if native.available() and _single(token_type_table, position_table, out_dtype):
+        # Names hold them until the call is over: the structures have pointers only.
+        ids, token_type_ids, position_ids = ids.long(), token_type_ids.long(), position_ids.long()
+        words, types, positions = ids.contiguous(), token_type_ids.contiguous(), position_ids.contiguous()
+        packed, scale = packed.contiguous(), scale.contiguous()
+        token_type_table, position_table = token_type_table.contiguous(), position_table.contiguous()
+        weight, bias = weight.float().contiguous(), bias.float().contiguous()
+        codes = code_outputs(y, bits, symmetric)
+        embeddings = native.Embeddings(
+            (words.data_ptr(), M, packed.shape[0]),
+            (types.data_ptr(), types.shape[0], token_type_table.shape[0]),
+            (positions.data_ptr(), positions.shape[0], position_table.shape[0]),
+            packed.data_ptr(), packed.shape[1], K, embedding_bits, scale.data_ptr(),
+            scale[1].data_ptr() if scale.dim() == 2 else None, scale.shape[-1] > 1,
+            token_type_table.data_ptr(), position_table.data_ptr(),
+        )  # fmt: skip
+        if native.function("embedding_layernorm")(
+            embeddings, M, native.norm(weight, bias, eps), bits, y.data_ptr(), *map(native.pointer, codes)
+        ):
+            return y, *codes
+    # The kernel has looked at the ids too, in less time, but does not say which is wrong.
     check_ids("token_type_ids", token_type_ids, token_type_table.shape[0])
     check_ids("position_ids", position_ids, position_table.shape[0])
     word = embedding_op(ids, packed, scale, embedding_bits, K, out_dtype)
     v = _sum(word, token_type_ids, token_type_table, position_ids, position_table)
-    return with_codes(layernorm(v, weight, bias, eps, out_dtype), bits, symmetric)
+    return add_layernorm_cpu(v, None, weight, bias, eps, bits, symmetric)
 
 
 # -------------------------------------------------------------------------------------------------------------- op
@@ -250,7 +278,8 @@ def embedding_layernorm(
     Raises:
         TypeError, ValueError: dtypes, shapes or devices that do not fit, naming the argument.
         IndexError: an id outside its table (CPU; on CUDA such a row is NaN, since a check would stall the device). In
-            code that torch.compile made for the CPU, a token type or position id raises Inductor's RuntimeError.
+            code that torch.compile made for the CPU, a token type or position id raises Inductor's RuntimeError where
+            no native kernel takes the tables (they are float32, and so is `out_dtype`).
     """
     tables = {"token_type_table": token_type_table, "position_table": position_table}
     check_tensor("weight", weight, FLOATS, ndim=1)
@@ -271,7 +300,8 @@ def embedding_layernorm(
     token_type_table, position_table = token_type_table.detach(), position_table.detach()
     weight, bias = weight.detach(), bias.detach()
     rows = ids.reshape(-1)
-    if traceable(ids, out_dtype, bits) and rows.numel() and K:
+    natively = _single(token_type_table, position_table, out_dtype)
+    if traceable(ids, natively, out_dtype, bits) and rows.numel() and K:
         word = embedding_op(rows, packed, scale, embedding_bits, K, out_dtype)
         v = _sum(word, token_type_ids, token_type_table, position_ids, position_table)
         return traced(v.reshape(*ids.shape, K), weight, bias, eps, bits, symmetric, out_dtype)

@@ -143,7 +143,7 @@ def _sum(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
     return x if residual is None else x.float() + residual.float()
 
 
-def _add_layernorm_cpu(
+def add_layernorm_cpu(
     x: torch.Tensor,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
@@ -165,9 +165,9 @@ def _add_layernorm_cpu(
     return with_codes(layernorm(_sum(x, residual), weight, bias, eps, x.dtype), bits, symmetric)
 
 
-def traceable(x: torch.Tensor, dtype: torch.dtype, bits: int | None) -> bool:
+def traceable(x: torch.Tensor, natively: bool, dtype: torch.dtype, bits: int | None) -> bool:
     """Whether to run as `traced`: not where codes are of a y in half precision, whose rounding Inductor would skip."""
-    return traced_on_cpu(x, natively=x.dtype == torch.float32) and (bits is None or dtype == torch.float32)
+    return traced_on_cpu(x, natively) and (bits is None or dtype == torch.float32)
 
 
 def traced(
@@ -195,7 +195,7 @@ def fake_with_codes(y: torch.Tensor, bits: int, symmetric: bool) -> Normalized:
 _op = define(
     "add_layernorm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, float eps, int bits, bool symmetric) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    cpu=_add_layernorm_cpu,
+    cpu=add_layernorm_cpu,
     cuda=launch,
     fake=lambda x, residual, weight, bias, eps, bits, symmetric: fake_with_codes(x.new_empty(x.shape), bits, symmetric),
 )
@@ -263,7 +263,7 @@ def add_layernorm(
     check_layernorm(K, weight, bias, eps, bits, symmetric)
     check_device(x=x, residual=residual, weight=weight, bias=bias)
     x, weight, bias = x.detach(), weight.detach(), bias.detach()
-    if traceable(x, x.dtype, bits) and x.numel():
+    if traceable(x, x.dtype == torch.float32, x.dtype, bits) and x.numel():
         return traced(_sum(x, residual), weight, bias, eps, bits, symmetric, x.dtype)
     rows = math.prod(tokens)
     residual = None if residual is None else residual.reshape(rows, K)

@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -59,6 +60,31 @@ class Norm(ctypes.Structure):
     """`Norm` of native/tokens.h."""
 
     _fields_ = (("weight", _pointer), ("bias", _pointer), ("eps", ctypes.c_float))
+
+
+class Ids(ctypes.Structure):
+    """`Ids` of native/embedding.h."""
+
+    _fields_ = (("ids", _pointer), ("count", _size), ("rows", _size))
+
+
+class Embeddings(ctypes.Structure):
+    """`Embeddings` of native/embedding.h."""
+
+    _fields_ = (
+        ("words", Ids),
+        ("types", Ids),
+        ("positions", Ids),
+        ("packed", _pointer),
+        ("row_bytes", _size),
+        ("K", _size),
+        ("bits", _int),
+        ("scale", _pointer),
+        ("second", _pointer),
+        ("scale_stride", _size),
+        ("type_table", _pointer),
+        ("position_table", _pointer),
+    )
 
 
 class Attention(ctypes.Structure):
@@ -116,6 +142,7 @@ class Layer(ctypes.Structure):
 _ARGUMENTS = {
     "quantize": [_pointer, _size, _size, _int, *[_pointer] * 3],
     "add_layernorm": [_pointer, _pointer, _size, _size, ctypes.POINTER(Norm), _int, *[_pointer] * 4],
+    "embedding_layernorm": [ctypes.POINTER(Embeddings), _size, ctypes.POINTER(Norm), _int, *[_pointer] * 4],
     "linears": [
         *(_pointer, _size, _size, _pointer, _size, _pointer, ctypes.POINTER(Product), _int, _int),
         *(_pointer, _size),
@@ -198,6 +225,7 @@ def load(kind: str) -> ctypes.CDLL:
     for function, arguments in _ARGUMENTS.items():
         getattr(library, f"lowbit_{function}").argtypes = arguments
         getattr(library, f"lowbit_{function}").restype = None
+    library.lowbit_embedding_layernorm.restype = _int
     if library.lowbit_start() != 0:
         raise RuntimeError("the system does not let this process use the matrix instructions")
     return library
@@ -236,7 +264,7 @@ def available() -> bool:
     return chosen()[0] != "torch"
 
 
-def function(name: str) -> Callable[..., None]:
+def function(name: str) -> Callable[..., Any]:
     """A kernel of the chosen kind; only where `available()`."""
     torch.get_num_threads()  # hands `torch.set_num_threads` on to OpenMP in a Python thread that is new to torch
     return getattr(load(chosen()[0]), f"lowbit_{name}")

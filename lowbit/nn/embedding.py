@@ -176,6 +176,8 @@ class FusedEmbeddings(nn.Module):
         has_types = hasattr(embeddings, "token_type_embeddings")
         no_types = None if has_types else torch.zeros_like(norm.weight.detach())[None]
         self.register_buffer("_no_types", no_types, persistent=False)
+        self._first_type: torch.Tensor  # the id of every token where none are given
+        self.register_buffer("_first_type", norm.weight.new_zeros(1, dtype=torch.long), persistent=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """ids [B, S] -> float [B, S, H]; arguments as of the modules."""
@@ -200,7 +202,7 @@ class FusedEmbeddings(nn.Module):
             position_ids = self._position_ids(input_ids, given.get("past_key_values_length", 0))
         token_type_ids = given.get("token_type_ids")
         if token_type_ids is None:
-            token_type_ids = torch.zeros_like(position_ids)
+            token_type_ids = self._first_type
         types: Any = self._no_types if self._no_types is not None else self.token_type_embeddings.weight  # type: ignore[union-attr]
         return embedding_layernorm(
             input_ids,

@@ -20,11 +20,13 @@ from lowbit_kernels import (
     add_layernorm,
     attention,
     codes_linear,
+    embedding_layernorm,
     encoder_cpu,
     joint_linear,
     native,
     packing,
     quantize_per_token,
+    quantized_embedding,
     reference,
 )
 
@@ -132,6 +134,84 @@ def test_codes_are_the_same_bytes_as_torchs(K: int, bits: int, symmetric: bool, 
         torch.testing.assert_close(scale, results[-1][1], rtol=0, atol=0, equal_nan=True)
         assert torch.equal(q[valid], results[-1][0][valid])
         assert symmetric or torch.equal(zero[valid], results[-1][2][valid])
+
+
+def embeddings_of(layout: str, shape: tuple[int, ...], K: int, per_row: bool) -> list[Any]:
+    """Arguments of `embedding_layernorm` up to bias; token type ids of every token, position ids [S], in two dtypes."""
+    words, types, positions = 40, 3, 50
+    scale = torch.rand(*((2,) if layout == "split" else ()), words if per_row else 1)
+    if layout == "int8":
+        table: tuple = (torch.randint(-128, 128, (words, K), dtype=torch.int8), scale / 64, 8)
+    else:
+        table = (packed_of(layout, codes_of(layout, words, K)), scale, 1 if layout == "binary" else 2)
+    ids = [torch.randint(0, words, shape), torch.randint(0, types, shape), torch.randint(0, positions, shape[-1:])]
+    return [
+        ids[0].int(), *table, ids[1].int(), torch.randn(types, K), ids[2], torch.randn(positions, K),
+        torch.rand(K) + 0.5, torch.randn(K),
+    ]  # fmt: skip
+
+
+def same(got: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
+    """Bit for bit, NaN too."""
+    return got is expected or torch.equal(
+        *(x.view(torch.int32) if x.is_floating_point() else x for x in (got, expected))
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("layout", [*LAYOUTS, "int8"])
+@pytest.mark.parametrize(("shape", "K"), [((1,), 1), ((2, 17), 31), ((15,), 255), ((3, 16), 300), ((3, 43), 768)])
+def test_embeddings(shape: tuple[int, ...], K: int, layout: str, per_row: bool, using: Callable[[str], None]) -> None:
+    arguments = embeddings_of(layout, shape, K, per_row)
+    ids, packed, scale, bits, types, type_table, positions, position_table, weight, bias = arguments
+    expected = reference.embedding_layernorm(*arguments, 1e-5)
+    for kind in (*KINDS, "torch"):
+        using(kind)
+        word = quantized_embedding(ids, packed, scale, bits, embedding_dim=K)
+        v = (word + type_table[types.long()]) + position_table[positions]
+        for options in ({}, {"bits": 8}, {"bits": 8, "symmetric": False}, {"bits": 4, "symmetric": False}):
+            got = embedding_layernorm(*arguments, 1e-5, **options)
+            chain = add_layernorm(v, None, weight, bias, 1e-5, **options)
+            results, parts = (got, chain) if options else ((got,), (chain,))
+            assert all(same(a, b) for a, b in zip(results, parts, strict=True))
+            torch.testing.assert_close(results[0], expected, rtol=1e-5, atol=3e-5)
+
+
+@needs_native
+def test_embeddings_that_are_not_finite(kind: str) -> None:
+    arguments = embeddings_of("ternary", (5,), 130, True)
+    arguments[0], arguments[4], arguments[6] = (
+        torch.tensor([0, 1, 2, 3, 4]),
+        torch.tensor([0, 0, 1, 2, 0]),
+        torch.arange(5),
+    )
+    for place, row, value in ((2, 1, math.nan), (5, 1, math.inf), (7, 4, -math.inf)):
+        arguments[place][row] = value
+    y, _, scale, _ = embedding_layernorm(*arguments, bits=8)
+    assert y.isnan().all(-1).tolist() == scale.isnan().tolist() == [False, True, True, False, True]
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["ids", "token_type_ids", "position_ids"])
+def test_embeddings_check_ids_of_either_dtype(name: str, kind: str) -> None:
+    for dtype in (torch.int32, torch.int64):
+        for bad in (-1, 50):
+            arguments = embeddings_of("binary", (2, 20), 70, True)
+            place = {"ids": 0, "token_type_ids": 4, "position_ids": 6}[name]
+            arguments[place] = arguments[place].to(dtype)
+            arguments[place].view(-1)[-1] = bad
+            with pytest.raises(IndexError, match=f"^{name} reach from .*{bad}"):
+                embedding_layernorm(*arguments)
+
+
+@needs_native
+def test_embeddings_of_tensors_with_strides(kind: str) -> None:
+    arguments = embeddings_of("split", (2, 20), 300, True)
+    expected = embedding_layernorm(*arguments)
+    strided = [x.repeat_interleave(2, -1)[..., ::2] if isinstance(x, torch.Tensor) else x for x in arguments]
+    assert not any(x.is_contiguous() for x in strided if isinstance(x, torch.Tensor))
+    assert same(embedding_layernorm(*strided), expected)
 
 
 @needs_native

@@ -3,6 +3,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "embedding.h"
 #include "layer.h"
 
 using namespace lowbit;
@@ -10,6 +11,15 @@ using namespace lowbit;
 namespace {
 
 constexpr int64_t SMALL = 1 << 14;  // values that one thread takes sooner than two agree on
+
+// LayerNorm(x + residual), both [K][16], -> rows y and, unless bits is 0, their codes. Residual may be null, x is lost.
+void normalize_lot(
+    float* x, const float* residual, const Lot& lot, const Norm& norm, int bits, float* y, const Rows& codes) {
+    static thread_local Scratch<int8_t> scratch;
+    const Extremes seen = layernorm_lot(x, residual, codes.K, norm, x, codes.zero_point == nullptr);
+    store_lot(x, codes.K, y + lot.row * codes.K, codes.K, lot.count);
+    if (bits) quantize_lot(x, seen.quantizer(bits), lot, codes, scratch);
+}
 
 }  // namespace
 
@@ -50,19 +60,38 @@ void lowbit_add_layernorm(
 #pragma omp parallel if (M * K > SMALL)
     {
         static thread_local Scratch<float> scratch;
-        static thread_local Scratch<int8_t> bytes;
         float* own = scratch.get(2 * K * LANES);
         float* more = residual ? own + K * LANES : nullptr;
 #pragma omp for schedule(static)
         for (int64_t lot = 0; lot < lots_of(M); lot++) {
-            const auto [row, count] = lot_of(lot, M);
-            load_lot(x + row * K, K, count, K, own);
-            if (residual) load_lot(residual + row * K, K, count, K, more);
-            const Extremes seen = layernorm_lot(own, more, K, *norm, own, zero_point == nullptr);
-            store_lot(own, K, y + row * K, K, count);
-            if (bits) quantize_lot(own, seen.quantizer(bits), {row, count}, codes, bytes);
+            const Lot rows = lot_of(lot, M);
+            load_lot(x + rows.row * K, K, rows.count, K, own);
+            if (residual) load_lot(residual + rows.row * K, K, rows.count, K, more);
+            normalize_lot(own, more, rows, *norm, bits, y, codes);
         }
     }
+}
+
+// y = LayerNorm(sums of the embeddings of M tokens) float [M, K], and unless bits is 0 its codes as above. Returns 0
+// and does nothing where an id is no row of its table.
+int lowbit_embedding_layernorm(
+    const Embeddings* op, int64_t M, const Norm* norm, int bits, float* y, int8_t* q, float* scale,
+    int32_t* zero_point) {
+    if (!op->words.valid() || !op->types.valid() || !op->positions.valid()) return 0;
+    const int64_t K = op->K;
+    const Rows codes{M, K, q, scale, zero_point};
+#pragma omp parallel if (M * K > SMALL)
+    {
+        static thread_local Scratch<float> scratch;
+        float* own = scratch.get(K * LANES);
+#pragma omp for schedule(static)
+        for (int64_t lot = 0; lot < lots_of(M); lot++) {
+            const Lot rows = lot_of(lot, M);
+            embed_lot(*op, rows, own);
+            normalize_lot(own, nullptr, rows, *norm, bits, y, codes);
+        }
+    }
+    return 1;
 }
 
 // x int8 [M, K] times `count` weights -> out float [M, features], the sum of their N.
