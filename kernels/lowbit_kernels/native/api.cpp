@@ -13,6 +13,7 @@ constexpr int64_t SMALL = 1 << 14;  // values that one thread takes sooner than 
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // 0, or an error. Linux hands out the large registers of AMX on request only, once for all threads of a process.
@@ -155,3 +156,4 @@ void lowbit_layers(
 }
 
 }  // extern "C"
+#pragma GCC visibility pop
