@@ -30,7 +30,8 @@ KINDS = ("amx", "vnni", "torch")
 
 _SOURCES = Path(__file__).parent / "native"
 _FLAGS = [
-    *("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp"),
+    # Hidden: what api.cpp does not export is inlined where that pays, and called directly.
+    *("-O3", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-fvisibility=hidden"),
     # Every rounding is as written: codes have to be the same bytes as the other backends'.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mprefer-vector-width=512"),

@@ -23,6 +23,7 @@ void normalize_lot(
 
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // 0, or an error. Linux hands out the large registers of AMX on request only, once for all threads of a process.
@@ -200,3 +201,4 @@ void lowbit_layers(
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

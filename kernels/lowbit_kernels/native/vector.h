@@ -37,21 +37,44 @@ inline Floats exponential(Floats x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// x times the normal distribution function: GELU as BERT defines it. That function is 1/2 + x * p(x^2) up to |x| = 5.5,
-// where it is 0 or 1 in float32; p interpolates at Chebyshev nodes, error 8e-8 * |x| and rounding. No division: that
-// alone would take longer.
+// The normal distribution function as polynomials of degree 4 in t = x / WIDTH - i, for each integer i from -15 to 15 that
+// x / WIDTH rounds to; their factors at [.][i mod 32]. They interpolate at Chebyshev nodes. Those of i = -15 and 15 are
+// stretched, by 8e-8, so that they end at 0 and 1.
+struct NormalTable {
+    static constexpr float END = 5.25f, WIDTH = 0.339f;
+    alignas(64) float factors[5][32] = {};
+
+    NormalTable() {
+        for (int i = -15; i <= 15; i++) {
+            const double most = std::abs(i) == 15 ? std::erf(END * M_SQRT1_2) : 1.0;
+            double a[5] = {};  // of Chebyshev polynomials of 2 * t
+            for (int j = 0; j < 5; j++) {
+                const double angle = (j + 0.5) * M_PI / 5, x = (i + std::cos(angle) / 2) * WIDTH;
+                const double y = 0.5 + 0.5 * std::erf(x * M_SQRT1_2) / most;
+                for (int m = 0; m < 5; m++) a[m] += (m ? 0.4 : 0.2) * y * std::cos(m * angle);
+            }
+            const double c[] = {a[0] - a[2] + a[4], 2 * (a[1] - 3 * a[3]), 8 * (a[2] - 4 * a[4]), 32 * a[3], 128 * a[4]};
+            for (int m = 0; m < 5; m++) factors[m][i & 31] = static_cast<float>(c[m]);
+        }
+    }
+};
+inline const NormalTable normal;
+
+// x times the normal distribution function: GELU as BERT defines it, error 9e-8 * |x| and rounding. One polynomial for
+// all x would be of degree 13 for that; a division alone would take longer.
 inline Floats gelu(Floats x) {
-    constexpr float END = 5.5f;
-    const Floats z = _mm512_max_ps(floats(-END), _mm512_min_ps(floats(END), x));  // NaN, the second operand, stays
-    const Floats u = _mm512_fmadd_ps(_mm512_mul_ps(z, z), floats(2.0f / (END * END)), floats(-1.0f));
-    Floats p = floats(0.0006267166463658214f);
-    for (float factor :
-         {-0.001425138209015131f, 0.0007429543766193092f, -0.001061182119883597f, 0.004582318942993879f,
-          -0.007866469211876392f, 0.010260161012411118f, -0.014567366801202297f, 0.02035137638449669f,
-          -0.026139572262763977f, 0.032072763890028f, -0.03878428414463997f, 0.04773745313286781f,
-          -0.06417256593704224f, 0.1285519301891327f})
-        p = _mm512_fmadd_ps(p, u, floats(factor));
-    return _mm512_mul_ps(x, _mm512_fmadd_ps(z, p, floats(0.5f)));
+    constexpr int SMALLER = 2;  // of the magnitudes, with the sign of x
+    const Floats z = _mm512_range_ps(x, floats(NormalTable::END), SMALLER), inverse = floats(1.0f / NormalTable::WIDTH);
+    const Floats whole = floats(0x3p22f);  // at this size a float has no fraction, and its last bits are the integer's
+    const Floats shifted = _mm512_fmadd_ps(z, inverse, whole);
+    const Floats t = _mm512_fmsub_ps(z, inverse, _mm512_sub_ps(shifted, whole));
+    const auto factor = [&](int m) {
+        const float* of = normal.factors[m];
+        return _mm512_permutex2var_ps(_mm512_load_ps(of), bits_of(shifted), _mm512_load_ps(of + LANES));
+    };
+    Floats p = factor(4);
+    for (int m = 3; m >= 0; m--) p = _mm512_fmadd_ps(p, t, factor(m));
+    return _mm512_mul_ps(x, p);
 }
 
 inline Floats gelu_tanh(Floats x) {
