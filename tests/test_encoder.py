@@ -135,6 +135,35 @@ def test_files_are_those_of_the_unfused_model(tmp_path: Any) -> None:
     assert all(map(torch.equal, outputs(lowbit.fuse(loaded), inputs), outputs(fused, inputs)))
 
 
+def test_modules_and_tensors_that_are_replaced_are_noticed() -> None:
+    """What is found of a model that ran before, against a copy, which finds its weights anew."""
+    fused, inputs = pair(num_hidden_layers=3)[1].eval(), batch()
+    layers, seen = fused.bert.encoder.layer, [outputs(fused, inputs)[0]]
+    other = copy.deepcopy(layers[0])
+
+    def replace_buffer() -> None:
+        dense = layers[1].output.dense
+        dense.weight_scale = dense.weight_scale * 2
+
+    def replace_parameter() -> None:
+        layers[1].attention.self.key.bias = None
+        layers[2].output.LayerNorm.weight = torch.nn.Parameter(layers[2].output.LayerNorm.weight.detach() + 1)
+
+    def replace_linear() -> None:
+        layers[2].attention.self.value = other.attention.self.value
+
+    def replace_layer() -> None:
+        layers[2] = other
+
+    for change in (replace_buffer, replace_parameter, replace_linear, replace_layer, lambda: layers.append(other),
+                   lambda: layers.__delitem__(0)):  # fmt: skip
+        change()
+        got = outputs(fused, inputs)[0]
+        assert torch.equal(got, outputs(copy.deepcopy(fused), inputs)[0])
+        assert not any(torch.equal(got, before) for before in seen)
+        seen.append(got)
+
+
 def test_copies_are_independent() -> None:
     _, fused = pair("BertModel")
     inputs = batch("BertModel")

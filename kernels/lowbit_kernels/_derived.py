@@ -13,21 +13,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 @dataclass
 class _Entry:
-    tensors: list[weakref.ref[torch.Tensor]]
-    versions: list[tuple[int, int]]
+    tensors: list[tuple[weakref.ref[torch.Tensor], int, int]]  # with version and address
     key: tuple[object, ...]
     value: Any
 
-    def made_from(
-        self, tensors: Sequence[torch.Tensor], versions: list[tuple[int, int]], key: tuple[object, ...]
-    ) -> bool:
-        # By identity too: the address of a tensor that is gone may belong to another one.
-        return (
-            self.versions == versions
-            and self.key == key
-            and len(self.tensors) == len(tensors)
-            and all(reference() is tensor for reference, tensor in zip(self.tensors, tensors, strict=True))
-        )
+    def made_from(self, tensors: Sequence[torch.Tensor], key: tuple[object, ...]) -> bool:
+        if self.key != key or len(self.tensors) != len(tensors):
+            return False
+        for tensor, (reference, version, address) in zip(tensors, self.tensors, strict=True):
+            # By identity too: the address of a tensor that is gone may belong to another one.
+            if reference() is not tensor or tensor._version != version or tensor.data_ptr() != address:
+                return False
+        return True
 
 
 def outlives_capture(value: Any) -> bool:
@@ -56,16 +53,16 @@ class Derived:
 
     def get(self, tensors: Sequence[torch.Tensor], key: tuple[object, ...], make: Callable[[], Any]) -> Any:
         """The value for these tensors and this key; made anew where there is none or a tensor has changed."""
+        entry = self._kept.get(tensors[0])
+        if entry is not None and entry.made_from(tensors, key):
+            return entry.value
         if any(tensor.is_inference() for tensor in tensors):
             return make()
-        versions = [(tensor._version, tensor.data_ptr()) for tensor in tensors]
-        entry = self._kept.get(tensors[0])
-        if entry is not None and entry.made_from(tensors, versions, key):
-            return entry.value
+        made_from = [(weakref.ref(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors]
         with torch.inference_mode(False):  # or what is derived from it in turn could not be kept
             value = make()
         if not tensors[0].is_cuda or outlives_capture(value):
-            self._kept[tensors[0]] = _Entry([weakref.ref(t) for t in tensors], versions, key, value)
+            self._kept[tensors[0]] = _Entry(made_from, key, value)
         return value
 
     def values(self) -> list[Any]:

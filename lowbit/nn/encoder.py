@@ -14,10 +14,9 @@ or a mask that is no padding mask are asked for; with dropped tokens these are r
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -37,6 +36,7 @@ from ..config import LengthConfig, LowbitConfig
 from ..models import Architecture
 from .pruning import Keep, Kept, Survivors, drop, gathered, importance_loss, plan
 from .sequences import Sequences, additive, with_first_tokens, with_padding, without_padding
+from .weights import Found, Product, Weights, find
 
 _SITES = ("query", "key", "value", "attention_probs")
 
@@ -273,42 +273,6 @@ class UnpaddedEncoder(nn.Module):
         return tokens * factor if factor is not None and place == "ffn" else tokens
 
 
-class Product(NamedTuple):
-    """Weights of linears that share an input: packed codes, scales, biases."""
-
-    packed: list[torch.Tensor]
-    scale: list[torch.Tensor]
-    bias: list[torch.Tensor | None]
-
-
-class Norm(NamedTuple):
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-
-class Weights(NamedTuple):
-    """Of one layer."""
-
-    projections: Product
-    attention_output: Product
-    attention_norm: Norm
-    ffn_input: Product
-    ffn_output: Product
-    ffn_norm: Norm
-
-    @property
-    def products(self) -> tuple[Product, ...]:
-        return self.projections, self.attention_output, self.ffn_input, self.ffn_output
-
-    @property
-    def shapes(self) -> list[torch.Size]:
-        return [packed.shape for product in self.products for packed in product.packed]
-
-    @property
-    def norms(self) -> tuple[Norm, ...]:
-        return self.attention_norm, self.ffn_norm
-
-
 Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # int8 [T, K], scale [T], zero point [T] or None
 
 
@@ -340,6 +304,7 @@ class PackedEncoder(UnpaddedEncoder):
         self.eps = first.get_submodule(architecture.attention_norm).eps
         self.symmetric = {site: site not in config.asymmetric for site in ("linear", "ffn_output")}
         self.attention_options = _attention_options(architecture, first)
+        self._found: Found | None = None
         # What `lowbit.compile` and `lowbit.compile_for` replace.
         self.run_attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = self._run_attention
         self.run_rest: Callable[..., tuple[torch.Tensor, Codes]] = self._run_rest
@@ -350,8 +315,12 @@ class PackedEncoder(UnpaddedEncoder):
         self.run_attention = torch.compile(self._run_attention, **options)
         self.run_rest = torch.compile(self._run_rest, **options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies find weights of their own."""
+        return {**super().__getstate__(), "_found": None}
+
     def _fast(self, hidden_states: torch.Tensor) -> Callable[..., torch.Tensor] | None:
-        norms = [_child(layer, self.architecture.ffn_norm).weight for layer in self.layer]
+        norms = [own.ffn_norm.weight for own in self._weights()]
         needs_modules = (
             self.training
             or self.soft_mask is not None
@@ -380,7 +349,7 @@ class PackedEncoder(UnpaddedEncoder):
         sequences = sequences._replace(host=None)  # a layer compiled with it would be compiled again without
         codes: Codes = quantize_per_token(tokens, self.bits, self.symmetric["linear"])
         bias = self._position_bias(tokens, sequences.max_seqlen)
-        weights = [self._weights(layer) for layer in self.layer]
+        weights = self._weights()
         native = self._native(tokens.device, tokens.dtype)
         while weights:
             together = self._layers_together(weights, steps) if native else 0
@@ -510,17 +479,14 @@ class PackedEncoder(UnpaddedEncoder):
         y = joint_linear(x, *product, scale, zero_point, self.layout, activation, dtype)
         return list(y.split([tensor.shape[0] for tensor in product.packed], -1))
 
-    def _weights(self, layer: nn.Module) -> Weights:
-        """Looked up anew in every forward: `.to(device)` replaces buffers."""
-        paths, find = self.architecture, functools.partial(_child, layer)
-        return Weights(
-            _product(*map(find, paths.projections)),
-            _product(find(paths.attention_output)),
-            _norm(find(paths.attention_norm)),
-            _product(find(paths.ffn_input)),
-            _product(find(paths.ffn_output)),
-            _norm(find(paths.ffn_norm)),
-        )
+    def _weights(self) -> list[Weights]:
+        """Of all layers."""
+        if torch.compiler.is_compiling():
+            return find(self.layer, self.architecture).weights
+        found = self._found  # read once: another thread may be running the same model
+        if found is None or not found.holds(self.layer):
+            found = self._found = find(self.layer, self.architecture)
+        return found.weights
 
 
 def check(config: LowbitConfig) -> None:
@@ -573,22 +539,3 @@ def _after(
     if survivors is not None:
         survivors.keep(before, kept)
     return kept.sequences, None if protected is None else protected[kept.rows]
-
-
-def _child(module: Any, path: str) -> Any:
-    """`get_submodule`, which takes thirty times as long."""
-    for name in path.split("."):
-        module = module._modules[name]
-    return module
-
-
-def _product(*linears: Any) -> Product:
-    # As attributes of the modules they would take ten times as long to find.
-    buffers = [linear._buffers for linear in linears]
-    bias = [linear._parameters.get("bias") for linear in linears]
-    return Product([own["weight"] for own in buffers], [own["weight_scale"] for own in buffers], bias)
-
-
-def _norm(module: Any) -> Norm:
-    own = module._parameters
-    return Norm(own["weight"], own["bias"])
