@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .embedding import quantized_embedding
     from .fused_embedding import embedding_layernorm
     from .layernorm import add_layernorm
-    from .linear import binary_linear, codes_linear, joint_linear, split_linear, ternary_linear
+    from .linear import binary_linear, codes_linear, joint_dynamic_linear, joint_linear, split_linear, ternary_linear
     from .linear_cpu import expanded_bytes, keep_expanded
     from .packing import (
         pack_binary,
@@ -46,6 +46,7 @@ _HOME = {
     "expanded_bytes": "linear_cpu",
     "fake_quantize_per_token": "quantize",
     "gather_tokens": "prune",
+    "joint_dynamic_linear": "linear",
     "joint_linear": "linear",
     "keep_expanded": "linear_cpu",
     "kept_cu_seqlens": "prune",
@@ -79,6 +80,7 @@ __all__ = [
     "expanded_bytes",
     "fake_quantize_per_token",
     "gather_tokens",
+    "joint_dynamic_linear",
     "joint_linear",
     "keep_expanded",
     "kept_cu_seqlens",

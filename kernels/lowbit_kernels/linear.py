@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
+from . import native
 from ._derived import Derived
 from ._ops import FLOATS, check_choice, check_device, check_tensor, define, traced_on_cpu
-from .linear_cpu import codes_linear_cpu, joint_bias, linears_cpu
+from .linear_cpu import codes_linear_cpu, dynamic_linears_cpu, joint_bias, linears_cpu
 from .linear_triton import ACTIVATIONS, LAYOUTS, launch
 from .packing import launch_pack
 from .quantize import quantize_per_token, static_codes
@@ -168,6 +169,47 @@ def joint_linear(
     rows = x.reshape(math.prod(tokens), x.shape[-1])
     y = run(rows, packed, scale, bias, x_scale.reshape(-1), zero, activation, out_dtype, layout)
     return y.reshape(*tokens, y.shape[-1])
+
+
+_dynamic_op = define(
+    "joint_dynamic_linear(Tensor x, Tensor[] packed, Tensor[] scale, Tensor?[] bias, int bits, bool symmetric, "
+    "str? activation, str layout) -> Tensor",
+    cpu=dynamic_linears_cpu,
+    fake=lambda x, packed, *others: x.new_empty(x.shape[0], sum(tensor.shape[0] for tensor in packed)),
+)
+
+
+def joint_dynamic_linear(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    bits: int,
+    symmetric: bool,
+    layout: str,
+    activation: str | None,
+) -> torch.Tensor:
+    """`quantize_per_token` and `joint_linear`, with the same bits: one operation where native CPU kernels run.
+
+    Args:
+        x: float [..., K].
+        packed, scale, bias, layout, activation: as `joint_linear`.
+        bits, symmetric: as `quantize_per_token`.
+
+    Returns:
+        [..., sum of N] in x's dtype.
+
+    Raises:
+        ValueError: x and the weights are on different devices.
+    """
+    check_device(x=x, packed=packed[0], scale=scale[0], bias=bias[0])
+    together = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    if not together or not native.available():
+        codes, x_scale, zero_point = quantize_per_token(x, bits, symmetric)
+        return joint_linear(codes, packed, scale, bias, x_scale, zero_point, layout, activation, x.dtype)
+    rows = x.detach().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    y = _dynamic_op(rows, packed, scale, bias, bits, symmetric, activation, layout)
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _codes_cuda(

@@ -139,6 +139,21 @@ def linears_cpu(
     return _finish(y, joint_bias(bias, sizes, x.device), x_scale, activation, out_dtype)
 
 
+def dynamic_linears_cpu(
+    x: torch.Tensor,
+    packed: Sequence[torch.Tensor],
+    scale: Sequence[torch.Tensor],
+    bias: Sequence[torch.Tensor | None],
+    bits: int,
+    symmetric: bool,
+    activation: str | None,
+    layout: str,
+) -> torch.Tensor:
+    """The same of x float32 [M, K], quantized token by token; by the native kernels only."""
+    weights = linear_native.Weights.packed(packed, scale, bias, layout, x.shape[1], not symmetric)
+    return _activated(linear_native.dynamic_linears(x, bits, symmetric, weights), activation, torch.float32)
+
+
 def joint_bias(bias: Sequence[torch.Tensor | None], sizes: Sequence[int], device: torch.device) -> torch.Tensor | None:
     """Biases of several linears one after the other, zeros for one without; None where none has one."""
     if len(bias) == 1 or all(own is None for own in bias):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from collections.abc import Sequence
 from typing import Self
@@ -43,6 +44,10 @@ class Weights:
     @property
     def features(self) -> int:
         return sum(product.N for product in self.products)
+
+    def array(self) -> ctypes.Array[native.Product]:
+        """The products one after the other."""
+        return (native.Product * len(self.products))(*self.products)
 
     @classmethod
     def packed(
@@ -100,9 +105,20 @@ def linears(
     x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
     y = x.new_empty(M, weights.features, dtype=torch.float32)
     if y.numel():
-        products = (native.Product * len(weights.products))(*weights.products)
         native.function("linears")(
-            x.data_ptr(), M, K, x_scale.data_ptr(), int(len(x_scale) > 1), native.pointer(x_zero_point), products,
-            len(products), weights.layout, y.data_ptr(), y.shape[1],
+            x.data_ptr(), M, K, x_scale.data_ptr(), int(len(x_scale) > 1), native.pointer(x_zero_point),
+            weights.array(), len(weights.products), weights.layout, y.data_ptr(), y.shape[1],
+        )  # fmt: skip
+    return y
+
+
+def dynamic_linears(x: torch.Tensor, bits: int, symmetric: bool, weights: Weights) -> torch.Tensor:
+    """x float32 [M, K], each row quantized by its own range -> float32 [M, features]."""
+    x = x.contiguous()
+    y = x.new_empty(x.shape[0], weights.features)
+    if y.numel():
+        native.function("dynamic_linears")(
+            x.data_ptr(), *x.shape, bits, symmetric, weights.array(), len(weights.products), weights.layout,
+            y.data_ptr(), y.shape[1],
         )  # fmt: skip
     return y

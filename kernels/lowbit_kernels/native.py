@@ -148,6 +148,9 @@ _ARGUMENTS = {
         *(_pointer, _size, _size, _pointer, _size, _pointer, ctypes.POINTER(Product), _int, _int),
         *(_pointer, _size),
     ],
+    "dynamic_linears": [
+        *(_pointer, _size, _size, _int, ctypes.c_bool, ctypes.POINTER(Product), _int, _int, _pointer, _size),
+    ],
     "attention": [ctypes.POINTER(Attention), _pointer, _size],
     "attention_half": [
         *(_pointer, _size, _pointer, _pointer, ctypes.POINTER(Product), _int, _int),

@@ -17,6 +17,7 @@ from torch import nn
 
 from lowbit_kernels import (
     codes_linear,
+    joint_dynamic_linear,
     joint_linear,
     pack_binary,
     pack_split,
@@ -252,20 +253,15 @@ def multiply(linears: Sequence[PackedLinear], x: torch.Tensor) -> list[torch.Ten
 
 
 def _multiply(linears: Sequence[PackedLinear], x: torch.Tensor, activation: str | None) -> torch.Tensor:
-    first = linears[0]
-    assert first.input_quantizer is not None
-    codes, scale, zero_point = first.input_quantizer.codes(x)
-    return joint_linear(
-        codes,
-        [linear.weight for linear in linears],
-        [linear.weight_scale for linear in linears],
-        [linear.bias for linear in linears],
-        scale,
-        zero_point,
-        first.layout,
-        activation,
-        x.dtype,
-    )
+    layout, quantizer = linears[0].layout, linears[0].input_quantizer
+    assert quantizer is not None
+    packed, weight_scale = [linear.weight for linear in linears], [linear.weight_scale for linear in linears]
+    bias = [linear.bias for linear in linears]
+    if quantizer.granularity == "per_token" and quantizer.clip is None:
+        bits, symmetric = quantizer.bits, quantizer.symmetric
+        return joint_dynamic_linear(x, packed, weight_scale, bias, bits, symmetric, layout, activation)
+    codes, scale, zero_point = quantizer.codes(x)
+    return joint_linear(codes, packed, weight_scale, bias, scale, zero_point, layout, activation, x.dtype)
 
 
 class _StraightThroughProduct(torch.autograd.Function):

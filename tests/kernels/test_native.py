@@ -22,6 +22,7 @@ from lowbit_kernels import (
     codes_linear,
     embedding_layernorm,
     encoder_cpu,
+    joint_dynamic_linear,
     joint_linear,
     native,
     packing,
@@ -113,6 +114,25 @@ def test_linears(M: int, N: int, K: int, layout: str, zero_point: bool, using: C
     using(KINDS[0])
     by_codes = codes_linear(x, codes, scale, bias, x_scale, zero, layout, torch.float32)
     assert torch.equal(by_codes, results[0][:, :N])  # training and inference are one function
+
+
+@needs_native
+@pytest.mark.parametrize("activation", [None, "gelu"])
+@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (8, False), (4, False)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_dynamic_linears_are_quantization_and_product(
+    M: int, N: int, K: int, layout: str, bits: int, symmetric: bool, activation: str | None, kind: str
+) -> None:
+    x = torch.randn(K, M).t() if M % 2 else torch.randn(M, K)  # of any strides
+    if M > 2 and K:
+        x[1], x[2, 0] = 0.0, math.nan
+    packed, scale = packed_of(layout, codes_of(layout, N, K)), torch.rand(*((2,) if layout == "split" else ()), N)
+    weights = [packed, packed], [scale, scale], [torch.randn(N), None]
+    got = joint_dynamic_linear(x, *weights, bits, symmetric, layout, activation)
+    codes, x_scale, zero_point = quantize_per_token(x, bits, symmetric)
+    expected = joint_linear(codes, *weights, x_scale, zero_point, layout, activation, torch.float32)
+    assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
 
 
 @needs_native

@@ -21,6 +21,37 @@ void normalize_lot(
     if (bits) quantize_lot(x, seen.quantizer(bits), lot, codes, scratch);
 }
 
+// Products of tokens that `take` makes lots of codes of.
+template <class Take>
+void linears(
+    int64_t M, int64_t K, bool symmetric, Take take, const Product* products, int count, int layout, float* out,
+    int64_t features) {
+    static thread_local CodesBuffer buffer;
+    static thread_local Scratch<float> scratch;
+    const int64_t most = std::min(M, GROUP);
+    Codes codes = buffer.get(most, K, symmetric);
+    float* sums = scratch.get(lots_of(most) * LANES * features);
+#pragma omp parallel firstprivate(codes) if (M * K * features > 64 * SMALL)
+    {
+        Tiles tiles;
+        for (int64_t start = 0; start < M; start += GROUP) {
+            codes.M = std::min(GROUP, M - start);
+            const int64_t lots = lots_of(codes.M);
+#pragma omp for schedule(static)
+            for (int64_t lot = 0; lot < lots; lot++) {
+                const auto [row, taken] = lot_of(lot, codes.M);
+                take({start + row, taken}, lot, codes);
+            }
+            team_linears(codes, products, count, layout, NONE, sums, features);
+#pragma omp for schedule(static)
+            for (int64_t lot = 0; lot < lots; lot++) {
+                const auto [row, taken] = lot_of(lot, codes.M);
+                store_lot(sums + lot * features * LANES, features, out + (start + row) * features, features, taken);
+            }
+        }
+    }
+}
+
 }  // namespace
 
 #pragma GCC visibility push(default)
@@ -99,31 +130,22 @@ int lowbit_embedding_layernorm(
 void lowbit_linears(
     int8_t* x, int64_t M, int64_t K, float* scale, int64_t scale_stride, int32_t* zero_point, const Product* products,
     int count, int layout, float* out, int64_t features) {
-    static thread_local CodesBuffer buffer;
-    static thread_local Scratch<float> scratch;
     const Rows rows{M, K, x, scale, zero_point, scale_stride};
-    const int64_t most = std::min(M, GROUP);
-    Codes codes = buffer.get(most, K, zero_point == nullptr);
-    float* sums = scratch.get(lots_of(most) * LANES * features);
-#pragma omp parallel firstprivate(codes) if (M * K * features > 64 * SMALL)
-    {
-        Tiles tiles;
-        for (int64_t start = 0; start < M; start += GROUP) {
-            codes.M = std::min(GROUP, M - start);
-            const int64_t lots = lots_of(codes.M);
-#pragma omp for schedule(static)
-            for (int64_t lot = 0; lot < lots; lot++) {
-                const auto [row, taken] = lot_of(lot, codes.M);
-                take_lot(rows, {start + row, taken}, lot, codes);
-            }
-            team_linears(codes, products, count, layout, NONE, sums, features);
-#pragma omp for schedule(static)
-            for (int64_t lot = 0; lot < lots; lot++) {
-                const auto [row, taken] = lot_of(lot, codes.M);
-                store_lot(sums + lot * features * LANES, features, out + (start + row) * features, features, taken);
-            }
-        }
-    }
+    const auto take = [&](const Lot& from, int64_t lot, const Codes& codes) { take_lot(rows, from, lot, codes); };
+    linears(M, K, zero_point == nullptr, take, products, count, layout, out, features);
+}
+
+// The same of x float [M, K], each token quantized by its own range.
+void lowbit_dynamic_linears(
+    const float* x, int64_t M, int64_t K, int bits, bool symmetric, const Product* products, int count, int layout,
+    float* out, int64_t features) {
+    const auto take = [&](const Lot& from, int64_t lot, const Codes& codes) {
+        static thread_local Scratch<float> scratch;
+        float* own = scratch.get(K * LANES);
+        const Extremes seen = load_lot(x + from.row * K, K, from.count, K, own, symmetric);
+        quantize_lot(own, seen.quantizer(bits), lot, codes);
+    };
+    linears(M, K, symmetric, take, products, count, layout, out, features);
 }
 
 // Sequences of `starts` int32 [B + 1].
