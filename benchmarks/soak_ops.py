@@ -462,6 +462,31 @@ def trained_linear_case(integer: Integer) -> Case:
     return Case(lowbit_kernels.joint_linear, arguments, one_by_one, equal, False)
 
 
+def dynamic_linear_case(integer: Integer) -> Case:
+    """joint_dynamic_linear gives the bits of quantize_per_token and joint_linear. Its arguments are not checked."""
+    layout, bits, symmetric = (
+        choose(integer, ("ternary", "binary", "split")),
+        choose(integer, (8, 4)),
+        bool(integer(0, 1)),
+    )
+    K, tokens = length(integer), tokens_shape(integer)
+    x = floats(integer, (*tokens, K), choose(integer, FLOATS))
+    sizes = [size(integer) for _ in range(integer(1, 3))]
+    lead = (2,) if layout == "split" else ()
+    packed = [packed_weight(integer, layout, N, K)[0] for N in sizes]
+    scale = [positive(integer, (*lead, choose(integer, (N, 1)))) for N in sizes]
+    bias = [choose(integer, (None, floats(integer, (N,)))) for N in sizes]
+    activation = choose(integer, (None, "gelu"))
+    arguments = {"x": restrided(integer, x), "packed": packed, "scale": scale, "bias": bias, "bits": bits,
+                 "symmetric": symmetric, "layout": layout, "activation": activation}  # fmt: skip
+
+    def one_by_one(**_: Any) -> Tensor:
+        codes, x_scale, zero = lowbit_kernels.quantize_per_token(x, bits, symmetric)
+        return lowbit_kernels.joint_linear(codes, packed, scale, bias, x_scale, zero, layout, activation, x.dtype)
+
+    return Case(lowbit_kernels.joint_dynamic_linear, arguments, one_by_one, equal, False)
+
+
 def expansion_case(integer: Integer) -> Case:
     """With and without int8 expansions, and after an edit in place, the same bits."""
     layout = choose(integer, ("ternary", "binary", "split"))
@@ -764,6 +789,7 @@ CASES: dict[str, Callable[[Integer], Case]] = {
     "split_ternary": split_case,
     "ternary_linear, binary_linear, split_linear": linear_case,
     "codes_linear, joint_linear": trained_linear_case,
+    "joint_dynamic_linear": dynamic_linear_case,
     "keep_expanded, expanded_bytes": expansion_case,
     "quantized_embedding": embedding_case,
     "add_layernorm": layernorm_case,

@@ -31,9 +31,10 @@ def made(stage: str, **changes: object) -> torch.nn.Module:
 
 
 def by_modules(fused: torch.nn.Module) -> torch.nn.Module:
-    """The packed model that `fused` was made of."""
+    """The packed model that `fused` was made of, with its embeddings, which stay fused and round by themselves."""
     model = made("ternary")
     model.load_state_dict(fused.state_dict())
+    model.base_model.embeddings = fused.base_model.embeddings
     return model
 
 
