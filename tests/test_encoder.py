@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import shutil
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 
 import lowbit
 from helpers import HEADS, batch, outputs, tiny
@@ -162,6 +165,22 @@ def test_modules_and_tensors_that_are_replaced_are_noticed() -> None:
         assert torch.equal(got, outputs(copy.deepcopy(fused), inputs)[0])
         assert not any(torch.equal(got, before) for before in seen)
         seen.append(got)
+
+
+def test_weights_that_a_move_leaves_are_freed() -> None:
+    fused = pair()[1]
+    outputs(fused, batch())
+    left = [weakref.ref(buffer) for buffer in fused.bert.encoder.layer.buffers()]
+    fused.to("meta")
+    gc.collect()
+    assert not any(buffer() is not None for buffer in left)
+
+
+def test_accelerate_offloads_buffers_too() -> None:
+    fused, inputs = pair()[1], batch()
+    expected = outputs(fused, inputs)[0]
+    cpu_offload(fused, "cpu", offload_buffers=True)
+    assert close(outputs(fused, inputs)[0], expected)
 
 
 def test_copies_are_independent() -> None:

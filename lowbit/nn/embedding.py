@@ -173,9 +173,9 @@ class FusedEmbeddings(nn.Module):
         self._by_module = [embeddings]  # in a list: its parameters are ours already
         self._names = [*inspect.signature(embeddings.forward).parameters]
         norm: Any = embeddings.LayerNorm
-        has_types = hasattr(embeddings, "token_type_embeddings")
-        no_types = None if has_types else torch.zeros_like(norm.weight.detach())[None]
-        self.register_buffer("_no_types", no_types, persistent=False)
+        if not hasattr(embeddings, "token_type_embeddings"):
+            # Only then: accelerate cannot offload the buffers of a module where one is None.
+            self.register_buffer("_no_types", torch.zeros_like(norm.weight.detach())[None], persistent=False)
         self._first_type: torch.Tensor  # the id of every token where none are given
         self.register_buffer("_first_type", norm.weight.new_zeros(1, dtype=torch.long), persistent=False)
 
@@ -203,7 +203,8 @@ class FusedEmbeddings(nn.Module):
         token_type_ids = given.get("token_type_ids")
         if token_type_ids is None:
             token_type_ids = self._first_type
-        types: Any = self._no_types if self._no_types is not None else self.token_type_embeddings.weight  # type: ignore[union-attr]
+        own_types: Any = getattr(self, "token_type_embeddings", None)
+        types: Any = self._no_types if own_types is None else own_types.weight
         return embedding_layernorm(
             input_ids,
             *word.table(),

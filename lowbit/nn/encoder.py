@@ -319,6 +319,10 @@ class PackedEncoder(UnpaddedEncoder):
         """Copies find weights of their own."""
         return {**super().__getstate__(), "_found": None}
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._found = None  # `.to(device)` is to free the memory that it leaves
+        return super()._apply(*args, **kwargs)
+
     def _fast(self, hidden_states: torch.Tensor) -> Callable[..., torch.Tensor] | None:
         norms = [own.ffn_norm.weight for own in self._weights()]
         needs_modules = (
