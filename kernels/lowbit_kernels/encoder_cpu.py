@@ -3,7 +3,7 @@ cache. And layers one after the other, as one op: on 128 tokens, calling them on
 
     encoder_attention   codes -> queries, keys and values -> attention -> context
     encoder_rest        context -> product -> + tokens, LayerNorm -> product, GELU -> product -> + , LayerNorm -> tokens
-    encoder_layers      both, for every layer
+    encoder_layers      both, for every layer; of the last one, on request, for first tokens only
 
 The same operations as `joint_linear`, `attention`, `quantize_per_token` and `add_layernorm` one by one, with the same
 bits but for GELU, which is their own here. Arguments are not checked: they come from the modules of a converted model.
@@ -54,7 +54,7 @@ def _attention_cpu(
     x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
     position_bias = None if position_bias is None else position_bias.float()
     weights = Weights.packed(packed, scale, bias, layout, K, x_zero_point is not None)
-    products = (native.Product * len(packed))(*weights.products)
+    products = weights.array()
     by_head = context.new_zeros(heads, T) if importance else None
     mode = Mode(scaling, bits, asymmetric, importance=importance)
     op = native_attention(T, heads, context.shape[1] // heads, mode, position_bias, context, None, by_head)
@@ -185,7 +185,7 @@ def _layers_of(
             of_layer, own_norms = linears.part(6 * i, 6 * i + 6), norms[4 * i : 4 * i + 4]
             first = Weights.packed(*of_layer.part(0, 3), options.layout, len(own_norms[0]), not options.symmetric)
             rest, alive = _rest_of(of_layer.part(3, 6), own_norms, options, of_layer.packed[0].shape[0])
-            layers.append(native.Layer((native.Product * 3)(*first.products), rest))
+            layers.append(native.Layer(first.array(), rest))
             kept += [tensor for tensor in (*alive, *first.tensors) if tensor is not None and id(tensor) not in own]
         return (native.Layer * len(layers))(*layers), kept
 

@@ -20,7 +20,7 @@ import torch
 
 from . import native
 from ._derived import Derived
-from ._ops import FLOATS, check_choice, check_device, check_tensor, define, traced_on_cpu
+from ._ops import FLOATS, check_choice, check_device, check_flag, check_tensor, define, traced_on_cpu
 from .linear_cpu import codes_linear_cpu, dynamic_linears_cpu, joint_bias, linears_cpu
 from .linear_triton import ACTIVATIONS, LAYOUTS, launch
 from .packing import launch_pack
@@ -200,8 +200,10 @@ def joint_dynamic_linear(
         [..., sum of N] in x's dtype.
 
     Raises:
-        ValueError: x and the weights are on different devices.
+        TypeError, ValueError: bits or symmetric; x and the weights are on different devices.
     """
+    check_choice("bits", bits, (8, 4))
+    check_flag("symmetric", symmetric)
     check_device(x=x, packed=packed[0], scale=scale[0], bias=bias[0])
     together = x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
     if not together or not native.available():

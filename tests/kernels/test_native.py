@@ -136,6 +136,16 @@ def test_dynamic_linears_are_quantization_and_product(
 
 
 @needs_native
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "error"), [(3, True, ValueError), (16, True, ValueError), (8, 1, TypeError)]
+)
+def test_dynamic_linears_refuse_what_quantization_does(bits: Any, symmetric: Any, error: type, kind: str) -> None:
+    packed, scale = packed_of("ternary", codes_of("ternary", 8, 128)), torch.rand(8)
+    with pytest.raises(error, match=r"bits|symmetric"):
+        joint_dynamic_linear(torch.randn(2, 128), [packed], [scale], [None], bits, symmetric, "ternary", None)
+
+
+@needs_native
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("K", [1, 3, 16, 64, 77, 520])
