@@ -257,7 +257,7 @@ def _multiply(linears: Sequence[PackedLinear], x: torch.Tensor, activation: str 
     assert quantizer is not None
     packed, weight_scale = [linear.weight for linear in linears], [linear.weight_scale for linear in linears]
     bias = [linear.bias for linear in linears]
-    if quantizer.granularity == "per_token" and quantizer.clip is None:
+    if type(quantizer) is ActivationQuantizer and quantizer.granularity == "per_token" and quantizer.clip is None:
         bits, symmetric = quantizer.bits, quantizer.symmetric
         return joint_dynamic_linear(x, packed, weight_scale, bias, bits, symmetric, layout, activation)
     codes, scale, zero_point = quantizer.codes(x)
