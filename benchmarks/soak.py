@@ -90,7 +90,10 @@ def ops() -> dict[str, Any]:
     started = time.monotonic()
     rows: dict[str, Counter[str]] = {}
     failures: list[str] = []
-    with multiprocessing.get_context("fork").Pool(PROCESSES) as pool, _bar(len(soak_ops.CASES), "ops") as bar:
+    with (
+        multiprocessing.get_context("fork").Pool(PROCESSES, *soak_running.END_AT_ONCE) as pool,
+        _bar(len(soak_ops.CASES), "ops") as bar,
+    ):
         for name, row, failed in pool.imap_unordered(_cases_of, soak_ops.CASES):
             rows[name] = row
             failures += failed

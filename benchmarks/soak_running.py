@@ -34,6 +34,9 @@ import lowbit_kernels
 from .soak_checkpoints import quiet, small
 
 THREADS = 4
+# Of a pool's processes: the handler that `make soak` has for SIGTERM raises, which a callback may swallow, and then the
+# pool waits for ever.
+END_AT_ONCE = (signal.signal, (signal.SIGTERM, signal.SIG_DFL))
 Result = dict[str, Any]
 
 # ---------------------------------------------------------------------------------------------------------- requests
@@ -72,7 +75,7 @@ def requests(count: int, seed: int, progress: Callable[[int], None]) -> Result:
     # Answers of one thread, in processes of their own, so that nothing of the threads can reach them.
     parts = [range(first, min(first + 500, count)) for first in range(0, count, 500)]
     expected: list[torch.Tensor] = []
-    with multiprocessing.get_context("fork").Pool(THREADS) as pool:
+    with multiprocessing.get_context("fork").Pool(THREADS, *END_AT_ONCE) as pool:
         for answers in pool.imap(functools.partial(_answers, model, seed), parts):
             expected += [torch.tensor(answer) for answer in answers]
             progress(len(answers) // 2)
