@@ -205,7 +205,8 @@ def joint_dynamic_linear(
     check_choice("bits", bits, (8, 4))
     check_flag("symmetric", symmetric)
     check_device(x=x, packed=packed[0], scale=scale[0], bias=bias[0])
-    together = x.device.type == "cpu" and x.dtype == torch.float32 and native.available()
+    # Rows without values have no range.
+    together = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() and native.available()
     if not together or traced_on_cpu(x, natively=True):
         codes, x_scale, zero_point = quantize_per_token(x, bits, symmetric)
         return joint_linear(codes, packed, scale, bias, x_scale, zero_point, layout, activation, x.dtype)

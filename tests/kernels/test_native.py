@@ -120,7 +120,7 @@ def test_linears(M: int, N: int, K: int, layout: str, zero_point: bool, using: C
 @pytest.mark.parametrize("activation", [None, "gelu"])
 @pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (8, False), (4, False)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+@pytest.mark.parametrize(("M", "N", "K"), [*SHAPES, (3, 5, 0), (0, 5, 70)])
 def test_dynamic_linears_are_quantization_and_product(
     M: int, N: int, K: int, layout: str, bits: int, symmetric: bool, activation: str | None, kind: str
 ) -> None:
