@@ -148,7 +148,7 @@ def joint_linear(
 ) -> torch.Tensor:
     """Linears that share their input (query, key and value): one product, the same bits as one by one.
 
-    What the modules call, whose weights are known to fit each other and x: only devices are compared.
+    What the modules call, whose weights are known to fit each other and x: their shapes are not compared.
 
     Args:
         x: int8 [..., K].
@@ -160,8 +160,9 @@ def joint_linear(
         [..., sum of N], one result beside the other.
 
     Raises:
-        ValueError: x and the weights are on different devices.
+        ValueError: an unknown activation; x and the weights are on different devices.
     """
+    check_choice("activation", activation, tuple(ACTIVATIONS))
     check_device(x=x, packed=packed[0], scale=scale[0], bias=bias[0])
     tokens = x.shape[:-1]
     zero = None if x_zero_point is None else x_zero_point.reshape(-1)
@@ -200,9 +201,10 @@ def joint_dynamic_linear(
         [..., sum of N] in x's dtype.
 
     Raises:
-        TypeError, ValueError: bits or symmetric; x and the weights are on different devices.
+        TypeError, ValueError: bits, symmetric or activation; x and the weights are on different devices.
     """
     check_choice("bits", bits, (8, 4))
+    check_choice("activation", activation, tuple(ACTIVATIONS))
     check_flag("symmetric", symmetric)
     check_device(x=x, packed=packed[0], scale=scale[0], bias=bias[0])
     # Rows without values have no range.

@@ -34,6 +34,7 @@ from lowbit_kernels.varlen_attention import HEAD_DIMS
 
 from ..config import LengthConfig, LowbitConfig
 from ..models import Architecture
+from .attention import UNPADDED
 from .pruning import Keep, Kept, Survivors, drop, gathered, importance_loss, plan
 from .sequences import Sequences, additive, with_first_tokens, with_padding, without_padding
 from .weights import Found, Product, Weights, find
@@ -182,7 +183,10 @@ class UnpaddedEncoder(nn.Module):
             if kwargs.get(name, getattr(self.config, name, False)):
                 return f"{name}=True asks for the states of all tokens in every layer"
         if mask is not None and mask.dim() != 2:
-            return f"an attention mask of shape {tuple(mask.shape)} is no padding mask [B, S]"
+            implementation = getattr(self.config, "_attn_implementation", UNPADDED)
+            reason = f"; set_attn_implementation({implementation!r}) makes such masks, call it before set_length"
+            reason = "" if implementation == UNPADDED else reason
+            return f"an attention mask of shape {tuple(mask.shape)} is no padding mask [B, S]{reason}"
         if any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values")):
             return "cross-attention and caches are those of decoders"
         return None

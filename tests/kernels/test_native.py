@@ -145,6 +145,15 @@ def test_dynamic_linears_refuse_what_quantization_does(bits: Any, symmetric: Any
         joint_dynamic_linear(torch.randn(2, 128), [packed], [scale], [None], bits, symmetric, "ternary", None)
 
 
+def test_joint_linears_refuse_an_unknown_activation() -> None:
+    weights = [packed_of("ternary", codes_of("ternary", 8, 128))], [torch.rand(8)], [None]
+    with pytest.raises(ValueError, match="activation='relu', accepted: None, 'gelu', 'gelu_tanh'"):
+        joint_dynamic_linear(torch.randn(2, 128), *weights, 8, True, "ternary", "relu")
+    x = torch.ones(2, 128, dtype=torch.int8)
+    with pytest.raises(ValueError, match="activation='relu', accepted: None, 'gelu', 'gelu_tanh'"):
+        joint_linear(x, *weights, torch.ones(2), None, "ternary", "relu", torch.float32)
+
+
 @needs_native
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [8, 4])
