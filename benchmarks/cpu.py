@@ -10,6 +10,7 @@ timed. Attention, with and without importance, is measured in the same way on BE
 prints their tables.
 
     python -m benchmarks.cpu --results benchmarks/results
+    python -m benchmarks.cpu --name cpu-vnni         another kind of machine, beside the first
 """
 
 from __future__ import annotations
@@ -259,14 +260,15 @@ def _cpuinfo() -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder for cpu-*.json")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder for NAME-*.json")
+    parser.add_argument("--name", default="cpu", help="of the reports, NAME-attention and NAME-encoder")
     parser.add_argument("--turns", type=int, default=15, help="timed rounds of each model")
     parser.add_argument("--only", nargs="*", default=[], help="names of models, as in the table; no attention then")
     options = parser.parse_args()
     method = f"medians of {options.turns} turns"
     if not options.only:
         report = {
-            "suite": "cpu-attention",
+            "suite": f"{options.name}-attention",
             "model": "attention of BERT-base (12 heads, 64 numbers each), float32",
             "machine": machine(),
             "method": method,
@@ -277,7 +279,7 @@ def main() -> None:
     with torch.inference_mode():
         results = {case: measure(runners, case, options.turns) for case in CASES}
     report = {
-        "suite": "cpu-encoder",
+        "suite": f"{options.name}-encoder",
         "model": f"BERT-base, random weights, sequence length {LENGTH}; half the MACs: layer l (from 1) keeps "
         f"{KEPT_PER_LAYER}^l of each sequence",
         "machine": {
