@@ -47,7 +47,8 @@ def report(folders: list[Path]) -> dict[str, Any]:
             "configurations searched on training examples set apart, metrics on validation examples; milliseconds a "
             "batch of 8 validation examples in a fixed random order, median of 3 turns of each batch, mean of 40; "
             "'without lengths' runs as it did before, a float model with padding, 'all tokens' without; times fewer "
-            "and as fast are beside the first, by dropping beside the second"
+            "counts no padding, fewer than padded that of the first; as fast is beside the first, by dropping beside "
+            "the second"
         ),
         "results": dict(map(case, folders)),
     }

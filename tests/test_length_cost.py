@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig
 from transformers.models import bert as bert_package
 
@@ -17,6 +18,7 @@ import lowbit
 from helpers import HEADS, batch, outputs, tiny
 from lowbit import models
 from lowbit.length import LatencyTable, LengthConfig, cost, kept_lengths, macs, measure_latency
+from lowbit.recipes.lengths import batch_macs
 from lowbit_kernels import kept_cu_seqlens
 
 
@@ -156,6 +158,25 @@ def test_sequences_add_up_and_empty_ones_cost_nothing() -> None:
 def test_configuration_of_another_depth_is_refused() -> None:
     with pytest.raises(ValueError, match="3 numbers in keep, the model 2 layers"):
         macs(tiny(), LengthConfig((1, 1, 1)), [5])
+
+
+def test_batches_of_a_float_model_count_their_padding() -> None:
+    """Beside torch's own count of what the encoder runs."""
+    model = tiny("BertForQuestionAnswering")
+    model.set_attn_implementation("eager")
+    batches, short = [[3, 7, 5], [11, 2]], LengthConfig((0.5, 0.25))
+    counted = 0
+    for each in batches:
+        with FlopCounterMode(display=False) as counter:
+            model.bert.encoder(torch.randn(len(each), max(each), model.config.hidden_size))
+        counted += counter.get_total_flops() // 2
+    configs = {"without": None, "all": LengthConfig((1.0, 1.0)), "short": short}
+    padded, costs = batch_macs(model, configs, batches)
+    assert padded == costs["without"] == counted
+    assert costs["all"] == macs(model, None, [3, 7, 5, 11, 2]) < padded
+    assert costs["short"] == macs(model, short, [3, 7, 5, 11, 2]) < costs["all"]
+    fused = lowbit.fuse(lowbit.quantize(model, lowbit.TernaryConfig()))
+    assert batch_macs(fused, configs, batches) == (padded, {**costs, "without": costs["all"]})
 
 
 # ------------------------------------------------------------------------------------------------------ latency table

@@ -18,6 +18,8 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 import lowbit
 
 from ..length import Front, LatencyTable, macs, measure_latency, search_lengths
+from ..nn import UnpaddedEncoder
+from ..unpadding import encoder_of
 from . import RecipeError, log
 from .measure import table
 from .stages import Run, arguments, common, distill, train, without_dropout
@@ -160,8 +162,9 @@ def compare(
 ) -> str:
     """A table of budgets: multiply-accumulates, metrics and time on real batches.
 
-    Budgets are of the multiply-accumulates of the model "without lengths", which runs as it did before, a float one
-    with padding. "all tokens" drops nothing, but has no padding: what is faster than that is so by dropping.
+    Budgets are of the multiply-accumulates that all tokens take, padding not counted. The model "without lengths" runs
+    as it did before, a float one with padding; what its batches take with it is what "fewer_than_padded" is beside.
+    "all tokens" drops nothing, but has no padding: what is faster than that is so by dropping.
 
     Args:
         examples: of the validation data, as the model reads them; batches are drawn from them in a fixed random order.
@@ -176,6 +179,8 @@ def compare(
     collate = DataCollatorWithPadding(run.tokenizer)
     groups = [order[i : i + batch_size] for i in range(0, min(len(order), batches * batch_size), batch_size)]
     times = timed(model, configs, [collate([dict(examples[i]) for i in group]).to(model.device) for group in groups])
+    lowbit.set_length(model, None)
+    padded, costs = batch_macs(model, configs, [[lengths[i] for i in group] for group in groups])
     rows: dict[str, dict[str, Any]] = {}
     for name, config in configs.items():
         lowbit.set_length(model, config)
@@ -184,6 +189,7 @@ def compare(
             "keep": "-" if config is None else " ".join(f"{k:g}" for k in config.keep),
             "gmacs": round(cost / len(lengths) / 1e9, 3),
             "times_fewer_macs": round(full / cost, 2),
+            "fewer_than_padded": round(padded / costs[name], 2),
             **metrics(model),
             "ms": round(times[name], 1),
             "times_as_fast": round(times["without lengths"] / times[name], 2),
@@ -193,6 +199,20 @@ def compare(
     lowbit.set_length(model, None)
     headings = {key: key.replace("_", " ") for key in rows["all tokens"]}
     return table(rows, headings | {"gmacs": "GMACs", "ms": f"ms, batch {batch_size}"})
+
+
+def batch_macs(
+    model: PreTrainedModel, configs: Mapping[str, lowbit.LengthConfig | None], batches: Sequence[Sequence[int]]
+) -> tuple[int, dict[str, int]]:
+    """Multiply-accumulates of batches of these lengths: with padding, and as a model without lengths runs with each."""
+    padded = sum(macs(model, None, [max(batch)] * len(batch), first_token_only=False) for batch in batches)
+    lengths = [length for batch in batches for length in batch]
+    runs_padded = not isinstance(encoder_of(model), UnpaddedEncoder)
+    costs = {
+        name: padded if config is None and runs_padded else macs(model, config, lengths)
+        for name, config in configs.items()
+    }
+    return padded, costs
 
 
 def affordable(front: Front, budget: str) -> bool:
