@@ -15,7 +15,7 @@ from typing import Any
 
 from . import cpu, results
 
-ROWS = ("without lengths", "all tokens", "1.5x fewer", "2x fewer", "3x fewer")
+ROWS = ("without lengths", "all tokens", "given", "1.5x fewer", "2x fewer", "3x fewer")
 
 
 def case(folder: Path) -> tuple[str, dict[str, results.Row]]:

@@ -19,8 +19,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+from transformers import AutoConfig
+
 from _common import GlueOptions, run_example
-from lowbit.recipes.lengths import adaptive_stages, compare, search, set_apart
+from lowbit.recipes.data import offline_if_local
+from lowbit.recipes.lengths import adaptive_stages, check_lengths, compare, search, set_apart
 from lowbit.recipes.measure import evaluate
 from lowbit.recipes.options import LengthOptions
 from lowbit.recipes.stages import teacher_stage
@@ -33,6 +36,8 @@ class LengthGlueOptions(LengthOptions, GlueOptions):
 
 
 def main(options: LengthGlueOptions) -> None:
+    offline_if_local(options.model, options.data_dir)
+    check_lengths(options, AutoConfig.from_pretrained(options.model).num_hidden_layers)
     run = open_run(options)
     set_apart(run, options.search_samples)
     name, model = adaptive_stages(run, teacher_stage(run))

@@ -33,7 +33,7 @@ from transformers import (
 from _common import Options, print_step_times, run_example
 from lowbit import models
 from lowbit.recipes.data import offline_if_local
-from lowbit.recipes.lengths import adaptive_stages, compare, search
+from lowbit.recipes.lengths import adaptive_stages, check_lengths, compare, search
 from lowbit.recipes.measure import measure, table
 from lowbit.recipes.options import LengthOptions
 from lowbit.recipes.stages import Run, distill, fine_tune, start
@@ -72,11 +72,7 @@ def open_run(options: SquadOptions) -> Run:
         raise SystemExit(f"--max_length {options.max_length}: the model has {config.max_position_embeddings} positions")
     if options.layers and config.num_hidden_layers % options.layers:
         raise SystemExit(f"--layers {options.layers} does not divide the teacher's {config.num_hidden_layers} layers")
-    layers = options.layers or config.num_hidden_layers
-    if len(options.drop_ratio) not in (1, layers):
-        raise SystemExit(
-            f"--drop_ratio has {len(options.drop_ratio)} numbers; accepted: one, or one for each of {layers}"
-        )
+    check_lengths(options, options.layers or config.num_hidden_layers)
     questions = load_squad(options.data_dir)
     train = evenly(questions["train"], options.max_train_samples)
     begin = max(len(train) - options.search_samples, len(train) // 2)

@@ -22,9 +22,29 @@ from ..nn import UnpaddedEncoder
 from ..unpadding import encoder_of
 from . import RecipeError, log
 from .measure import table
+from .options import LengthOptions
 from .stages import Run, arguments, common, distill, train, without_dropout
 
 BUDGETS = ("1.5x", "2x", "3x")
+
+
+def check_lengths(options: LengthOptions, layers: int) -> None:
+    """Before anything is trained.
+
+    Raises:
+        RecipeError: `drop_ratio` or `keep` for another number of layers, or a `keep` that no layers can have.
+    """
+    if len(options.drop_ratio) not in (1, layers):
+        raise RecipeError(
+            f"--drop_ratio has {len(options.drop_ratio)} numbers; accepted: one, or one for each of {layers}"
+        )
+    if options.keep:
+        if len(options.keep) != layers:
+            raise RecipeError(f"--keep has {len(options.keep)} numbers; accepted: none, or one for each of {layers}")
+        try:
+            lowbit.LengthConfig(tuple(options.keep))
+        except ValueError as error:
+            raise RecipeError(f"--keep: {error}") from error
 
 
 def adaptive_stages(run: Run, teacher: PreTrainedModel, **fields: Any) -> tuple[str, PreTrainedModel]:
@@ -174,6 +194,8 @@ def compare(
     full = macs(model, None, lengths, first_token_only=False)
     everything = lowbit.LengthConfig((1.0,) * layers)
     configs: dict[str, lowbit.LengthConfig | None] = {"without lengths": None, "all tokens": everything}
+    if run.options.keep:
+        configs["given"] = dataclasses.replace(front.points[0].config, keep=tuple(run.options.keep), unit="ratio")
     configs |= {f"{budget} fewer": front.for_budget(budget) for budget in BUDGETS if affordable(front, budget)}
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
     collate = DataCollatorWithPadding(run.tokenizer)

@@ -84,6 +84,9 @@ class LengthOptions:
         default=1000, metadata={"help": "training examples set apart, that the search scores on"}
     )
     iterations: int = field(default=5, metadata={"help": "of the search, of 10 mutations and 10 crossovers each"})
+    keep: list[float] = field(
+        default_factory=list, metadata={"help": "compare these lengths of yours too: the share that each layer keeps"}
+    )
     cost: str = field(
         default="macs", metadata={"help": "what the search saves: macs, or latency by a table that it measures first"}
     )
