@@ -39,13 +39,14 @@ from .errors import CheckpointError
 from .models import has_plain_attention, is_pooler
 from .nn import UnpaddedEncoder, attention
 from .nn._packed import Packed
+from .nn.encoder import UNPADDED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _log = logging.getLogger("lowbit")
 
-_OWN_ATTENTION = (attention.NAME, attention.UNPADDED)
+_OWN_ATTENTION = (attention.NAME, UNPADDED)
 _EXPANDED_AT_A_TIME = 2**19  # codes: so many stay in cache, and take little memory beside the packed model
 _WEIGHTS = re.compile(
     r"model(?:\.(?!safetensors)([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json"
@@ -306,7 +307,7 @@ def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | 
     wanted = _of_model(attn_implementation) or model.config._attn_implementation
     unpadded = any(isinstance(module, UnpaddedEncoder) for module in model.modules())
     quantized = _has_quantized_attention(model)
-    own = attention.UNPADDED if unpadded else attention.NAME
+    own = UNPADDED if unpadded else attention.NAME
     if wanted in _OWN_ATTENTION:
         wanted = own
     elif unpadded or quantized:

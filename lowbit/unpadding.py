@@ -164,7 +164,7 @@ def reads_first_token_only(model: PreTrainedModel) -> bool:
 
 def attention_implementation(model: PreTrainedModel) -> str:
     """Name of the attention that the model's encoder needs, once its attention is quantized."""
-    return lowbit_attention.UNPADDED if isinstance(encoder_of(model), UnpaddedEncoder) else lowbit_attention.NAME
+    return lowbit_encoder.UNPADDED if isinstance(encoder_of(model), UnpaddedEncoder) else lowbit_attention.NAME
 
 
 def check_fusable(model: PreTrainedModel, config: LowbitConfig) -> None:
@@ -226,9 +226,9 @@ def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
 def _without_padding(model: PreTrainedModel) -> None:
     """Padding masks as they come, and what the encoder has to know of head and batch."""
     if models.has_plain_attention(model):
-        model.set_attn_implementation(lowbit_attention.UNPADDED)
+        model.set_attn_implementation(lowbit_encoder.UNPADDED)
     else:  # transformers would not set it: of such a model it decides about the mask only
-        model.config._attn_implementation = lowbit_attention.UNPADDED
+        model.config._attn_implementation = lowbit_encoder.UNPADDED
     for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
         if hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hook, with_kwargs=True)

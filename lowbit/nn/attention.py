@@ -21,8 +21,9 @@ from torch import nn
 from lowbit_kernels import attention
 from lowbit_kernels.varlen_attention import HEAD_DIMS
 
+from .encoder import UNPADDED
+
 NAME = "lowbit"
-UNPADDED = "lowbit_unpadded"  # of a model with an `UnpaddedEncoder`
 
 
 def attention_forward(

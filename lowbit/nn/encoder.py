@@ -34,11 +34,11 @@ from lowbit_kernels.varlen_attention import HEAD_DIMS
 
 from ..config import LengthConfig, LowbitConfig
 from ..models import Architecture
-from .attention import UNPADDED
 from .pruning import Keep, Kept, Survivors, drop, gathered, importance_loss, plan
 from .sequences import Sequences, additive, with_first_tokens, with_padding, without_padding
 from .weights import Found, Product, Weights, find
 
+UNPADDED = "lowbit_unpadded"  # attention implementation of a model with an `UnpaddedEncoder`
 _SITES = ("query", "key", "value", "attention_probs")
 
 
