@@ -21,7 +21,7 @@ from transformers.models import bert as bert_package
 
 import lowbit
 import lowbit_kernels
-from helpers import HEADS, batch, outputs, tiny
+from helpers import HEADS, batch, identical, outputs, tiny
 from lowbit._files import staging
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
@@ -33,8 +33,7 @@ def packed(head: str = "BertForSequenceClassification") -> torch.nn.Module:
 
 def same(model: torch.nn.Module, other: torch.nn.Module, head: str = "BertForSequenceClassification") -> bool:
     inputs = batch(head)
-    pairs = zip(outputs(model.eval(), inputs), outputs(other.eval(), inputs), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    return identical(outputs(model.eval(), inputs), outputs(other.eval(), inputs), head)
 
 
 @pytest.mark.parametrize("head", HEADS)

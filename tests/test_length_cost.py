@@ -17,8 +17,7 @@ from transformers.models import bert as bert_package
 import lowbit
 from helpers import HEADS, batch, outputs, tiny
 from lowbit import models
-from lowbit.length import LatencyTable, LengthConfig, cost, kept_lengths, macs, measure_latency
-from lowbit.recipes.lengths import batch_macs
+from lowbit.length import LatencyTable, LengthConfig, batch_macs, cost, kept_lengths, macs, measure_latency
 from lowbit_kernels import kept_cu_seqlens
 
 

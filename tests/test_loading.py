@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification
 
 import lowbit
-from helpers import HEADS, batch, outputs, tiny
+from helpers import HEADS, batch, identical, outputs, tiny
 
 HASH = "0123456789abcdef0123456789abcdef01234567"
 
@@ -27,8 +27,7 @@ def saved(folder: Path, head: str = "BertForSequenceClassification") -> torch.nn
 
 def same(model: torch.nn.Module, other: torch.nn.Module, head: str = "BertForSequenceClassification") -> bool:
     inputs = batch(head)
-    pairs = zip(outputs(model, inputs), outputs(other, inputs), strict=True)
-    return all(torch.equal(a, b) for a, b in pairs)
+    return identical(outputs(model, inputs), outputs(other, inputs), head)
 
 
 def edit(folder: Path, **fields: object) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import GPT2Config, GPT2Model
 
 import lowbit
-from helpers import HEADS, batch, outputs, tiny
+from helpers import HEADS, batch, identical, outputs, tiny
 from lowbit import slimming
 
 LINEARS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
@@ -129,10 +129,10 @@ def test_every_head_slims_copies_and_survives_saving(head: str, tmp_path: Path) 
     inputs = batch(head)
     model = lowbit.slim(tiny(head), 0.5)
     expected = outputs(model, inputs)
-    assert all(torch.equal(x, y) for x, y in zip(outputs(copy.deepcopy(model), inputs), expected, strict=True))
+    assert identical(outputs(copy.deepcopy(model), inputs), expected, head)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
-    assert all(torch.equal(x, y) for x, y in zip(outputs(loaded, inputs), expected, strict=True))
+    assert identical(outputs(loaded, inputs), expected, head)
     assert layers(loaded)[0].attention.self.num_attention_heads == 2
 
 

@@ -94,13 +94,14 @@ def gradients(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[s
 
 
 @pytest.mark.parametrize("stage", ["prepared", "prepared pair", "ternary", "lengths"])
-def test_gradient_checkpointing_changes_no_bit(stage: str) -> None:
+def test_gradient_checkpointing_changes_nothing(stage: str) -> None:
     model = made("prepared" if stage == "lengths" else stage).train()
     if stage == "lengths":
         lowbit.set_length(model, lowbit.LengthConfig(keep=(0.5,)))
     inputs = {**batch(), "labels": torch.tensor([0, 1, 2])}
     expected = gradients(model, inputs)
-    assert any(grad.any() for grad in expected.values())
+    largest = max(grad.abs().max() for grad in expected.values())
+    assert largest > 0
     calls = []
     linear = model.base_model.encoder.layer[0].intermediate.dense
     linear.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -110,7 +111,8 @@ def test_gradient_checkpointing_changes_no_bit(stage: str) -> None:
         got = gradients(model, inputs)
         assert len(calls) == 2  # run again for the backward pass
         assert got.keys() == expected.keys()
-        assert all(torch.equal(got[name], expected[name]) for name in expected)
+        for name, gradient in expected.items():  # not bit for bit: MKL's float products may round by where they lie
+            assert (got[name] - gradient).abs().max() <= largest * 1e-5, name
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,7 +6,7 @@ Training for it is in `lowbit.length.training` and `lowbit.length.soft` (`lowbit
 from __future__ import annotations
 
 from ..config import LengthConfig
-from .cost import LatencyTable, kept_lengths, macs, measure_latency
+from .cost import LatencyTable, batch_macs, kept_lengths, macs, measure_latency
 from .front import Front, FrontPoint
 from .search import search_lengths
 
@@ -15,6 +15,7 @@ __all__ = [
     "FrontPoint",
     "LatencyTable",
     "LengthConfig",
+    "batch_macs",
     "kept_lengths",
     "macs",
     "measure_latency",

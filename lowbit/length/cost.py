@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -84,6 +84,20 @@ def macs(
         for n_in, n_out in zip(before, after, strict=True):
             total += n_in * size.projections + 2 * n_in**2 * size.width + n_out * size.rest
     return total
+
+
+def batch_macs(
+    model: PreTrainedModel, configs: Mapping[str, LengthConfig | None], batches: Sequence[Sequence[int]]
+) -> tuple[int, dict[str, int]]:
+    """Multiply-accumulates of batches of these lengths: with padding, and as a model without lengths runs with each."""
+    padded = sum(macs(model, None, [max(batch)] * len(batch), first_token_only=False) for batch in batches)
+    lengths = [length for batch in batches for length in batch]
+    runs_padded = not any(isinstance(module, UnpaddedEncoder) for module in model.modules())
+    costs = {
+        name: padded if config is None and runs_padded else macs(model, config, lengths)
+        for name, config in configs.items()
+    }
+    return padded, costs
 
 
 class _Sizes(NamedTuple):

@@ -17,9 +17,7 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 
 import lowbit
 
-from ..length import Front, LatencyTable, macs, measure_latency, search_lengths
-from ..nn import UnpaddedEncoder
-from ..unpadding import encoder_of
+from ..length import Front, LatencyTable, batch_macs, macs, measure_latency, search_lengths
 from . import RecipeError, log
 from .measure import table
 from .options import LengthOptions
@@ -221,20 +219,6 @@ def compare(
     lowbit.set_length(model, None)
     headings = {key: key.replace("_", " ") for key in rows["all tokens"]}
     return table(rows, headings | {"gmacs": "GMACs", "ms": f"ms, batch {batch_size}"})
-
-
-def batch_macs(
-    model: PreTrainedModel, configs: Mapping[str, lowbit.LengthConfig | None], batches: Sequence[Sequence[int]]
-) -> tuple[int, dict[str, int]]:
-    """Multiply-accumulates of batches of these lengths: with padding, and as a model without lengths runs with each."""
-    padded = sum(macs(model, None, [max(batch)] * len(batch), first_token_only=False) for batch in batches)
-    lengths = [length for batch in batches for length in batch]
-    runs_padded = not isinstance(encoder_of(model), UnpaddedEncoder)
-    costs = {
-        name: padded if config is None and runs_padded else macs(model, config, lengths)
-        for name, config in configs.items()
-    }
-    return padded, costs
 
 
 def affordable(front: Front, budget: str) -> bool:
