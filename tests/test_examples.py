@@ -221,7 +221,10 @@ def test_the_student_starts_as_every_kth_layer_of_the_teacher(monkeypatch: pytes
         ({"max_length": 200}, "128 positions"),
         ({"drop_ratio": [0.1, 0.2, 0.3]}, "--drop_ratio has 3 numbers; accepted: one, or one for each of 2"),
         ({"keep": [0.5]}, "--keep has 1 numbers; accepted: none, or one for each of 2"),
-        ({"keep": [0.5, 0.6]}, "--keep: LengthConfig: keep=.* increases"),
+        ({"keep": [0.5, 0.6]}, "LengthConfig: keep=.* increases"),
+        ({"drop_ratio": [1.5]}, "LengthDrop: ratio=1.5"),
+        ({"score": "both"}, "score='both'"),
+        ({"cost": "joules"}, "--cost joules: accepted are macs and latency"),
     ],
 )
 def test_squad_options_that_do_not_fit_the_model_are_refused(
@@ -232,6 +235,17 @@ def test_squad_options_that_do_not_fit_the_model_are_refused(
     options = {"model": str(setup[1]), "output_dir": str(tmp_path), "max_length": 90, **wrong}
     with pytest.raises((SystemExit, RecipeError), match=message):  # run_example makes one of the other
         squad.main(squad.SquadOptions(**options))
+    assert not any(tmp_path.iterdir())
+
+
+def test_lengths_for_another_number_of_layers_are_refused_before_training(
+    setup: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    glue = importlib.import_module("dynamic_length_glue")
+    options = {"model": str(setup[1]), "data_dir": str(setup[0]), "output_dir": str(tmp_path), "keep": [0.5]}
+    with pytest.raises(RecipeError, match="--keep has 1 numbers"):
+        glue.main(glue.LengthGlueOptions(**options))
     assert not any(tmp_path.iterdir())
 
 

@@ -112,7 +112,7 @@ def test_gradient_checkpointing_changes_nothing(stage: str) -> None:
         assert len(calls) == 2  # run again for the backward pass
         assert got.keys() == expected.keys()
         for name, gradient in expected.items():  # not bit for bit: MKL's float products may round by where they lie
-            assert (got[name] - gradient).abs().max() <= largest * 1e-5, name
+            assert (got[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7 * largest, name
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -89,7 +89,16 @@ def macs(
 def batch_macs(
     model: PreTrainedModel, configs: Mapping[str, LengthConfig | None], batches: Sequence[Sequence[int]]
 ) -> tuple[int, dict[str, int]]:
-    """Multiply-accumulates of batches of these lengths: with padding, and as a model without lengths runs with each."""
+    """Multiply-accumulates of batches of these lengths, with padding and with each configuration.
+
+    Args:
+        model: without lengths (`lowbit.set_length(model, None)`).
+        configs: by name; None is the model as it is: with padding, unless it is fused.
+        batches: tokens of each sequence of each batch.
+
+    Returns:
+        (what transformers' padded batches take, what each configuration takes).
+    """
     padded = sum(macs(model, None, [max(batch)] * len(batch), first_token_only=False) for batch in batches)
     lengths = [length for batch in batches for length in batch]
     runs_padded = not any(isinstance(module, UnpaddedEncoder) for module in model.modules())

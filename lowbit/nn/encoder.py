@@ -184,9 +184,9 @@ class UnpaddedEncoder(nn.Module):
                 return f"{name}=True asks for the states of all tokens in every layer"
         if mask is not None and mask.dim() != 2:
             implementation = getattr(self.config, "_attn_implementation", UNPADDED)
-            reason = f"; set_attn_implementation({implementation!r}) makes such masks, call it before set_length"
-            reason = "" if implementation == UNPADDED else reason
-            return f"an attention mask of shape {tuple(mask.shape)} is no padding mask [B, S]{reason}"
+            origin = f" (set_attn_implementation({implementation!r}) makes such; call it before set_length)"
+            origin = "" if implementation == UNPADDED else origin
+            return f"an attention mask of shape {tuple(mask.shape)}{origin} is no padding mask [B, S]"
         if any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values")):
             return "cross-attention and caches are those of decoders"
         return None

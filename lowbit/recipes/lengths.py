@@ -20,29 +20,32 @@ import lowbit
 from ..length import Front, LatencyTable, batch_macs, macs, measure_latency, search_lengths
 from . import RecipeError, log
 from .measure import table
-from .options import LengthOptions
 from .stages import Run, arguments, common, distill, train, without_dropout
 
 BUDGETS = ("1.5x", "2x", "3x")
+COSTS = ("macs", "latency")
 
 
-def check_lengths(options: LengthOptions, layers: int) -> None:
-    """Before anything is trained.
+def check_lengths(options: Any, layers: int) -> None:
+    """Before anything is trained: `LengthOptions` for a model of so many layers.
 
     Raises:
-        RecipeError: `drop_ratio` or `keep` for another number of layers, or a `keep` that no layers can have.
+        RecipeError: `drop_ratio` or `keep` for another number of layers, or a value that training, search or
+            comparison would refuse.
     """
     if len(options.drop_ratio) not in (1, layers):
         raise RecipeError(
             f"--drop_ratio has {len(options.drop_ratio)} numbers; accepted: one, or one for each of {layers}"
         )
-    if options.keep:
-        if len(options.keep) != layers:
-            raise RecipeError(f"--keep has {len(options.keep)} numbers; accepted: none, or one for each of {layers}")
-        try:
-            lowbit.LengthConfig(tuple(options.keep))
-        except ValueError as error:
-            raise RecipeError(f"--keep: {error}") from error
+    if len(options.keep) not in (0, layers):
+        raise RecipeError(f"--keep has {len(options.keep)} numbers; accepted: none, or one for each of {layers}")
+    if options.cost not in COSTS:
+        raise RecipeError(f"--cost {options.cost}: accepted are {' and '.join(COSTS)}")
+    try:
+        lowbit.LengthConfig(tuple(options.keep) or (1.0,) * layers, score=options.score)
+        length_drop_of(options)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
 
 
 def adaptive_stages(run: Run, teacher: PreTrainedModel, **fields: Any) -> tuple[str, PreTrainedModel]:
@@ -80,18 +83,21 @@ def length_drop(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | Non
     everything = (1.0,) * model.config.num_hidden_layers
     lowbit.set_length(model, lowbit.LengthConfig(everything, score=options.score, **fields))
     args = arguments(run, "adaptive", options.length_steps, options.length_learning_rate)
+    objectives = None if teacher is None else [lowbit.LogitsLoss()]
+    given = {"args": args, "length_drop": length_drop_of(options), **common(run)}
+    trainer = lowbit.LengthDropTrainer(model=model, teacher=teacher, objectives=objectives, **given)
+    return lowbit.set_length(train(run, "adaptive", trainer), None)
+
+
+def length_drop_of(options: Any) -> lowbit.LengthDrop:
+    """How sub-models are drawn."""
     ratios = tuple(options.drop_ratio)
-    drop = lowbit.LengthDrop(
+    return lowbit.LengthDrop(
         ratio=ratios if len(ratios) > 1 else ratios[0],
         sub_models=options.sub_models,
         importance_weight=getattr(options, "importance_weight", 0.0),
         seed=options.seed,
     )
-    objectives = None if teacher is None else [lowbit.LogitsLoss()]
-    trainer = lowbit.LengthDropTrainer(
-        model=model, teacher=teacher, objectives=objectives, args=args, length_drop=drop, **common(run)
-    )
-    return lowbit.set_length(train(run, "adaptive", trainer), None)
 
 
 def search(
@@ -161,8 +167,8 @@ def cost_of(
     """What a configuration costs, and in what: multiply-accumulates, or milliseconds of a batch of 8 by a table."""
     if run.options.cost == "macs":
         return lambda config: macs(model, config, lengths), "MACs"
-    if run.options.cost != "latency":
-        raise RecipeError(f"cost {run.options.cost}: accepted are macs and latency")
+    if run.options.cost not in COSTS:
+        raise RecipeError(f"cost {run.options.cost}: accepted are {' and '.join(COSTS)}")
     path = run.folder / f"latency-{name}.json"
     if not path.is_file():  # measured once: a search that is resumed needs the same costs
         measure_latency(model, 8, round(statistics.mean(lengths)), score=run.options.score).save(path)

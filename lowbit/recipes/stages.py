@@ -32,6 +32,8 @@ from ..tasks import Task
 from . import RecipeError, log, require
 from .data import check_order
 
+NO_STAGES = ("output_dir", "keep")  # options that change nothing in the stages of a run
+
 
 @dataclass
 class Run:
@@ -77,9 +79,9 @@ def start(options: Any, task: Any, data: Any, tokenizer: PreTrainedTokenizerBase
     """
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    path, wanted = folder / "options.json", {k: v for k, v in asdict(options).items() if k != "output_dir"}
+    path, wanted = folder / "options.json", {k: v for k, v in asdict(options).items() if k not in NO_STAGES}
     if path.is_file():
-        recorded = json.loads(path.read_text())
+        recorded = {k: v for k, v in json.loads(path.read_text()).items() if k not in NO_STAGES}
         if recorded != wanted:
             names = sorted(key for key in recorded.keys() | wanted.keys() if recorded.get(key) != wanted.get(key))
             changes = ", ".join(f"{name}={recorded.get(name)!r} (now {wanted.get(name)!r})" for name in names)
