@@ -16,6 +16,9 @@ import torch
 
 from lowbit_kernels import native
 
+# Read at MKL's first product: else, on AMD, what a product with few columns rounds to depends on where in memory it lies.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+
 
 @pytest.fixture
 def torch_products(monkeypatch: pytest.MonkeyPatch) -> None:

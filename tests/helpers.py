@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import os
@@ -67,14 +66,9 @@ def outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[tor
         return [value for value in model(**inputs).to_tuple() if torch.is_tensor(value)]
 
 
-def identical(a: list[torch.Tensor], b: list[torch.Tensor], head: str = "") -> bool:
-    """Whether outputs have the same bits; of multiple choice heads, the same but for float rounding.
-
-    Their last product has one column, and MKL rounds such by where in memory its operands lie (seen on AMD). A flipped
-    code makes thousands of times as much.
-    """
-    same = functools.partial(torch.allclose, rtol=1e-6, atol=1e-7) if head.endswith("MultipleChoice") else torch.equal
-    return len(a) == len(b) > 0 and all(map(same, a, b))
+def identical(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Whether outputs have the same bits."""
+    return len(a) == len(b) > 0 and all(map(torch.equal, a, b))
 
 
 def minilm_folder() -> Path | None:

@@ -33,7 +33,7 @@ def packed(head: str = "BertForSequenceClassification") -> torch.nn.Module:
 
 def same(model: torch.nn.Module, other: torch.nn.Module, head: str = "BertForSequenceClassification") -> bool:
     inputs = batch(head)
-    return identical(outputs(model.eval(), inputs), outputs(other.eval(), inputs), head)
+    return identical(outputs(model.eval(), inputs), outputs(other.eval(), inputs))
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -27,7 +27,7 @@ def saved(folder: Path, head: str = "BertForSequenceClassification") -> torch.nn
 
 def same(model: torch.nn.Module, other: torch.nn.Module, head: str = "BertForSequenceClassification") -> bool:
     inputs = batch(head)
-    return identical(outputs(model, inputs), outputs(other, inputs), head)
+    return identical(outputs(model, inputs), outputs(other, inputs))
 
 
 def edit(folder: Path, **fields: object) -> None:

@@ -111,8 +111,12 @@ def test_gradient_checkpointing_changes_nothing(stage: str) -> None:
         got = gradients(model, inputs)
         assert len(calls) == 2  # run again for the backward pass
         assert got.keys() == expected.keys()
-        for name, gradient in expected.items():  # not bit for bit: MKL's float products may round by where they lie
-            assert (got[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7 * largest, name
+        for name, gradient in expected.items():
+            # Reentrant, the first pass is without gradients: the CPU's attention then groups sequences by length, and
+            # float sums over another padded length may round otherwise.
+            rounds = stage == "lengths" and reentrant
+            bound = 1e-5 * gradient.norm() + 1e-7 * largest if rounds else 0
+            assert (got[name] - gradient).norm() <= bound, name
 
 
 @pytest.mark.parametrize("stage", STAGES)
