@@ -223,7 +223,8 @@ class DistillationTrainer(Trainer):
     """`transformers.Trainer` whose loss is a sum of objectives between the model (student) and a teacher.
 
     Args:
-        teacher: float model of the same task; moved to the training device, put in eval mode, run without gradients.
+        teacher: float model of the same task; moved to the training device, put in eval mode, run without gradients and
+            in the mixed precision of the student.
         objectives: summed all the time (joint schedule); default: hidden, attention and logits; without attention for
             models whose attention does not give its scores (it does in the architectures that `lowbit.models`
             describes, but for MPNet).
@@ -341,7 +342,7 @@ class DistillationTrainer(Trainer):
         student = model(**inputs, **wanted)
         teacher = None
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self.accelerator.autocast():  # what wraps the student's own forward
                 teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}, **wanted)
         losses = [(objective.name, objective(student, teacher, inputs)) for objective in objectives]
         self._note(losses)

@@ -16,7 +16,7 @@ import torch
 
 from lowbit_kernels import native
 
-# Read at MKL's first product: else, on AMD, what a product with few columns rounds to depends on where in memory it lies.
+# Read at MKL's first product. Else, on AMD, a product with few columns rounds by where in memory it lies.
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 

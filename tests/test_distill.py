@@ -281,6 +281,16 @@ def test_trainer_logs_the_losses_of_the_formulas(tmp_path: Path) -> None:
     assert logged(trainer, "loss") == [pytest.approx(sum(expected.values()), rel=1e-4)]
 
 
+def test_mixed_precision_is_the_teachers_too(tmp_path: Path) -> None:
+    student = tiny(**NO_DROPOUT)
+    ran: list[torch.dtype] = []
+    teacher = copy.deepcopy(student)
+    teacher.bert.encoder.layer[0].output.dense.register_forward_hook(lambda _, inputs, output: ran.append(output.dtype))
+    trainer = distil(tmp_path, student, teacher, dataset(8), arguments={"max_steps": 1, "bf16": True})
+    assert ran == [torch.bfloat16]
+    assert logged(trainer, "loss_hidden") == logged(trainer, "loss_attention") == [0.0]
+
+
 def losses(student: Any, teacher: Any, inputs: dict[str, torch.Tensor]) -> list[float]:
     for model in (student, teacher):
         model.set_attn_implementation("lowbit")
