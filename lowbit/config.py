@@ -175,8 +175,10 @@ class LengthConfig:
         keep: one number a layer, by `unit`:
             "ratio": of the sequence's own length when it entered the model, in (0, 1], not increasing; rounded up;
             "tokens": a number of tokens, at least 1, not increasing (Length-Adaptive Transformer);
-            "threshold": tokens whose mean attention received is below it are dropped, in [0, 1) (learned token
-            pruning). The mean is over heads and over the queries of the same sequence that the layer still has.
+            "threshold": tokens that receive less attention than so many even shares are dropped, from 0 (learned token
+            pruning). An even share is what each would get if all tokens that the layer still has of the sequence got
+            the same: 0.5 means the same for short and for long ones. Published thresholds are of attention divided by
+            the padded length: times that length, they are these.
         unit: "ratio", "tokens" or "threshold".
         min_tokens: fewer are never kept of a sequence that has as many.
         score: attention received from "all" queries, or from the first one ("cls": cheaper).
@@ -210,7 +212,7 @@ class LengthConfig:
         accepted_keep, fits = {
             "ratio": ("ratios in (0, 1]", lambda k: 0 < k <= 1),
             "tokens": ("whole numbers from 1", lambda k: k >= 1 and k == int(k)),
-            "threshold": ("thresholds in [0, 1)", lambda k: 0 <= k < 1),
+            "threshold": ("thresholds from 0", lambda k: k >= 0),
         }[self.unit]
         if not self.keep or not all(isinstance(k, int | float) and math.isfinite(k) and fits(k) for k in self.keep):
             raise ValueError(f"LengthConfig: keep={self.keep} with unit={self.unit!r}; accepted: {accepted_keep}")

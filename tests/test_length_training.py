@@ -522,17 +522,19 @@ def packed(*lengths: int) -> Sequences:
 
 def test_thresholds_scale_tokens_by_the_formula() -> None:
     heads, lengths = 4, (5, 1, 0, 3)
-    soft = LearnedThresholds(LAYERS, final_threshold=0.3, temperature=0.05, weight=0.2)
+    soft = LearnedThresholds(LAYERS, final_threshold=1.2, temperature=0.4, weight=0.2)
     with torch.no_grad():
         soft.offset.copy_(torch.tensor([0.01, -0.02, 0.03]))
-    theta = [0.01, 0.3 / 3 - 0.02, 0.6 / 3 + 0.03]
+    theta = [0.01, 1.2 / 3 - 0.02, 2.4 / 3 + 0.03]
     importance, total = torch.rand(LAYERS, 9, dtype=torch.float64) * 5, 0.0
+    for part in importance.split([n for n in lengths if n], 1):  # as attention gives it: each query spends 1 a head
+        part.mul_(heads / part.mean(1, keepdim=True))
     for layer in range(LAYERS):
         expected = []
         for length in lengths:
             for place in range(length):
-                mean = importance[layer, len(expected)].item() / (heads * length)
-                expected.append(1.0 if place == 0 else 1 / (1 + math.exp(-(mean - theta[layer]) / 0.05)))
+                share = importance[layer, len(expected)].item() / heads
+                expected.append(1.0 if place == 0 else 1 / (1 + math.exp(-(share - theta[layer]) / 0.4)))
         factor = soft(layer, importance[layer], packed(*lengths), heads)
         assert factor.tolist() == pytest.approx(expected, rel=1e-5)
         total += np.mean(expected)
@@ -541,11 +543,11 @@ def test_thresholds_scale_tokens_by_the_formula() -> None:
     assert config.unit == "threshold" and config.keep == pytest.approx(theta, rel=1e-5)
 
 
-def test_thresholds_outside_of_what_can_be_kept_are_clamped() -> None:
-    soft = LearnedThresholds(2)
+def test_thresholds_below_zero_are_zero() -> None:
+    soft = LearnedThresholds(2, final_threshold=1.0)
     with torch.no_grad():
         soft.offset.copy_(torch.tensor([-0.5, 1.5]))
-    assert soft.length_config().keep == pytest.approx((0.0, 1.0), abs=2e-6)
+    assert soft.length_config().keep == (0.0, 2.0)
 
 
 def test_ranks_are_counts_of_more_important_tokens() -> None:
@@ -591,7 +593,7 @@ def test_gradients_are_those_of_the_scaled_model(kind: Any) -> None:
     """Of lengths and of the model, by differences in float64; the importance in the factors has its share."""
     model = model_of("BertForTokenClassification").double().eval()
     inputs = {**batch("BertForTokenClassification"), "labels": torch.randint(0, 5, (3, 11))}
-    soft = LearnedThresholds(LAYERS, final_threshold=0.1, temperature=0.05) if kind is LearnedThresholds else None
+    soft = LearnedThresholds(LAYERS, final_threshold=1.0, temperature=0.5) if kind is LearnedThresholds else None
     soft = (soft or SoftExtract(LAYERS, 11)).double()
     parameter = next(soft.parameters())
     with torch.no_grad():
@@ -618,7 +620,7 @@ def test_gradients_are_those_of_the_scaled_model(kind: Any) -> None:
 # --- learned lengths: the trainer -------------------------------------------------------------------------------------
 
 SOFT = {
-    "thresholds": lambda: LearnedThresholds(LAYERS, final_threshold=0.1, temperature=0.05, learning_rate=1e-2),
+    "thresholds": lambda: LearnedThresholds(LAYERS, final_threshold=1.0, temperature=0.5, learning_rate=0.1),
     "soft extract": lambda: SoftExtract(LAYERS, 12, weight=0.1, learning_rate=0.5),
 }
 
@@ -661,7 +663,7 @@ def soft_file(folder: Path) -> torch.Tensor | None:
 
 
 def test_the_group_of_the_lengths_has_its_own_rate_and_no_decay(tmp_path: Path) -> None:
-    soft = LearnedThresholds(LAYERS, temperature=0.05, learning_rate=0.25)
+    soft = LearnedThresholds(LAYERS, temperature=0.5, learning_rate=0.25)
     changes = {"optim": "adamw_torch", "weight_decay": 0.1, "lr_scheduler_type": "linear"}
     trainer = soft_trainer(tmp_path, model_of(), dataset(), soft, arguments=changes)
     trainer.train()
@@ -788,7 +790,7 @@ def test_two_processes_give_the_curves_of_one(tmp_path: Path) -> None:
         (lambda: LengthDrop(importance_weight=-1.0), "importance_weight=-1.0; accepted: a number from 0"),
         (lambda: LengthDrop(sub_models=1.5), "sub_models=1.5; accepted: a whole number"),
         (lambda: LearnedThresholds(0), "layers=0"),
-        (lambda: LearnedThresholds(2, final_threshold=1.0), "final_threshold=1.0"),
+        (lambda: LearnedThresholds(2, final_threshold=-1.0), "final_threshold=-1.0"),
         (lambda: LearnedThresholds(2, temperature=0.0), "temperature=0.0; accepted: above 0"),
         (lambda: LearnedThresholds(2, weight=-1.0), "weight=-1.0"),
         (lambda: SoftExtract(2, 0), "max_length=0"),

@@ -46,8 +46,8 @@ def reference(model: Any, ids: torch.Tensor, config: lowbit.LengthConfig, types:
         after = layer.attention.output(context, hidden)
         protected = {0} if types is None else {0, *(i for i, place in enumerate(alive) if types[place] == 0)}
         if config.unit == "threshold":
-            mean = (score / (heads * len(alive))).tolist()
-            count = sum(i in protected or m >= keep for i, m in enumerate(mean))
+            shares = (score / score.mean()).tolist()
+            count = sum(i in protected or share >= keep for i, share in enumerate(shares))
             count = max(count, min(config.min_tokens, len(alive)))
         else:
             count = min(kept(n, keep, config), len(alive))
@@ -66,7 +66,8 @@ CONFIGS = {
     "tokens": lowbit.LengthConfig((9, 7, 3, 1), unit="tokens"),
     "at least three": lowbit.LengthConfig((0.9, 0.5, 0.1, 0.1), min_tokens=3),
     "by the first query": lowbit.LengthConfig((0.8, 0.6, 0.5, 0.5), score="cls"),
-    "thresholds": lowbit.LengthConfig((0.0, 0.08, 0.1, 0.15), unit="threshold"),
+    "thresholds": lowbit.LengthConfig((0.0, 0.98, 1.0, 1.1), unit="threshold"),
+    "thresholds by the first query": lowbit.LengthConfig((0.98, 0.0, 1.0, 0.99), unit="threshold", score="cls"),
 }
 
 
@@ -263,7 +264,8 @@ def test_bounds_hold_for_any_lengths() -> None:
         ({"keep": (0.5, 0.9)}, "increases"),
         ({"keep": (8, 9), "unit": "tokens"}, "increases"),
         ({"keep": (8, 2.5), "unit": "tokens"}, "whole numbers"),
-        ({"keep": (1.0,), "unit": "threshold"}, r"thresholds in \[0, 1\)"),
+        ({"keep": (-0.1,), "unit": "threshold"}, "thresholds from 0"),
+        ({"keep": (float("inf"),), "unit": "threshold"}, "thresholds from 0"),
         ({"keep": (float("nan"),)}, "ratios"),
         ({"keep": ()}, "ratios"),
         ({"keep": (1.0,), "unit": "percent"}, "unit='percent'"),

@@ -1,6 +1,6 @@
 """Lengths that are learned: while it trains, a layer multiplies each token by a factor instead of dropping some.
 
-    learned token pruning   M = sigmoid((mean importance - theta_l) / temperature), after the FFN
+    learned token pruning   M = sigmoid((share - theta_l) / temperature), after the FFN
                             penalty: weight * sum_l mean over tokens of M               theta_l is learned
     PoWER-BERT              M = W_l[rank of the token by importance], after attention
                             penalty: sum_l weight * l * |W_l|_1, l = 1 .. L             W_l in [0, 1] is learned
@@ -65,15 +65,15 @@ class SoftLengths(nn.Module, ABC):
 class LearnedThresholds(SoftLengths):
     """Learned token pruning (Kim et al. 2022), the soft phase.
 
-    The mean importance is over heads and over the queries of the token's own sequence, where the released code divides
-    by the padded length: a threshold of it learned at padding S is ours times n / S for n tokens, and ours means the
-    same at any padding. Another deliberate difference: the first token's factor is 1, as it is never dropped.
+    The share of a token is the attention that it receives, beside that of an even distribution over its sequence; the
+    mean over a sequence is 1, whatever its length. The released code divides by the padded length S: its thresholds and
+    temperatures times S are ours. Another deliberate difference: the first token's factor is 1, as it is never dropped.
 
     Args:
         layers: of the model.
         final_threshold: layer l = 0 .. L-1 starts at final_threshold * l / L.
-        temperature: of the sigmoid; published 1e-5 to 2e-3. Means are about 1 / n: where they all are many temperatures
-            from a threshold, as in short sequences, it does not move.
+            Published 0.01 S.
+        temperature: of the sigmoid; published 1e-5 S to 2e-3 S.
         weight: of the penalty; published 0.01 to 0.2.
         learning_rate: of the thresholds.
     """
@@ -84,14 +84,14 @@ class LearnedThresholds(SoftLengths):
         self,
         layers: int,
         *,
-        final_threshold: float = 0.01,
-        temperature: float = 1e-3,
+        final_threshold: float = 1.0,
+        temperature: float = 0.1,
         weight: float = 0.1,
-        learning_rate: float = 1e-4,
+        learning_rate: float = 1e-2,
     ) -> None:
         super().__init__(layers, weight, learning_rate)
-        if not 0 <= final_threshold < 1:
-            raise ValueError(f"LearnedThresholds: final_threshold={final_threshold}; accepted: 0 to below 1")
+        if not 0 <= final_threshold < float("inf"):
+            raise ValueError(f"LearnedThresholds: final_threshold={final_threshold}; accepted: 0 or above")
         if not 0 < temperature < float("inf"):
             raise ValueError(f"LearnedThresholds: temperature={temperature}; accepted: above 0")
         self.final_threshold, self.temperature = final_threshold, temperature
@@ -104,11 +104,8 @@ class LearnedThresholds(SoftLengths):
         return self.final_threshold * start + self.offset
 
     def forward(self, layer: int, importance: torch.Tensor, sequences: Sequences, heads: int) -> torch.Tensor:
-        cu_seqlens = sequences.cu_seqlens
-        lengths = cu_seqlens.diff().long()
-        mean = importance / (heads * lengths.repeat_interleave(lengths, output_size=len(importance)))
-        factor = torch.sigmoid((mean - self.thresholds()[layer]) / self.temperature)
-        factor = factor.masked_fill(_first(cu_seqlens, len(importance)), 1.0)
+        factor = torch.sigmoid((importance / heads - self.thresholds()[layer]) / self.temperature)
+        factor = factor.masked_fill(_first(sequences.cu_seqlens, len(importance)), 1.0)
         self._kept[layer] = factor.mean()
         return factor
 
@@ -119,7 +116,7 @@ class LearnedThresholds(SoftLengths):
 
     def length_config(self) -> LengthConfig:
         """The thresholds, for the hard phase: training and use with tokens dropped."""
-        keep = self.thresholds().detach().double().clamp(0, 1 - 1e-6)
+        keep = self.thresholds().detach().double().clamp(min=0)
         return LengthConfig(tuple(keep.tolist()), unit="threshold")
 
 

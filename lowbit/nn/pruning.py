@@ -120,7 +120,7 @@ def drop(
         sequences: the layer's input.
         keep: from `plan`.
         num_tokens: T.
-        heads: that importance is a sum over, as over queries.
+        heads: that importance is a sum over.
         protected: bool [T] or None.
     """
     cu_seqlens, longest, _ = sequences
@@ -139,10 +139,12 @@ def drop(
             num_tokens=keep.num_tokens,
         )
         return Kept(rows, keep.sequences)
-    lengths = cu_seqlens.diff()
-    mean = importance / (heads * lengths.repeat_interleave(lengths.long(), output_size=num_tokens))
+    even_shares = importance / heads  # importance of all queries has the mean `heads`, that of the first one heads / n
+    if keep.score == "cls":
+        lengths = cu_seqlens.diff().long()
+        even_shares = even_shares * lengths.repeat_interleave(lengths, output_size=num_tokens)
     rows, kept = select_tokens(
-        mean,
+        even_shares,
         cu_seqlens,
         keep.threshold,
         unit="threshold",
