@@ -2,7 +2,8 @@
 
 Fine-tune a teacher, train it so that it works at any length (--length_steps 0 drops tokens from it as it is), search
 which layer may drop how much, and measure 1.5, 2 and 3 times fewer multiply-accumulates. With --ternary the model is
-distilled to 2-2-8 first, and what is searched and measured is packed and fused.
+distilled to 2-2-8 first, and what is searched and measured is packed and fused. With --length_method ltp or power_bert
+lengths are learned in place of searched: --length_steps in which a layer scales tokens, and as many in which it drops.
 
 example:
   python examples/dynamic_length_glue.py --task sst2 --data_dir DIR --output_dir runs/length --max_train_samples 40000
@@ -23,7 +24,7 @@ from transformers import AutoConfig
 
 from _common import GlueOptions, run_example
 from lowbit.recipes.data import offline_if_local
-from lowbit.recipes.lengths import adaptive_stages, check_lengths, compare, search, set_apart
+from lowbit.recipes.lengths import adaptive_stages, check_lengths, choose_lengths, compare, set_apart
 from lowbit.recipes.measure import evaluate
 from lowbit.recipes.options import LengthOptions
 from lowbit.recipes.stages import teacher_stage
@@ -43,11 +44,11 @@ def main(options: LengthGlueOptions) -> None:
     name, model = adaptive_stages(run, teacher_stage(run))
     apart = dataclasses.replace(run, task=dataclasses.replace(run.task, validation=("search",)))
     lengths = [len(ids) for ids in run.data["search"]["input_ids"]]
-    front = search(run, name, model, lambda model: next(iter(evaluate(apart, model).values())), lengths)
+    configs = choose_lengths(run, name, model, lambda model: next(iter(evaluate(apart, model).values())), lengths)
     columns = run.tokenizer.model_input_names
     validation = [row for split in run.task.validation for row in run.data[split].select_columns(columns)]
-    print("\n" + compare(run, model, front, lambda model: evaluate(run, model), validation))
-    print(f"results: {run.folder / 'results.json'}; front: {run.folder / 'front.json'}, front.png")
+    print("\n" + compare(run, model, configs, lambda model: evaluate(run, model), validation))
+    print(f"results: {run.folder / 'results.json'}")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from transformers import (
 from _common import Options, print_step_times, run_example
 from lowbit import models
 from lowbit.recipes.data import offline_if_local
-from lowbit.recipes.lengths import adaptive_stages, check_lengths, compare, search
+from lowbit.recipes.lengths import adaptive_stages, check_lengths, choose_lengths, compare
 from lowbit.recipes.measure import measure, table
 from lowbit.recipes.options import LengthOptions
 from lowbit.recipes.stages import Run, distill, fine_tune, start
@@ -160,7 +160,7 @@ def main(options: SquadOptions) -> None:
     print(f"CPU latency at sequence length {options.max_length}")
     protect = ("first_segment",) if options.protect_question else ()
     name, model = adaptive_stages(run, model, protect=protect)
-    front = search(
+    configs = choose_lengths(
         run,
         name,
         model,
@@ -169,8 +169,8 @@ def main(options: SquadOptions) -> None:
         protect=protect,
     )
     validation = list(run.data["validation"].select_columns(run.tokenizer.model_input_names))
-    print("\n" + compare(run, model, front, lambda model: evaluate(run, model), validation))
-    print(f"results: {run.folder / 'results.json'}; front: {run.folder / 'front.json'}, front.png")
+    print("\n" + compare(run, model, configs, lambda model: evaluate(run, model), validation))
+    print(f"results: {run.folder / 'results.json'}")
 
 
 if __name__ == "__main__":

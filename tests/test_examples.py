@@ -128,6 +128,23 @@ def test_dynamic_length_runs(extra: list[str], setup: tuple[Path, Path], tmp_pat
     assert (tmp_path / "front.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("method", ["ltp", "power_bert"])
+@pytest.mark.parametrize("ternary", ["True", "False"])
+def test_lengths_are_learned(method: str, ternary: str, setup: tuple[Path, Path], tmp_path: Path) -> None:
+    new = ["--length_method", method, "--length_steps", "2", "--length_weight", "0.5", "--search_samples", "16"]
+    arguments = [*options(setup, tmp_path), *new, "--ternary", ternary, "--keep", "1", "0.5"]
+    assert "== learned" in run("dynamic_length_glue.py", *arguments)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"without lengths", "all tokens", "given", "learned"} <= set(results) and "2x fewer" not in results
+    assert results["learned"]["gmacs"] <= results["all tokens"]["gmacs"]
+    assert not (tmp_path / "front.json").exists()
+    unit = {"ltp": "threshold", "power_bert": "tokens"}[method]
+    folders = ["soft", "learned", *(["packed"] if ternary == "True" else [])]
+    lengths = [json.loads((tmp_path / folder / "config.json").read_text())["length_config"] for folder in folders]
+    assert lengths[0]["unit"] == unit and all(each == lengths[0] for each in lengths)
+    assert "== " not in run("dynamic_length_glue.py", *arguments)
+
+
 @pytest.mark.parametrize("file", ["thesis.tex", "options.json"])
 def test_demo_does_not_delete_what_is_not_its_own(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / file).write_text('{"task": "sst2"}')
@@ -225,6 +242,11 @@ def test_the_student_starts_as_every_kth_layer_of_the_teacher(monkeypatch: pytes
         ({"drop_ratio": [1.5]}, "LengthDrop: ratio=1.5"),
         ({"score": "both"}, "score='both'"),
         ({"cost": "joules"}, "--cost joules: accepted are macs and latency"),
+        ({"length_method": "guess"}, "--length_method guess: accepted are lengthdrop, ltp, power_bert"),
+        ({"length_method": "ltp"}, "takes --score all and --length_steps above 0, got --score cls --length_steps 1000"),
+        ({"length_method": "ltp", "score": "all", "length_steps": 0}, "--length_steps 0"),
+        ({"length_weight": 0.1}, "--length_weight is of --length_method ltp and power_bert"),
+        ({"length_method": "power_bert", "score": "all", "length_weight": -1.0}, "SoftExtract: weight=-1.0"),
     ],
 )
 def test_squad_options_that_do_not_fit_the_model_are_refused(

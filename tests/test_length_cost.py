@@ -17,7 +17,16 @@ from transformers.models import bert as bert_package
 import lowbit
 from helpers import HEADS, batch, outputs, tiny
 from lowbit import models
-from lowbit.length import LatencyTable, LengthConfig, batch_macs, cost, kept_lengths, macs, measure_latency
+from lowbit.length import (
+    LatencyTable,
+    LengthConfig,
+    batch_macs,
+    cost,
+    kept_lengths,
+    macs,
+    measure_latency,
+    observed_lengths,
+)
 from lowbit_kernels import kept_cu_seqlens
 
 
@@ -55,6 +64,43 @@ def test_kept_lengths_are_those_of_the_kernels(unit: str) -> None:
 def test_thresholds_have_no_lengths() -> None:
     with pytest.raises(ValueError, match=r"'threshold'.*accepted: 'ratio', 'tokens'"):
         kept_lengths([3], LengthConfig((0.1,), unit="threshold"))
+
+
+STAGES = {
+    "float": lambda head: tiny(head),
+    "prepared": lambda head: lowbit.prepare(tiny(head), lowbit.TernaryConfig()),
+    "fused": lambda head: lowbit.quantize(tiny(head), lowbit.TernaryConfig(), fused=True),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "config", [LengthConfig((0.7, 0.4)), LengthConfig((1, 1)), LengthConfig((9, 2), unit="tokens")]
+)
+def test_observed_lengths_are_those_of_the_configuration(stage: str, config: LengthConfig) -> None:
+    head = "BertForTokenClassification"
+    model = lowbit.set_length(STAGES[stage](head), config).train()
+    batches = [batch(head, rows=rows, length=length) for rows, length in ((3, 13), (2, 7), (1, 20))]
+    lengths = [n for inputs in batches for n in inputs["attention_mask"].sum(-1).tolist()]
+    assert observed_lengths(model, batches) == kept_lengths(lengths, config)
+    assert observed_lengths(model, []) == [[], []]
+    with pytest.raises(ValueError, match="drops no tokens; set lengths first"):
+        observed_lengths(lowbit.set_length(model, None), batches)
+
+
+@pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForTokenClassification"])
+def test_macs_of_thresholds_are_those_of_the_linears_that_run(head: str) -> None:
+    model, inputs = tiny(head), batch(head, rows=5, length=16)
+    lengths = inputs["attention_mask"].sum(-1).tolist()
+    lowbit.set_length(model, LengthConfig((1.0, 0.97), unit="threshold"))
+    kept = observed_lengths(model, [inputs])
+    assert sum(lengths) > sum(kept[0]) > 5
+    counter = Counter(model)
+    outputs(model, inputs)
+    attention = sum(2 * n**2 * 64 for layer in (lengths, kept[0]) for n in layer)
+    assert macs(model, kept, lengths) == counter.total + attention
+    with pytest.raises(ValueError, match="1 numbers in keep, the model 2 layers"):
+        macs(model, kept[:1], lengths)
 
 
 # -------------------------------------------------------------------------------------------- multiply-accumulates

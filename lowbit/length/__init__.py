@@ -6,7 +6,7 @@ Training for it is in `lowbit.length.training` and `lowbit.length.soft` (`lowbit
 from __future__ import annotations
 
 from ..config import LengthConfig
-from .cost import LatencyTable, batch_macs, kept_lengths, macs, measure_latency
+from .cost import LatencyTable, batch_macs, kept_lengths, macs, measure_latency, observed_lengths
 from .front import Front, FrontPoint
 from .search import search_lengths
 
@@ -19,5 +19,6 @@ __all__ = [
     "kept_lengths",
     "macs",
     "measure_latency",
+    "observed_lengths",
     "search_lengths",
 ]

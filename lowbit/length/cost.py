@@ -16,7 +16,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -40,19 +40,52 @@ def kept_lengths(lengths: Sequence[int], length_config: LengthConfig) -> list[li
     The same numbers as `lowbit_kernels.kept_cu_seqlens`.
 
     Raises:
-        ValueError: unit "threshold", which depends on the text.
+        ValueError: unit "threshold", which depends on the text (`observed_lengths`).
     """
     if length_config.unit == "threshold":
-        raise ValueError("unit='threshold' keeps what the text says; accepted: 'ratio', 'tokens'")
+        raise ValueError(
+            "unit='threshold' keeps what the text says; accepted: 'ratio', 'tokens'; lowbit.length.observed_lengths "
+            "counts what a model keeps of a text"
+        )
     least = length_config.min_tokens
     if length_config.unit == "ratio":
         return [[min(n, max(math.ceil(keep * n), least)) for n in lengths] for keep in length_config.keep]
     return [[min(n, max(int(keep), least)) for n in lengths] for keep in length_config.keep]
 
 
+@torch.inference_mode()
+def observed_lengths(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> list[list[int]]:
+    """`kept_lengths` of these batches, counted while the model runs: also where thresholds decide.
+
+    Args:
+        model: with lengths (`lowbit.set_length`); it is in evaluation mode afterwards.
+        batches: what the model reads, with attention_mask; labels are left out.
+
+    Returns:
+        For each layer, tokens of each sequence of all batches, in their order.
+
+    Raises:
+        ValueError: a model without lengths.
+    """
+    encoder = encoder_of(model)
+    if not isinstance(encoder, UnpaddedEncoder) or encoder.lengths is None:
+        raise ValueError("the model drops no tokens; set lengths first: lowbit.set_length(model, LengthConfig(...))")
+    model.eval()
+    kept: list[list[int]] = [[] for _ in encoder.layer]
+    try:
+        for batch in batches:
+            encoder.kept_lengths = []
+            model(**{name: value for name, value in batch.items() if name != "labels"})
+            for layer, lengths in zip(kept, encoder.kept_lengths, strict=True):
+                layer += lengths.tolist()
+    finally:
+        encoder.kept_lengths = None
+    return kept
+
+
 def macs(
     model: PreTrainedModel,
-    length_config: LengthConfig | None = None,
+    length_config: LengthConfig | Sequence[Sequence[int]] | None = None,
     lengths: Sequence[int] | None = None,
     first_token_only: bool | None = None,
 ) -> int:
@@ -60,7 +93,7 @@ def macs(
 
     Args:
         model: float, prepared, packed or slimmed; its layers' own sizes count.
-        length_config: None keeps all tokens.
+        length_config: None keeps all tokens; or what each layer keeps of each sequence, as `observed_lengths` counts.
         lengths: tokens of each sequence; None for one as long as the model takes.
         first_token_only: the last layer's attention output and FFN compute the first token only. None: as the model
             runs, that is where its head reads no other, and it runs without padding or a length_config is given.
@@ -70,10 +103,10 @@ def macs(
     """
     lengths = [model.config.max_position_embeddings] if lengths is None else [int(n) for n in lengths]
     sizes = _sizes(model)
-    kept = [lengths] * len(sizes)
+    kept: list[Sequence[int]] = [lengths] * len(sizes)
     if length_config is not None:
-        _check_layers(length_config, len(sizes))
-        kept = kept_lengths(lengths, length_config)
+        kept = [*(kept_lengths(lengths, length_config) if isinstance(length_config, LengthConfig) else length_config)]
+        _check_layers(kept, len(sizes))
     if first_token_only is None:
         unpadded = length_config is not None or any(isinstance(m, UnpaddedEncoder) for m in model.modules())
         first_token_only = unpadded and reads_first_token_only(model)
@@ -87,13 +120,15 @@ def macs(
 
 
 def batch_macs(
-    model: PreTrainedModel, configs: Mapping[str, LengthConfig | None], batches: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    configs: Mapping[str, LengthConfig | Sequence[Sequence[int]] | None],
+    batches: Sequence[Sequence[int]],
 ) -> tuple[int, dict[str, int]]:
     """Multiply-accumulates of batches of these lengths, with padding and with each configuration.
 
     Args:
         model: without lengths (`lowbit.set_length(model, None)`).
-        configs: by name; None is the model as it is: with padding, unless it is fused.
+        configs: by name, as in `macs`; None is the model as it is: with padding, unless it is fused.
         batches: tokens of each sequence of each batch.
 
     Returns:
@@ -133,9 +168,9 @@ def _sizes(model: PreTrainedModel) -> list[_Sizes]:
     return result
 
 
-def _check_layers(length_config: LengthConfig, layers: int) -> None:
-    if len(length_config.keep) != layers:
-        raise ValueError(f"LengthConfig has {len(length_config.keep)} numbers in keep, the model {layers} layers")
+def _check_layers(keep: Sequence[Any], layers: int) -> None:
+    if len(keep) != layers:
+        raise ValueError(f"LengthConfig has {len(keep)} numbers in keep, the model {layers} layers")
 
 
 # ----------------------------------------------------------------------------------------------------- measured time
@@ -184,7 +219,7 @@ class LatencyTable:
         Raises:
             ValueError: unit "threshold", or a configuration for another number of layers.
         """
-        _check_layers(length_config, self.layers)
+        _check_layers(length_config.keep, self.layers)
         kept = [n for (n,) in kept_lengths([self.seq_len], length_config)]
         saved = [self._saved(n) for n in kept]
         dropping = kept if self.last_share else kept[:-1]

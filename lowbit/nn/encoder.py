@@ -67,6 +67,7 @@ class UnpaddedEncoder(nn.Module):
         soft_mask: in training, a factor for every token.
         importance_target: in training, float [T], what share of their sequence's importance its tokens are to have.
         importance_losses: how far they are from it, for every layer that has dropped tokens since there is a target.
+        kept_lengths: None, or a list: every layer adds what it has left of each sequence, int [B].
         replaced_attention: the model's attention implementation before this encoder came.
     """
 
@@ -86,6 +87,7 @@ class UnpaddedEncoder(nn.Module):
         self.soft_mask: SoftMask | None = None
         self.importance_target: torch.Tensor | None = None
         self.importance_losses: list[torch.Tensor] = []
+        self.kept_lengths: list[torch.Tensor] | None = None
         self.replaced_attention: str | None = None
         # What `lowbit.compile` replaces: a layer is two parts, between them tokens are dropped.
         self.run_attention_modules: Callable[..., Any] = self._run_attention_modules
@@ -215,7 +217,12 @@ class UnpaddedEncoder(nn.Module):
                 self.importance_losses.append(importance_loss(received, target, sequences))
                 target = target[kept.rows]
             sequences, protected = _after(before, kept, sequences, protected, survivors)
+            self._note(sequences)
         return tokens if survivors is None else survivors.all(tokens)
+
+    def _note(self, sequences: Sequences, layers: int = 1) -> None:
+        if self.kept_lengths is not None:
+            self.kept_lengths += [sequences.cu_seqlens.diff()] * layers
 
     def _survivors(self, sequences: Sequences, first_token_only: bool) -> Survivors | None:
         if first_token_only:
@@ -369,6 +376,7 @@ class PackedEncoder(UnpaddedEncoder):
                 tokens, codes, kept = self._run_layer(weights[0], tokens, codes, sequences, steps[0], protected, bias)
                 sequences, protected = _after(before, kept, sequences, protected, survivors)
             done = together or 1
+            self._note(sequences, done)
             weights, steps = weights[done:], steps[done:]
         return tokens if survivors is None else survivors.all(tokens)
 

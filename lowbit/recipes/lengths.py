@@ -1,4 +1,4 @@
-"""Dropped tokens: LengthDrop training, the search for lengths, and what budgets cost and lose."""
+"""Dropped tokens: training, lengths that are searched or learned, and what they cost and lose."""
 
 from __future__ import annotations
 
@@ -17,13 +17,24 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 
 import lowbit
 
-from ..length import Front, LatencyTable, batch_macs, macs, measure_latency, search_lengths
+from ..length import (
+    Front,
+    LatencyTable,
+    batch_macs,
+    kept_lengths,
+    macs,
+    measure_latency,
+    observed_lengths,
+    search_lengths,
+)
+from ..length.soft import LearnedThresholds, SoftExtract
 from . import RecipeError, log
 from .measure import table
-from .stages import Run, arguments, common, distill, train, without_dropout
+from .stages import Run, arguments, common, distill, fine_tune, train, without_dropout
 
 BUDGETS = ("1.5x", "2x", "3x")
 COSTS = ("macs", "latency")
+METHODS = ("lengthdrop", "ltp", "power_bert")
 
 
 def check_lengths(options: Any, layers: int) -> None:
@@ -41,20 +52,33 @@ def check_lengths(options: Any, layers: int) -> None:
         raise RecipeError(f"--keep has {len(options.keep)} numbers; accepted: none, or one for each of {layers}")
     if options.cost not in COSTS:
         raise RecipeError(f"--cost {options.cost}: accepted are {' and '.join(COSTS)}")
+    if options.length_method not in METHODS:
+        raise RecipeError(f"--length_method {options.length_method}: accepted are {', '.join(METHODS)}")
+    learned = options.length_method != "lengthdrop"
+    if learned and (options.score != "all" or not options.length_steps):
+        raise RecipeError(
+            f"--length_method {options.length_method} takes --score all and --length_steps above 0, got "
+            f"--score {options.score} --length_steps {options.length_steps}"
+        )
+    if options.length_weight is not None and not learned:
+        raise RecipeError("--length_weight is of --length_method ltp and power_bert")
     try:
         lowbit.LengthConfig(tuple(options.keep) or (1.0,) * layers, score=options.score)
-        length_drop_of(options)
+        soft_lengths_of(options, layers, 1) if learned else length_drop_of(options)
     except ValueError as error:
         raise RecipeError(str(error)) from error
 
 
 def adaptive_stages(run: Run, teacher: PreTrainedModel, **fields: Any) -> tuple[str, PreTrainedModel]:
-    """The model whose lengths are searched, and its stage: LengthDrop comes last, after quantization.
+    """The model that drops tokens, and its stage: training for that comes last, after quantization.
 
     (QuaLA-MiniLM: quantizing costs less than dropping, and what may be dropped depends on it.)
 
     Args:
         **fields: of the `LengthConfig`s that it is trained for, as in `search`.
+
+    Returns:
+        The stage, and its model, which has learned lengths set.
     """
     name, model, options = "teacher", teacher, run.options
     if options.ternary:
@@ -65,7 +89,14 @@ def adaptive_stages(run: Run, teacher: PreTrainedModel, **fields: Any) -> tuple[
             return distill(run, "ternary", student, teacher, options.steps, options.learning_rate)
 
         model = run.stage(name, quantized)
-    if options.length_steps:
+    learned = None
+    if options.length_method != "lengthdrop":
+        name = "learned"
+        before = model
+        soft = run.stage("soft", lambda: learn_lengths(run, before, teacher if options.ternary else None, **fields))
+        learned = lowbit.LengthConfig.from_dict(soft.config.length_config)
+        model = run.stage(name, lambda: train_with(run, soft, learned, teacher if options.ternary else None))
+    elif options.length_steps:
         name = "adaptive"
         before = model
         model = run.stage(name, lambda: length_drop(run, before, teacher if options.ternary else None, **fields))
@@ -73,7 +104,7 @@ def adaptive_stages(run: Run, teacher: PreTrainedModel, **fields: Any) -> tuple[
         name = "packed"
         prepared = model
         model = lowbit.fuse(run.stage(name, lambda: lowbit.convert(prepared)))
-    return name, model
+    return name, model if learned is None else lowbit.set_length(model, learned)
 
 
 def length_drop(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None, **fields: Any) -> PreTrainedModel:
@@ -89,6 +120,39 @@ def length_drop(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | Non
     return lowbit.set_length(train(run, "adaptive", trainer), None)
 
 
+def learn_lengths(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None, **fields: Any) -> PreTrainedModel:
+    """The soft phase: the model with the lengths that it has learned, not yet trained with them."""
+    options = run.options
+    longest = max(map(len, run.data["train"]["input_ids"]))
+    soft = soft_lengths_of(options, model.config.num_hidden_layers, longest)
+    model = lowbit.set_length(without_dropout(copy.deepcopy(model)), None)
+    args = arguments(run, "soft", options.length_steps, options.length_learning_rate)
+    given = {"args": args, "soft_lengths": soft, **common(run)}
+    model = train(run, "soft", lowbit.SoftLengthTrainer(model=model, teacher=teacher, **given))
+    return lowbit.set_length(model, dataclasses.replace(soft.length_config(), **fields))
+
+
+def train_with(
+    run: Run, model: PreTrainedModel, lengths: lowbit.LengthConfig, teacher: PreTrainedModel | None
+) -> PreTrainedModel:
+    """The hard phase: the model learns to work with what it keeps."""
+    options = run.options
+    model = lowbit.set_length(without_dropout(copy.deepcopy(model)), lengths)
+    if teacher is None:
+        return fine_tune(run, "learned", model, options.length_steps, options.length_learning_rate)
+    args = arguments(run, "learned", options.length_steps, options.length_learning_rate)
+    given = {"args": args, "objectives": [lowbit.LogitsLoss()], **common(run)}
+    return train(run, "learned", lowbit.DistillationTrainer(model=model, teacher=teacher, **given))
+
+
+def soft_lengths_of(options: Any, layers: int, longest: int) -> LearnedThresholds | SoftExtract:
+    """What learns lengths, by `options.length_method`, for sequences of up to `longest` tokens."""
+    weight = {} if options.length_weight is None else {"weight": options.length_weight}
+    if options.length_method == "ltp":
+        return lowbit.LearnedThresholds(layers, **weight)
+    return lowbit.SoftExtract(layers, longest, **weight)
+
+
 def length_drop_of(options: Any) -> lowbit.LengthDrop:
     """How sub-models are drawn."""
     ratios = tuple(options.drop_ratio)
@@ -98,6 +162,26 @@ def length_drop_of(options: Any) -> lowbit.LengthDrop:
         importance_weight=getattr(options, "importance_weight", 0.0),
         seed=options.seed,
     )
+
+
+def choose_lengths(
+    run: Run,
+    name: str,
+    model: PreTrainedModel,
+    metric: Callable[[PreTrainedModel], float],
+    lengths: Sequence[int],
+    **fields: Any,
+) -> dict[str, lowbit.LengthConfig]:
+    """What to compare: `options.keep`, and what was learned or what the search finds for the budgets; as `search`."""
+    options, configs = run.options, {}
+    if options.keep:
+        configs["given"] = lowbit.LengthConfig(tuple(options.keep), score=options.score, **fields)
+    if options.length_method == "lengthdrop":
+        front = search(run, name, model, metric, lengths, **fields)
+        return configs | {
+            f"{budget} fewer": front.for_budget(budget) for budget in BUDGETS if affordable(front, budget)
+        }
+    return configs | {"learned": lowbit.LengthConfig.from_dict(model.config.length_config)}
 
 
 def search(
@@ -149,6 +233,7 @@ def search(
         front.plot(run.folder / "front.png")
     else:
         log.warning("front.png is not drawn: pip install matplotlib")
+    log.info("front: %s, front.png", run.folder / "front.json")
     return front
 
 
@@ -178,41 +263,53 @@ def cost_of(
 def compare(
     run: Run,
     model: PreTrainedModel,
-    front: Front,
+    chosen: Mapping[str, lowbit.LengthConfig],
     metrics: Callable[[PreTrainedModel], Mapping[str, float]],
     examples: Sequence[Mapping[str, Any]],
     batch_size: int = 8,
     batches: int = 40,
 ) -> str:
-    """A table of budgets: multiply-accumulates, metrics and time on real batches.
+    """A table of lengths: multiply-accumulates, metrics and time on real batches.
 
     Budgets are of the multiply-accumulates that all tokens take, padding not counted. The model "without lengths" runs
     as it did before, a float one with padding; what its batches take with it is what "fewer_than_padded" is beside.
-    "all tokens" drops nothing, but has no padding: what is faster than that is so by dropping.
+    "all tokens" drops nothing, but has no padding: what is faster than that is so by dropping. "keep" is the share of
+    the tokens that each layer has left, by the configuration or, where it names none, of all examples.
 
     Args:
+        chosen: lengths by name.
         examples: of the validation data, as the model reads them; batches are drawn from them in a fixed random order.
     """
-    layers = len(front.points[0].config.keep)
     lengths = [len(example["input_ids"]) for example in examples]
     full = macs(model, None, lengths, first_token_only=False)
-    everything = lowbit.LengthConfig((1.0,) * layers)
-    configs: dict[str, lowbit.LengthConfig | None] = {"without lengths": None, "all tokens": everything}
-    if run.options.keep:
-        configs["given"] = dataclasses.replace(front.points[0].config, keep=tuple(run.options.keep), unit="ratio")
-    configs |= {f"{budget} fewer": front.for_budget(budget) for budget in BUDGETS if affordable(front, budget)}
+    everything = lowbit.LengthConfig((1.0,) * model.config.num_hidden_layers)
+    configs: dict[str, lowbit.LengthConfig | None] = {"without lengths": None, "all tokens": everything, **chosen}
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
     collate = DataCollatorWithPadding(run.tokenizer)
     groups = [order[i : i + batch_size] for i in range(0, min(len(order), batches * batch_size), batch_size)]
     times = timed(model, configs, [collate([dict(examples[i]) for i in group]).to(model.device) for group in groups])
+    kept: dict[str, Any] = {}  # for each layer, tokens of each example
+    for name, config in configs.items():
+        if config is None:
+            kept[name] = None
+        elif config.unit == "threshold":
+            lowbit.set_length(model, config)
+            kept[name] = observed_lengths(model, (collate([dict(each)]).to(model.device) for each in examples))
+        else:
+            kept[name] = kept_lengths(lengths, config)
     lowbit.set_length(model, None)
-    padded, costs = batch_macs(model, configs, [[lengths[i] for i in group] for group in groups])
+    timed_rows = [i for group in groups for i in group]
+    parts = {name: layers and [[layer[i] for i in timed_rows] for layer in layers] for name, layers in kept.items()}
+    padded, costs = batch_macs(model, parts, [[lengths[i] for i in group] for group in groups])
     rows: dict[str, dict[str, Any]] = {}
     for name, config in configs.items():
         lowbit.set_length(model, config)
-        cost = macs(model, config, lengths) if config else full
+        cost = macs(model, kept[name], lengths) if config else full
+        shares: Sequence[float] = ()
+        if config is not None:
+            shares = config.keep if config.unit == "ratio" else [sum(layer) / sum(lengths) for layer in kept[name]]
         rows[name] = {
-            "keep": "-" if config is None else " ".join(f"{k:g}" for k in config.keep),
+            "keep": " ".join(f"{share:.3g}" for share in shares) or "-",
             "gmacs": round(cost / len(lengths) / 1e9, 3),
             "times_fewer_macs": round(full / cost, 2),
             "fewer_than_padded": round(padded / costs[name], 2),

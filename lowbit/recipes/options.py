@@ -71,10 +71,25 @@ class FileOptions(BinaryOptions):
 class LengthOptions:
     """Options of runs that drop tokens."""
 
-    length_steps: int = field(
-        default=1000, metadata={"help": "steps of LengthDrop training; 0: tokens are dropped from the model as it is"}
+    length_method: str = field(
+        default="lengthdrop",
+        metadata={
+            "help": "lengthdrop: train for any lengths, then search for the best; ltp: learn from how much attention "
+            "on a token stays (learned token pruning); power_bert: learn how many tokens a layer keeps",
+            "choices": ["lengthdrop", "ltp", "power_bert"],
+        },
     )
-    length_learning_rate: float = field(default=5e-5, metadata={"help": "of LengthDrop training"})
+    length_steps: int = field(
+        default=1000,
+        metadata={
+            "help": "steps of LengthDrop training, or of learning lengths and as many with them; 0 with lengthdrop: "
+            "tokens are dropped from the model as it is"
+        },
+    )
+    length_learning_rate: float = field(default=5e-5, metadata={"help": "of these steps"})
+    length_weight: float | None = field(
+        default=None, metadata={"help": "ltp, power_bert: weight of the loss for tokens kept; default: 0.1, 1e-3"}
+    )
     drop_ratio: list[float] = field(
         default_factory=lambda: [0.35],
         metadata={"help": "the most that a layer drops in training, or one such number a layer; published: 0.2"},
