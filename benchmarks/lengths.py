@@ -15,7 +15,12 @@ from typing import Any
 
 from . import cpu, results
 
-ROWS = ("without lengths", "all tokens", "given", "1.5x fewer", "2x fewer", "3x fewer")
+METHODS = {
+    "lengthdrop": "LengthDrop",
+    "ltp": "learned token pruning and as many with what it learned",
+    "power_bert": "PoWER-BERT's search and as many with what it learned",
+}
+ROWS = ("without lengths", "all tokens", "given", "1.5x fewer", "2x fewer", "3x fewer", "learned")
 
 
 def case(folder: Path) -> tuple[str, dict[str, results.Row]]:
@@ -28,9 +33,11 @@ def case(folder: Path) -> tuple[str, dict[str, results.Row]]:
         options = json.loads((folder / "options.json").read_text())
         found = json.loads((folder / "results.json").read_text())
         rows = {name: found[name] for name in ROWS if name in found}
+        rows = {name: {k: v for k, v in row.items() if k != "length_config"} for name, row in rows.items()}
         what = "ternary 2-2-8" if options["ternary"] else "float"
         words = [options.get("task", "SQuAD v1.1"), Path(options["model"]).name, what]
-        words.append(f"{options['length_steps']} steps of LengthDrop, {options['max_train_samples'] or 'all'} examples")
+        method = METHODS[options.get("length_method", "lengthdrop")]
+        words.append(f"{options['length_steps']} steps of {method}, {options['max_train_samples'] or 'all'} examples")
         if not rows:
             raise KeyError(ROWS[1])
     except (OSError, KeyError, json.JSONDecodeError) as error:
@@ -44,8 +51,9 @@ def report(folders: list[Path]) -> dict[str, Any]:
         "model": "layers that drop tokens: accuracy and time by budget",
         "machine": cpu.machine(),
         "method": (
-            "configurations searched on training examples set apart, metrics on validation examples; milliseconds a "
-            "batch of 8 validation examples in a fixed random order, median of 3 turns of each batch, mean of 40; "
+            "configurations learned, or searched on training examples set apart; metrics on validation examples; "
+            "milliseconds a batch of 8 validation examples in a fixed random order, median of 3 turns of each batch, "
+            "mean of 40; "
             "'without lengths' runs as it did before, a float model with padding, 'all tokens' without; times fewer "
             "counts no padding, fewer than padded that of the first; as fast is beside the first, by dropping beside "
             "the second"

@@ -5,7 +5,8 @@ which learns its hidden states, attention scores and start and end logits; 0: th
 --ternary, distil a 2-2-8 student of that. Then LengthDrop training (--length_steps 0: none, the model is used as it
 is), in which the attention of [CLS] learns where answers are; the search for lengths, and what 1.5, 2 and 3 times fewer
 multiply-accumulates lose. Tokens that a layer drops keep the state that they had there, so that every token of the
-context can still be an answer.
+context can still be an answer. With --length_method ltp or power_bert (and --score all) lengths are learned in place of
+searched.
 
 example:
   python examples/dynamic_tinybert_squad.py --output_dir runs/squad --max_eval_samples 1000 --layers 3
@@ -54,7 +55,9 @@ class SquadOptions(LengthOptions, Options):
         default=0, metadata={"help": "layers of the student, a divisor of the teacher's; 0: no student"}
     )
     batch_size: int = field(default=16, metadata={"help": "of training"})
-    score: str = field(default="cls", metadata={"help": "importance: attention from [CLS], or from all queries (all)"})
+    score: str = field(
+        default="cls", metadata={"help": "lengthdrop: importance is attention from [CLS], or from all queries (all)"}
+    )
     search_samples: int = field(
         default=200, metadata={"help": "training questions set apart, that the search scores on"}
     )

@@ -223,8 +223,8 @@ class DistillationTrainer(Trainer):
     """`transformers.Trainer` whose loss is a sum of objectives between the model (student) and a teacher.
 
     Args:
-        teacher: float model of the same task; moved to the training device, put in eval mode, run without gradients and
-            in the mixed precision of the student.
+        teacher: float model of the same task; moved to the training device, put in eval mode, run without gradients,
+            under autocast where training is. What it returns is float32, as of the student.
         objectives: summed all the time (joint schedule); default: hidden, attention and logits; without attention for
             models whose attention does not give its scores (it does in the architectures that `lowbit.models`
             describes, but for MPNet).
@@ -342,8 +342,11 @@ class DistillationTrainer(Trainer):
         student = model(**inputs, **wanted)
         teacher = None
         if self.teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():  # what wraps the student's own forward
+            from accelerate.utils import convert_to_fp32  # no trainer is without it, but `import lowbit` may be
+
+            with torch.no_grad(), self.accelerator.autocast():  # as accelerate wraps the student's own forward
                 teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}, **wanted)
+            teacher = convert_to_fp32(teacher)
         losses = [(objective.name, objective(student, teacher, inputs)) for objective in objectives]
         self._note(losses)
         loss = sum(value for _, value in losses)

@@ -366,8 +366,10 @@ def test_runs_of_the_length_examples_become_a_suite(tmp_path: Path) -> None:
     rows = {
         "all tokens": {"accuracy": 90.0, "times_as_fast": 1.0},
         "2x fewer": {"accuracy": 89.0, "times_as_fast": 1.7},
+        "learned": {"accuracy": 88.0, "times_as_fast": 1.5},
     }
-    (tmp_path / "results.json").write_text(json.dumps({"teacher": {"accuracy": 91.0}, **rows}))
+    measured = {name: {**row, "length_config": {"keep": [1.0]}} for name, row in rows.items()}
+    (tmp_path / "results.json").write_text(json.dumps({"teacher": {"accuracy": 91.0}, **measured}))
     written = results.read(results.write(lengths.report([tmp_path]), tmp_path))
     assert written["results"] == {"sst2, minilm, ternary 2-2-8, 3 steps of LengthDrop, all examples": rows}
     assert report.plot(written, tmp_path)[0].stat().st_size > 1000

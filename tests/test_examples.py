@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
+import lowbit
 from helpers import batch, tiny, tiny_task
-from lowbit import LengthDrop, LengthDropTrainer, sentiment
-from lowbit.length import Front
+from lowbit import LengthConfig, LengthDrop, LengthDropTrainer, sentiment
+from lowbit.length import Front, observed_lengths
 from lowbit.recipes import RecipeError, lengths
 from lowbit.unpadding import encoder_of
 
@@ -133,15 +134,15 @@ def test_dynamic_length_runs(extra: list[str], setup: tuple[Path, Path], tmp_pat
 def test_lengths_are_learned(method: str, ternary: str, setup: tuple[Path, Path], tmp_path: Path) -> None:
     new = ["--length_method", method, "--length_steps", "2", "--length_weight", "0.5", "--search_samples", "16"]
     arguments = [*options(setup, tmp_path), *new, "--ternary", ternary, "--keep", "1", "0.5"]
-    assert "== learned" in run("dynamic_length_glue.py", *arguments)
+    assert "== hard" in run("dynamic_length_glue.py", *arguments)
     results = json.loads((tmp_path / "results.json").read_text())
     assert {"without lengths", "all tokens", "given", "learned"} <= set(results) and "2x fewer" not in results
-    assert results["learned"]["gmacs"] <= results["all tokens"]["gmacs"]
     assert not (tmp_path / "front.json").exists()
     unit = {"ltp": "threshold", "power_bert": "tokens"}[method]
-    folders = ["soft", "learned", *(["packed"] if ternary == "True" else [])]
+    folders = ["soft", "hard", *(["packed"] if ternary == "True" else [])]
     lengths = [json.loads((tmp_path / folder / "config.json").read_text())["length_config"] for folder in folders]
     assert lengths[0]["unit"] == unit and all(each == lengths[0] for each in lengths)
+    assert results["learned"]["length_config"] == lengths[0] and results["all tokens"]["keep"] == "1 1"
     assert "== " not in run("dynamic_length_glue.py", *arguments)
 
 
@@ -243,7 +244,8 @@ def test_the_student_starts_as_every_kth_layer_of_the_teacher(monkeypatch: pytes
         ({"score": "both"}, "score='both'"),
         ({"cost": "joules"}, "--cost joules: accepted are macs and latency"),
         ({"length_method": "guess"}, "--length_method guess: accepted are lengthdrop, ltp, power_bert"),
-        ({"length_method": "ltp"}, "takes --score all and --length_steps above 0, got --score cls --length_steps 1000"),
+        ({"length_method": "ltp"}, "takes --score all, .* got --score cls --length_steps 1000"),
+        ({"length_method": "ltp", "score": "all", "protect_question": True}, "--protect_question True"),
         ({"length_method": "ltp", "score": "all", "length_steps": 0}, "--length_steps 0"),
         ({"length_weight": 0.1}, "--length_weight is of --length_method ltp and power_bert"),
         ({"length_method": "power_bert", "score": "all", "length_weight": -1.0}, "SoftExtract: weight=-1.0"),
@@ -295,6 +297,30 @@ def test_evaluation_on_questions_is_right_for_a_model_that_knows_the_answers(
             return QuestionAnsweringModelOutput(start_logits=logits[0], end_logits=logits[1])
 
     assert squad.evaluate(run, Knows()) == {"questions": 10, "exact_match": 100.0, "f1": 100.0}
+
+
+def test_thresholds_are_compared_by_what_they_keep(
+    setup: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    glue = importlib.import_module("dynamic_length_glue")
+    options = {"model": str(setup[1]), "data_dir": str(setup[0]), "output_dir": str(tmp_path)}
+    run = glue.open_run(glue.LengthGlueOptions(**options))
+    rows = list(run.data["validation"].select_columns(run.tokenizer.model_input_names))
+    model = tiny("BertForTokenClassification")
+    config = LengthConfig((0.98, 1.0), unit="threshold")
+    lengths.compare(run, model, {"learned": config}, lambda model: {"f1": 1.0}, rows, batches=2)
+    found = json.loads((tmp_path / "results.json").read_text())["learned"]
+    lowbit.set_length(model, config)
+    tokens, kept = 0, [0, 0]
+    for row in rows:
+        inputs = {name: torch.tensor([values]) for name, values in row.items()}
+        tokens += len(row["input_ids"])
+        kept = [sum(pair) for pair in zip(kept, (n for (n,) in observed_lengths(model, [inputs])), strict=True)]
+    shares = [float(share) for share in found["keep"].split()]
+    assert shares == pytest.approx([n / tokens for n in kept], abs=1e-3) and 1 > shares[0] > shares[1]
+    assert found["times_fewer_macs"] > 1.1 and found["fewer_than_padded"] > 1.1
+    assert found["length_config"]["keep"] == [0.98, 1.0]
 
 
 def test_lengths_are_trained_for_what_is_searched(

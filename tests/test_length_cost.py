@@ -73,17 +73,23 @@ STAGES = {
 }
 
 
+@pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForTokenClassification"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     "config", [LengthConfig((0.7, 0.4)), LengthConfig((1, 1)), LengthConfig((9, 2), unit="tokens")]
 )
-def test_observed_lengths_are_those_of_the_configuration(stage: str, config: LengthConfig) -> None:
-    head = "BertForTokenClassification"
+def test_observed_lengths_are_those_of_the_configuration(head: str, stage: str, config: LengthConfig) -> None:
     model = lowbit.set_length(STAGES[stage](head), config).train()
     batches = [batch(head, rows=rows, length=length) for rows, length in ((3, 13), (2, 7), (1, 20))]
     lengths = [n for inputs in batches for n in inputs["attention_mask"].sum(-1).tolist()]
-    assert observed_lengths(model, batches) == kept_lengths(lengths, config)
+    expected = kept_lengths(lengths, config)
+    if head == "BertForSequenceClassification":
+        expected[-1] = [1] * len(lengths)  # all that it reads
+    assert observed_lengths(model, batches) == expected
     assert observed_lengths(model, []) == [[], []]
+    empty = {name: torch.zeros_like(values) for name, values in batches[0].items()}
+    with pytest.raises(ValueError, match="layers noted nothing: a batch without tokens"):
+        observed_lengths(model, [*batches, empty])
     with pytest.raises(ValueError, match="drops no tokens; set lengths first"):
         observed_lengths(lowbit.set_length(model, None), batches)
 
@@ -99,8 +105,10 @@ def test_macs_of_thresholds_are_those_of_the_linears_that_run(head: str) -> None
     outputs(model, inputs)
     attention = sum(2 * n**2 * 64 for layer in (lengths, kept[0]) for n in layer)
     assert macs(model, kept, lengths) == counter.total + attention
-    with pytest.raises(ValueError, match="1 numbers in keep, the model 2 layers"):
+    with pytest.raises(ValueError, match="lengths are for 1 layers, the model has 2"):
         macs(model, kept[:1], lengths)
+    with pytest.raises(ValueError, match=r"tokens of \[5, 5\] sequences; lengths has 4"):
+        macs(model, kept, lengths[:4])
 
 
 # -------------------------------------------------------------------------------------------- multiply-accumulates
@@ -201,7 +209,7 @@ def test_sequences_add_up_and_empty_ones_cost_nothing() -> None:
 
 
 def test_configuration_of_another_depth_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 numbers in keep, the model 2 layers"):
+    with pytest.raises(ValueError, match="lengths are for 3 layers, the model has 2"):
         macs(tiny(), LengthConfig((1, 1, 1)), [5])
 
 
@@ -272,7 +280,7 @@ def test_table_refuses_points_out_of_order(tokens: tuple[int, ...]) -> None:
 
 
 def test_table_refuses_other_models_configurations() -> None:
-    with pytest.raises(ValueError, match="2 numbers in keep, the model 3 layers"):
+    with pytest.raises(ValueError, match="lengths are for 2 layers, the model has 3"):
         table().latency(LengthConfig((1, 1)))
     with pytest.raises(ValueError, match="threshold"):
         table().latency(LengthConfig((0, 0, 0), unit="threshold"))

@@ -55,7 +55,9 @@ def kept_lengths(lengths: Sequence[int], length_config: LengthConfig) -> list[li
 
 @torch.inference_mode()
 def observed_lengths(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]]) -> list[list[int]]:
-    """`kept_lengths` of these batches, counted while the model runs: also where thresholds decide.
+    """What `kept_lengths` says, counted while the model runs: also where thresholds decide.
+
+    Of a model whose head reads first tokens alone, the last layer has one token a sequence left.
 
     Args:
         model: with lengths (`lowbit.set_length`); it is in evaluation mode afterwards.
@@ -65,7 +67,7 @@ def observed_lengths(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]
         For each layer, tokens of each sequence of all batches, in their order.
 
     Raises:
-        ValueError: a model without lengths.
+        ValueError: a model without lengths, a batch without tokens, or a model of `lowbit.compile_for`.
     """
     encoder = encoder_of(model)
     if not isinstance(encoder, UnpaddedEncoder) or encoder.lengths is None:
@@ -74,12 +76,15 @@ def observed_lengths(model: PreTrainedModel, batches: Iterable[Mapping[str, Any]
     kept: list[list[int]] = [[] for _ in encoder.layer]
     try:
         for batch in batches:
-            encoder.kept_lengths = []
+            noted: list[torch.Tensor] = []
+            encoder.noted_lengths = noted
             model(**{name: value for name, value in batch.items() if name != "labels"})
-            for layer, lengths in zip(kept, encoder.kept_lengths, strict=True):
+            if len(noted) != len(kept):
+                raise ValueError("layers noted nothing: a batch without tokens, or CUDA graphs of lowbit.compile_for")
+            for layer, lengths in zip(kept, noted, strict=True):
                 layer += lengths.tolist()
     finally:
-        encoder.kept_lengths = None
+        encoder.noted_lengths = None
     return kept
 
 
@@ -99,7 +104,7 @@ def macs(
             runs, that is where its head reads no other, and it runs without padding or a length_config is given.
 
     Raises:
-        ValueError: unit "threshold", or a configuration for another number of layers.
+        ValueError: unit "threshold", or a configuration for another number of layers, or of sequences.
     """
     lengths = [model.config.max_position_embeddings] if lengths is None else [int(n) for n in lengths]
     sizes = _sizes(model)
@@ -107,6 +112,8 @@ def macs(
     if length_config is not None:
         kept = [*(kept_lengths(lengths, length_config) if isinstance(length_config, LengthConfig) else length_config)]
         _check_layers(kept, len(sizes))
+        if any(len(layer) != len(lengths) for layer in kept):
+            raise ValueError(f"layers keep tokens of {[*map(len, kept)]} sequences; lengths has {len(lengths)}")
     if first_token_only is None:
         unpadded = length_config is not None or any(isinstance(m, UnpaddedEncoder) for m in model.modules())
         first_token_only = unpadded and reads_first_token_only(model)
@@ -170,7 +177,7 @@ def _sizes(model: PreTrainedModel) -> list[_Sizes]:
 
 def _check_layers(keep: Sequence[Any], layers: int) -> None:
     if len(keep) != layers:
-        raise ValueError(f"LengthConfig has {len(keep)} numbers in keep, the model {layers} layers")
+        raise ValueError(f"lengths are for {len(keep)} layers, the model has {layers}")
 
 
 # ----------------------------------------------------------------------------------------------------- measured time

@@ -67,7 +67,7 @@ class UnpaddedEncoder(nn.Module):
         soft_mask: in training, a factor for every token.
         importance_target: in training, float [T], what share of their sequence's importance its tokens are to have.
         importance_losses: how far they are from it, for every layer that has dropped tokens since there is a target.
-        kept_lengths: None, or a list: every layer adds what it has left of each sequence, int [B].
+        noted_lengths: None, or a list: every layer adds what it has left of each sequence, int [B].
         replaced_attention: the model's attention implementation before this encoder came.
     """
 
@@ -87,7 +87,7 @@ class UnpaddedEncoder(nn.Module):
         self.soft_mask: SoftMask | None = None
         self.importance_target: torch.Tensor | None = None
         self.importance_losses: list[torch.Tensor] = []
-        self.kept_lengths: list[torch.Tensor] | None = None
+        self.noted_lengths: list[torch.Tensor] | None = None
         self.replaced_attention: str | None = None
         # What `lowbit.compile` replaces: a layer is two parts, between them tokens are dropped.
         self.run_attention_modules: Callable[..., Any] = self._run_attention_modules
@@ -221,8 +221,8 @@ class UnpaddedEncoder(nn.Module):
         return tokens if survivors is None else survivors.all(tokens)
 
     def _note(self, sequences: Sequences, layers: int = 1) -> None:
-        if self.kept_lengths is not None:
-            self.kept_lengths += [sequences.cu_seqlens.diff()] * layers
+        if self.noted_lengths is not None:
+            self.noted_lengths += [sequences.cu_seqlens.diff()] * layers
 
     def _survivors(self, sequences: Sequences, first_token_only: bool) -> Survivors | None:
         if first_token_only:
@@ -369,14 +369,16 @@ class PackedEncoder(UnpaddedEncoder):
         while weights:
             together = self._layers_together(weights, steps) if native else 0
             if together:
-                first_only = steps[together - 1] is not None
-                tokens, codes = self._run_layers(weights[:together], tokens, codes, sequences, bias, first_only)
+                last = steps[together - 1]
+                tokens, codes = self._run_layers(weights[:together], tokens, codes, sequences, bias, last is not None)
+                self._note(sequences, together - 1)
+                sequences = sequences if last is None or last.sequences is None else last.sequences
             else:
                 before = tokens
                 tokens, codes, kept = self._run_layer(weights[0], tokens, codes, sequences, steps[0], protected, bias)
                 sequences, protected = _after(before, kept, sequences, protected, survivors)
+            self._note(sequences)
             done = together or 1
-            self._note(sequences, done)
             weights, steps = weights[done:], steps[done:]
         return tokens if survivors is None else survivors.all(tokens)
 

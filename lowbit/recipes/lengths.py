@@ -55,10 +55,11 @@ def check_lengths(options: Any, layers: int) -> None:
     if options.length_method not in METHODS:
         raise RecipeError(f"--length_method {options.length_method}: accepted are {', '.join(METHODS)}")
     learned = options.length_method != "lengthdrop"
-    if learned and (options.score != "all" or not options.length_steps):
+    protect = getattr(options, "protect_question", False)
+    if learned and (options.score != "all" or not options.length_steps or protect):
         raise RecipeError(
-            f"--length_method {options.length_method} takes --score all and --length_steps above 0, got "
-            f"--score {options.score} --length_steps {options.length_steps}"
+            f"--length_method {options.length_method} takes --score all, --length_steps above 0 and no protected "
+            f"question; got --score {options.score} --length_steps {options.length_steps} --protect_question {protect}"
         )
     if options.length_weight is not None and not learned:
         raise RecipeError("--length_weight is of --length_method ltp and power_bert")
@@ -75,10 +76,7 @@ def adaptive_stages(run: Run, teacher: PreTrainedModel, **fields: Any) -> tuple[
     (QuaLA-MiniLM: quantizing costs less than dropping, and what may be dropped depends on it.)
 
     Args:
-        **fields: of the `LengthConfig`s that it is trained for, as in `search`.
-
-    Returns:
-        The stage, and its model, which has learned lengths set.
+        **fields: of the `LengthConfig`s that LengthDrop trains for, as in `search`.
     """
     name, model, options = "teacher", teacher, run.options
     if options.ternary:
@@ -89,22 +87,19 @@ def adaptive_stages(run: Run, teacher: PreTrainedModel, **fields: Any) -> tuple[
             return distill(run, "ternary", student, teacher, options.steps, options.learning_rate)
 
         model = run.stage(name, quantized)
-    learned = None
+    before, guide = model, teacher if options.ternary else None
     if options.length_method != "lengthdrop":
-        name = "learned"
-        before = model
-        soft = run.stage("soft", lambda: learn_lengths(run, before, teacher if options.ternary else None, **fields))
-        learned = lowbit.LengthConfig.from_dict(soft.config.length_config)
-        model = run.stage(name, lambda: train_with(run, soft, learned, teacher if options.ternary else None))
+        name = "hard"
+        soft = run.stage("soft", lambda: learn_lengths(run, before, guide))
+        model = run.stage(name, lambda: train_with_learned(run, soft, guide))
     elif options.length_steps:
         name = "adaptive"
-        before = model
-        model = run.stage(name, lambda: length_drop(run, before, teacher if options.ternary else None, **fields))
+        model = run.stage(name, lambda: length_drop(run, before, guide, **fields))
     if options.ternary:
         name = "packed"
         prepared = model
         model = lowbit.fuse(run.stage(name, lambda: lowbit.convert(prepared)))
-    return name, model if learned is None else lowbit.set_length(model, learned)
+    return name, model
 
 
 def length_drop(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None, **fields: Any) -> PreTrainedModel:
@@ -120,29 +115,36 @@ def length_drop(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | Non
     return lowbit.set_length(train(run, "adaptive", trainer), None)
 
 
-def learn_lengths(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None, **fields: Any) -> PreTrainedModel:
-    """The soft phase: the model with the lengths that it has learned, not yet trained with them."""
+def learn_lengths(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None) -> PreTrainedModel:
+    """The soft phase: the model, and in its configuration the lengths that it has learned."""
     options = run.options
     longest = max(map(len, run.data["train"]["input_ids"]))
     soft = soft_lengths_of(options, model.config.num_hidden_layers, longest)
-    model = lowbit.set_length(without_dropout(copy.deepcopy(model)), None)
     args = arguments(run, "soft", options.length_steps, options.length_learning_rate)
     given = {"args": args, "soft_lengths": soft, **common(run)}
-    model = train(run, "soft", lowbit.SoftLengthTrainer(model=model, teacher=teacher, **given))
-    return lowbit.set_length(model, dataclasses.replace(soft.length_config(), **fields))
+    trainer = lowbit.SoftLengthTrainer(model=_student(model, teacher), teacher=teacher, **given)
+    return lowbit.set_length(train(run, "soft", trainer), soft.length_config())
 
 
-def train_with(
-    run: Run, model: PreTrainedModel, lengths: lowbit.LengthConfig, teacher: PreTrainedModel | None
-) -> PreTrainedModel:
+def train_with_learned(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None) -> PreTrainedModel:
     """The hard phase: the model learns to work with what it keeps."""
     options = run.options
-    model = lowbit.set_length(without_dropout(copy.deepcopy(model)), lengths)
+    model = lowbit.set_length(_student(model, teacher), learned_lengths(model))
     if teacher is None:
-        return fine_tune(run, "learned", model, options.length_steps, options.length_learning_rate)
-    args = arguments(run, "learned", options.length_steps, options.length_learning_rate)
+        return fine_tune(run, "hard", model, options.length_steps, options.length_learning_rate)
+    args = arguments(run, "hard", options.length_steps, options.length_learning_rate)
     given = {"args": args, "objectives": [lowbit.LogitsLoss()], **common(run)}
-    return train(run, "learned", lowbit.DistillationTrainer(model=model, teacher=teacher, **given))
+    return train(run, "hard", lowbit.DistillationTrainer(model=model, teacher=teacher, **given))
+
+
+def _student(model: PreTrainedModel, teacher: PreTrainedModel | None) -> PreTrainedModel:
+    """A copy to train: without dropout where it learns from a teacher, with its own where it learns from labels."""
+    return copy.deepcopy(model) if teacher is None else without_dropout(copy.deepcopy(model))
+
+
+def learned_lengths(model: PreTrainedModel) -> lowbit.LengthConfig:
+    """What `learn_lengths` left in the configuration."""
+    return lowbit.LengthConfig.from_dict(model.config.length_config)
 
 
 def soft_lengths_of(options: Any, layers: int, longest: int) -> LearnedThresholds | SoftExtract:
@@ -181,7 +183,7 @@ def choose_lengths(
         return configs | {
             f"{budget} fewer": front.for_budget(budget) for budget in BUDGETS if affordable(front, budget)
         }
-    return configs | {"learned": lowbit.LengthConfig.from_dict(model.config.length_config)}
+    return configs | {"learned": learned_lengths(model)}
 
 
 def search(
@@ -233,7 +235,7 @@ def search(
         front.plot(run.folder / "front.png")
     else:
         log.warning("front.png is not drawn: pip install matplotlib")
-    log.info("front: %s, front.png", run.folder / "front.json")
+    log.info("front: %s", run.folder / "front.json")
     return front
 
 
@@ -307,9 +309,11 @@ def compare(
         cost = macs(model, kept[name], lengths) if config else full
         shares: Sequence[float] = ()
         if config is not None:
-            shares = config.keep if config.unit == "ratio" else [sum(layer) / sum(lengths) for layer in kept[name]]
+            shares = (
+                config.keep if config.unit == "ratio" else [round(sum(layer) / sum(lengths), 3) for layer in kept[name]]
+            )
         rows[name] = {
-            "keep": " ".join(f"{share:.3g}" for share in shares) or "-",
+            "keep": " ".join(f"{share:g}" for share in shares) or "-",
             "gmacs": round(cost / len(lengths) / 1e9, 3),
             "times_fewer_macs": round(full / cost, 2),
             "fewer_than_padded": round(padded / costs[name], 2),
@@ -318,7 +322,7 @@ def compare(
             "times_as_fast": round(times["without lengths"] / times[name], 2),
             "by_dropping": round(times["all tokens"] / times[name], 2),
         }
-        run.record(name, **rows[name])
+        run.record(name, **rows[name], length_config=config and config.to_dict())
     lowbit.set_length(model, None)
     headings = {key: key.replace("_", " ") for key in rows["all tokens"]}
     return table(rows, headings | {"gmacs": "GMACs", "ms": f"ms, batch {batch_size}"})

@@ -92,18 +92,22 @@ class LengthOptions:
     )
     drop_ratio: list[float] = field(
         default_factory=lambda: [0.35],
-        metadata={"help": "the most that a layer drops in training, or one such number a layer; published: 0.2"},
+        metadata={"help": "lengthdrop: the most that a layer drops, or one such number a layer; published: 0.2"},
     )
-    sub_models: int = field(default=3, metadata={"help": "that drop tokens, in each step of LengthDrop training"})
+    sub_models: int = field(default=3, metadata={"help": "lengthdrop: how many drop tokens, in each step"})
     search_samples: int = field(
         default=1000, metadata={"help": "training examples set apart, that the search scores on"}
     )
-    iterations: int = field(default=5, metadata={"help": "of the search, of 10 mutations and 10 crossovers each"})
+    iterations: int = field(
+        default=5, metadata={"help": "lengthdrop: of the search, of 10 mutations and 10 crossovers each"}
+    )
     keep: list[float] = field(
         default_factory=list, metadata={"help": "compare these lengths of yours too: the share that each layer keeps"}
     )
     cost: str = field(
         default="macs", metadata={"help": "what the search saves: macs, or latency by a table that it measures first"}
     )
-    score: str = field(default="all", metadata={"help": "importance: attention from all queries, or from [CLS] (cls)"})
-    ternary: bool = field(default=False, metadata={"help": "quantize to 2-2-8 before LengthDrop, and pack"})
+    score: str = field(
+        default="all", metadata={"help": "lengthdrop: importance is attention from all queries, or from [CLS] (cls)"}
+    )
+    ternary: bool = field(default=False, metadata={"help": "quantize to 2-2-8 before tokens are dropped, and pack"})

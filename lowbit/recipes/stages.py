@@ -81,7 +81,8 @@ def start(options: Any, task: Any, data: Any, tokenizer: PreTrainedTokenizerBase
     folder.mkdir(parents=True, exist_ok=True)
     path, wanted = folder / "options.json", {k: v for k, v in asdict(options).items() if k not in NO_STAGES}
     if path.is_file():
-        recorded = {k: v for k, v in json.loads(path.read_text()).items() if k not in NO_STAGES}
+        recorded = asdict(type(options)()) | json.loads(path.read_text())  # options that are newer than the run
+        recorded = {k: v for k, v in recorded.items() if k not in NO_STAGES}
         if recorded != wanted:
             names = sorted(key for key in recorded.keys() | wanted.keys() if recorded.get(key) != wanted.get(key))
             changes = ", ".join(f"{name}={recorded.get(name)!r} (now {wanted.get(name)!r})" for name in names)
