@@ -104,8 +104,9 @@ def test_a_fine_tuned_model_can_be_the_teacher(setup: tuple[Path, Path], tmp_pat
 
 @pytest.mark.parametrize("method", ["tws", "bwn"])
 def test_binarybert_runs(method: str, setup: tuple[Path, Path], tmp_path: Path) -> None:
-    run("binarybert_glue.py", *options(setup, tmp_path), "--method", method, "--slim_steps", "2")
-    name = {"tws": "tws-w0.5-packed", "bwn": "bwn-packed"}[method]
+    rate = ["--split_learning_rate", "1e-3"] if method == "tws" else []
+    run("binarybert_glue.py", *options(setup, tmp_path), "--method", method, "--slim_steps", "2", *rate)
+    name = {"tws": "tws-w0.5-lr0.001-packed", "bwn": "bwn-packed"}[method]
     config = json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
     assert (config["weight_bits"], config["stage"], config["split"]) == (1, "packed", method == "tws")
 

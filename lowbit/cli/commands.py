@@ -343,6 +343,9 @@ def distill(
     learning_rate: Annotated[
         float, typer.Option(help="Of distillation; published for BERT-base: 2e-5, after the split 5e-5.")
     ] = DEFAULTS.learning_rate,
+    split_learning_rate: Annotated[
+        float | None, typer.Option(help="Binary, tws: of distillation after the split.", show_default="--learning-rate")
+    ] = None,
     teacher_learning_rate: Annotated[
         float, typer.Option(help="Of fine-tuning; BERT-base: 2e-5 to 5e-5.")
     ] = DEFAULTS.teacher_learning_rate,
@@ -382,7 +385,8 @@ def distill(
             data_dir=data_dir, model=model, output_dir=str(out), max_train_samples=max_train_samples,
             teacher_steps=teacher_steps, steps=steps, batch_size=batch_size, learning_rate=learning_rate,
             teacher_learning_rate=teacher_learning_rate, save_steps=save_steps, seed=seed, task=task or "",
-            method=method.value, width=width, slim_steps=slim_steps, bits=bits.value,
+            method=method.value, width=width, slim_steps=slim_steps, split_learning_rate=split_learning_rate,
+            bits=bits.value,
             train_file=_text(train_file), validation_file=_text(validation_file),
             text_columns=text_column or [], label_column=label_column, max_length=max_length,
         )  # fmt: skip

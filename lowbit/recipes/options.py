@@ -23,7 +23,7 @@ class Options:
     batch_size: int = field(default=32, metadata={"help": "of training"})
     teacher_learning_rate: float = field(default=1e-4, metadata={"help": "BERT-base: 2e-5 to 5e-5"})
     learning_rate: float = field(
-        default=3e-4, metadata={"help": "of the distillation stages; published for BERT-base: 2e-5, split stage 5e-5"}
+        default=3e-4, metadata={"help": "of the distillation stages; published for BERT-base: 2e-5, split 5e-5"}
     )
     group_by_length: bool = field(default=True, metadata={"help": "batches of like length: half the padding"})
     bf16: bool = field(
@@ -52,6 +52,9 @@ class BinaryOptions(GlueOptions):
         metadata={"help": "tws (ternary weight splitting) or bwn (binary at once)", "choices": ["tws", "bwn"]},
     )
     width: float = field(default=0.5, metadata={"help": "tws: fraction of heads and FFN neurons; published: 0.5"})
+    split_learning_rate: float | None = field(
+        default=None, metadata={"help": "tws: of distilling the split model; default: --learning_rate"}
+    )
     slim_steps: int = field(default=250, metadata={"help": "tws: distillation steps of the slimmed float model"})
 
 

@@ -238,8 +238,8 @@ def binary_stages(run: Run, teacher: PreTrainedModel) -> str:
 
         binary = run.stage(name, bwn_stage)
     else:
-        suffix = f"w{options.width:g}"
-        name = f"tws-{suffix}"
+        suffix, rate = f"w{options.width:g}", options.split_learning_rate
+        name = f"tws-{suffix}" if rate is None else f"tws-{suffix}-lr{rate:g}"
 
         def slim_stage() -> PreTrainedModel:
             model = copy.deepcopy(teacher)
@@ -250,7 +250,7 @@ def binary_stages(run: Run, teacher: PreTrainedModel) -> str:
 
         def split_stage() -> PreTrainedModel:
             student = lowbit.split(copy.deepcopy(ternary))
-            return distill(run, name, student, teacher, options.steps, options.learning_rate)
+            return distill(run, name, student, teacher, options.steps, options.learning_rate if rate is None else rate)
 
         slimmed = run.stage(f"slim-{suffix}", slim_stage)
         # At full width the ternary student is the one of `ternary_stages`.
