@@ -20,7 +20,7 @@ METHODS = {
     "ltp": "learned token pruning and as many with what it learned",
     "power_bert": "PoWER-BERT's search and as many with what it learned",
 }
-ROWS = ("without lengths", "all tokens", "given", "1.5x fewer", "2x fewer", "3x fewer", "learned")
+ROWS = ("without lengths", "all tokens", "given", "1.5x fewer", "2x fewer", "3x fewer", "learned", "before")
 
 
 def case(folder: Path) -> tuple[str, dict[str, results.Row]]:
@@ -51,7 +51,8 @@ def report(folders: list[Path]) -> dict[str, Any]:
         "model": "layers that drop tokens: accuracy and time by budget",
         "machine": cpu.machine(),
         "method": (
-            "configurations learned, or searched on training examples set apart; metrics on validation examples; "
+            "configurations learned, or searched on training examples set apart; 'before' is the model that was then "
+            "trained to drop tokens; metrics on validation examples; "
             "milliseconds a batch of 8 validation examples in a fixed random order, median of 3 turns of each batch, "
             "mean of 40; "
             "'without lengths' runs as it did before, a float model with padding, 'all tokens' without; times fewer "

@@ -86,7 +86,8 @@ def roofline(report: Report, axes: Any) -> None:
 def speed_against_accuracy(report: Report, axes: Any) -> None:
     """Each run's metric over its speed beside all tokens kept."""
     for case, rows in report["results"].items():
-        points = sorted((row["times_as_fast"], row.get("f1", row.get("accuracy"))) for row in rows.values())
+        timed = [row for name, row in rows.items() if name != "before"]
+        points = sorted((row["times_as_fast"], row.get("f1", row.get("accuracy"))) for row in timed)
         axes.plot(*zip(*points, strict=True), marker="o", label=case)
     axes.set_xlabel("times as fast as without lengths")
     axes.set_ylabel("accuracy or F1, %")

@@ -41,13 +41,13 @@ def main(options: LengthGlueOptions) -> None:
     check_lengths(options, AutoConfig.from_pretrained(options.model).num_hidden_layers)
     run = open_run(options)
     set_apart(run, options.search_samples)
-    name, model = adaptive_stages(run, teacher_stage(run))
+    name, model, before = adaptive_stages(run, teacher_stage(run))
     apart = dataclasses.replace(run, task=dataclasses.replace(run.task, validation=("search",)))
     lengths = [len(ids) for ids in run.data["search"]["input_ids"]]
     configs = choose_lengths(run, name, model, lambda model: next(iter(evaluate(apart, model).values())), lengths)
     columns = run.tokenizer.model_input_names
     validation = [row for split in run.task.validation for row in run.data[split].select_columns(columns)]
-    print("\n" + compare(run, model, configs, lambda model: evaluate(run, model), validation))
+    print("\n" + compare(run, model, configs, lambda model: evaluate(run, model), validation, before))
     print(f"results: {run.folder / 'results.json'}")
 
 

@@ -162,7 +162,7 @@ def main(options: SquadOptions) -> None:
     print_step_times(run)
     print(f"CPU latency at sequence length {options.max_length}")
     protect = ("first_segment",) if options.protect_question else ()
-    name, model = adaptive_stages(run, model, protect=protect)
+    name, model, before = adaptive_stages(run, model, protect=protect)
     configs = choose_lengths(
         run,
         name,
@@ -172,7 +172,7 @@ def main(options: SquadOptions) -> None:
         protect=protect,
     )
     validation = list(run.data["validation"].select_columns(run.tokenizer.model_input_names))
-    print("\n" + compare(run, model, configs, lambda model: evaluate(run, model), validation))
+    print("\n" + compare(run, model, configs, lambda model: evaluate(run, model), validation, before))
     print(f"results: {run.folder / 'results.json'}")
 
 

@@ -367,6 +367,7 @@ def test_runs_of_the_length_examples_become_a_suite(tmp_path: Path) -> None:
         "all tokens": {"accuracy": 90.0, "times_as_fast": 1.0},
         "2x fewer": {"accuracy": 89.0, "times_as_fast": 1.7},
         "learned": {"accuracy": 88.0, "times_as_fast": 1.5},
+        "before": {"accuracy": 90.5},
     }
     measured = {name: {**row, "length_config": {"keep": [1.0]}} for name, row in rows.items()}
     (tmp_path / "results.json").write_text(json.dumps({"teacher": {"accuracy": 91.0}, **measured}))

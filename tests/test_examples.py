@@ -308,10 +308,14 @@ def test_thresholds_are_compared_by_what_they_keep(
     options = {"model": str(setup[1]), "data_dir": str(setup[0]), "output_dir": str(tmp_path)}
     run = glue.open_run(glue.LengthGlueOptions(**options))
     rows = list(run.data["validation"].select_columns(run.tokenizer.model_input_names))
-    model = tiny("BertForTokenClassification")
+    model, before = tiny("BertForTokenClassification"), tiny("BertForTokenClassification")
     config = LengthConfig((0.98, 1.0), unit="threshold")
-    lengths.compare(run, model, {"learned": config}, lambda model: {"f1": 1.0}, rows, batches=2)
-    found = json.loads((tmp_path / "results.json").read_text())["learned"]
+    lengths.compare(
+        run, model, {"learned": config}, lambda model: {"f1": float(model is before)}, rows, before, batches=2
+    )
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["before"] == {"f1": 1.0} and results["all tokens"]["f1"] == 0.0
+    found = results["learned"]
     lowbit.set_length(model, config)
     tokens, kept = 0, [0, 0]
     for row in rows:

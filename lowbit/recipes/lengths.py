@@ -70,13 +70,16 @@ def check_lengths(options: Any, layers: int) -> None:
         raise RecipeError(str(error)) from error
 
 
-def adaptive_stages(run: Run, teacher: PreTrainedModel, **fields: Any) -> tuple[str, PreTrainedModel]:
+def adaptive_stages(run: Run, teacher: PreTrainedModel, **fields: Any) -> tuple[str, PreTrainedModel, PreTrainedModel]:
     """The model that drops tokens, and its stage: training for that comes last, after quantization.
 
     (QuaLA-MiniLM: quantizing costs less than dropping, and what may be dropped depends on it.)
 
     Args:
         **fields: of the `LengthConfig`s that LengthDrop trains for, as in `search`.
+
+    Returns:
+        The stage, its model, and what that was before it was trained to drop tokens.
     """
     name, model, options = "teacher", teacher, run.options
     if options.ternary:
@@ -99,7 +102,7 @@ def adaptive_stages(run: Run, teacher: PreTrainedModel, **fields: Any) -> tuple[
         name = "packed"
         prepared = model
         model = lowbit.fuse(run.stage(name, lambda: lowbit.convert(prepared)))
-    return name, model
+    return name, model, before
 
 
 def length_drop(run: Run, model: PreTrainedModel, teacher: PreTrainedModel | None, **fields: Any) -> PreTrainedModel:
@@ -268,6 +271,7 @@ def compare(
     chosen: Mapping[str, lowbit.LengthConfig],
     metrics: Callable[[PreTrainedModel], Mapping[str, float]],
     examples: Sequence[Mapping[str, Any]],
+    before: PreTrainedModel,
     batch_size: int = 8,
     batches: int = 40,
 ) -> str:
@@ -281,6 +285,7 @@ def compare(
     Args:
         chosen: lengths by name.
         examples: of the validation data, as the model reads them; batches are drawn from them in a fixed random order.
+        before: the model that was trained to drop tokens, as it was; its metrics are the first row.
     """
     lengths = [len(example["input_ids"]) for example in examples]
     full = macs(model, None, lengths, first_token_only=False)
@@ -303,7 +308,8 @@ def compare(
     timed_rows = [i for group in groups for i in group]
     parts = {name: layers and [[layer[i] for i in timed_rows] for layer in layers] for name, layers in kept.items()}
     padded, costs = batch_macs(model, parts, [[lengths[i] for i in group] for group in groups])
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, dict[str, Any]] = {"before": dict(metrics(before))}
+    run.record("before", **rows["before"])
     for name, config in configs.items():
         lowbit.set_length(model, config)
         cost = macs(model, kept[name], lengths) if config else full
