@@ -6,7 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ import lowbit
 from helpers import batch, tiny, tiny_task
 from lowbit import LengthConfig, LengthDrop, LengthDropTrainer, sentiment
 from lowbit.length import Front, observed_lengths
-from lowbit.recipes import RecipeError, lengths
+from lowbit.recipes import RecipeError, lengths, stages
 from lowbit.unpadding import encoder_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -355,6 +355,25 @@ def test_lengths_are_trained_for_what_is_searched(
     assert not hasattr(model.config, "length_config")
     shortest = lengths.trained_for(options)[-1]
     assert shortest == pytest.approx(trainer.length_drop.draw(2, 0)[0][0])  # the search starts from it, too
+
+
+def test_a_run_made_before_an_option_existed_goes_on_with_its_default(tmp_path: Path) -> None:
+    @dataclass
+    class Options:
+        output_dir: str
+        steps: int
+        ratios: list[float] = field(default_factory=lambda: [0.2])
+        method: str = "first"
+
+    (tmp_path / "options.json").write_text('{"output_dir": "elsewhere", "steps": 3}')
+    stages.start(Options(str(tmp_path), 3), None, None, None)
+    for wrong, message in (
+        (Options(str(tmp_path), 3, method="second"), r"method='first' \(now 'second'\)"),
+        (Options(str(tmp_path), 3, [0.1]), r"ratios=\[0.2\] \(now \[0.1\]\)"),
+        (Options(str(tmp_path), 4), r"steps=3 \(now 4\)"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            stages.start(wrong, None, None, None)
 
 
 def test_another_run_in_the_same_folder_is_refused(setup: tuple[Path, Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def start(options: Any, task: Any, data: Any, tokenizer: PreTrainedTokenizerBase
     folder.mkdir(parents=True, exist_ok=True)
     path, wanted = folder / "options.json", {k: v for k, v in asdict(options).items() if k not in NO_STAGES}
     if path.is_file():
-        recorded = asdict(type(options)()) | json.loads(path.read_text())  # options that are newer than the run
+        recorded = _defaults(options) | json.loads(path.read_text())  # options that are newer than the run
         recorded = {k: v for k, v in recorded.items() if k not in NO_STAGES}
         if recorded != wanted:
             names = sorted(key for key in recorded.keys() | wanted.keys() if recorded.get(key) != wanted.get(key))
@@ -92,6 +92,11 @@ def start(options: Any, task: Any, data: Any, tokenizer: PreTrainedTokenizerBase
     else:
         write_text(path, json.dumps(wanted, indent=2))
     return Run(options, task, data, tokenizer, **fields)
+
+
+def _defaults(options: Any) -> dict[str, Any]:
+    given = {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(options)}
+    return {name: value for name, value in given.items() if value is not MISSING}
 
 
 def arguments(run: Run, name: str, steps: int, learning_rate: float) -> TrainingArguments:
