@@ -16,9 +16,9 @@ from typing import Any
 from . import cpu, results
 
 METHODS = {
-    "lengthdrop": "LengthDrop",
-    "ltp": "learned token pruning and as many with what it learned",
-    "power_bert": "PoWER-BERT's search and as many with what it learned",
+    "lengthdrop": "{0} steps of LengthDrop",
+    "ltp": "{0} + {0} steps of learned token pruning",
+    "power_bert": "{0} + {0} steps of PoWER-BERT",
 }
 ROWS = ("without lengths", "all tokens", "given", "1.5x fewer", "2x fewer", "3x fewer", "learned", "before")
 
@@ -36,8 +36,8 @@ def case(folder: Path) -> tuple[str, dict[str, results.Row]]:
         rows = {name: {k: v for k, v in row.items() if k != "length_config"} for name, row in rows.items()}
         what = "ternary 2-2-8" if options["ternary"] else "float"
         words = [options.get("task", "SQuAD v1.1"), Path(options["model"]).name, what]
-        method = METHODS[options.get("length_method", "lengthdrop")]
-        words.append(f"{options['length_steps']} steps of {method}, {options['max_train_samples'] or 'all'} examples")
+        words.append(METHODS[options.get("length_method", "lengthdrop")].format(options["length_steps"]))
+        words.append(f"{options['max_train_samples'] or 'all'} examples")
         if not rows:
             raise KeyError(ROWS[1])
     except (OSError, KeyError, json.JSONDecodeError) as error:
