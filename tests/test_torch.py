@@ -94,14 +94,13 @@ def gradients(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[s
 
 
 @pytest.mark.parametrize("stage", ["prepared", "prepared pair", "ternary", "lengths"])
-def test_gradient_checkpointing_changes_nothing(stage: str) -> None:
+def test_gradient_checkpointing_changes_no_bit(stage: str) -> None:
     model = made("prepared" if stage == "lengths" else stage).train()
     if stage == "lengths":
         lowbit.set_length(model, lowbit.LengthConfig(keep=(0.5,)))
     inputs = {**batch(), "labels": torch.tensor([0, 1, 2])}
     expected = gradients(model, inputs)
-    largest = max(grad.abs().max() for grad in expected.values())
-    assert largest > 0
+    assert any(grad.any() for grad in expected.values())
     calls = []
     linear = model.base_model.encoder.layer[0].intermediate.dense
     linear.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -111,12 +110,7 @@ def test_gradient_checkpointing_changes_nothing(stage: str) -> None:
         got = gradients(model, inputs)
         assert len(calls) == 2  # run again for the backward pass
         assert got.keys() == expected.keys()
-        for name, gradient in expected.items():
-            # Reentrant, the first pass is without gradients: the CPU's attention then groups sequences by length, and
-            # float sums over another padded length may round otherwise.
-            rounds = stage == "lengths" and reentrant
-            bound = 1e-5 * gradient.norm() + 1e-7 * largest if rounds else 0
-            assert (got[name] - gradient).norm() <= bound, name
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("stage", STAGES)

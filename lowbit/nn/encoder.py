@@ -261,7 +261,9 @@ class UnpaddedEncoder(nn.Module):
         dropout = module.dropout.p if self.training else 0.0
         runs = query.dtype != torch.float64 and (not query.is_cuda or query.shape[-1] in HEAD_DIMS)
         learned = self.soft_mask is not None or (self.importance_target is not None and importance is not None)
-        if dropout or learned or not runs:  # `attention` gives importance no gradient
+        # `attention` gives importance no gradient. On a CPU it rounds otherwise where no gradient is wanted, as in the
+        # first pass of reentrant checkpointing.
+        if dropout or learned or not runs or (self.training and not query.is_cuda):
             options = {"bits": None, "asymmetric": (), "dropout_p": dropout, "importance": importance, **options}
             result = attention_eager(query, key, value, *sequences[:2], **options)
         else:
