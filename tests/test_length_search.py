@@ -74,7 +74,7 @@ def test_configurations_are_monotone_distinct_multiples_of_the_step_and_few() ->
     assert all(config.unit == "tokens" and config.keep[0] <= 128 for config in seen)
     assert all(keep % 16 == 0 and isinstance(keep, int) for config in seen for keep in config.keep)
     assert all(a >= b for config in seen for a, b in itertools.pairwise(config.keep))
-    assert len(set(seen)) == len(seen) <= 2 + 7 + 3 * (11 + 5)
+    assert len(set(seen)) == len(seen) <= 2 + 2 * 7 + 3 * (11 + 5)
     assert len(seen) > 2 + 3 * 11
 
 
@@ -87,9 +87,21 @@ def test_children_are_new_and_crossovers_are_rounded_up_means() -> None:
 def test_first_population_is_evenly_spaced() -> None:
     seen: list[LengthConfig] = []
     search(lambda config: seen.append(config) or 0.0, layers=12, population=9, iterations=0, step=0.01)
-    means = sorted(total(config) / 12 for config in seen)
-    assert len(means) == 11
-    assert all(b - a == pytest.approx(0.099, abs=0.01) for a, b in itertools.pairwise(means))
+    full, least = seen[:2]
+    for ways in (seen[2::2], seen[3::2]):  # an early and a late one for each number of tokens
+        means = [total(config) / 12 for config in (least, *ways, full)]
+        assert len(means) == 11
+        assert all(b - a == pytest.approx(0.099, abs=0.01) for a, b in itertools.pairwise(means))
+    assert all(config.keep.count(1) == int(1.2 * index) for index, config in enumerate(seen[3::2], 1))
+
+
+def test_starts_from_dropping_late_too() -> None:
+    """A model that knows nothing before its fourth layer: whatever leaves before that costs the whole score."""
+    front = search(
+        lambda config: float(min(config.keep[:3]) == 1 and config.keep[3] >= 0.3), layers=6, iterations=0, step=0.05
+    )
+    assert front.points[-1].score == 1
+    assert total(front.points[-1].config) < 0.7 * 6
 
 
 def test_starts_from_what_it_is_given_too() -> None:
@@ -100,7 +112,7 @@ def test_starts_from_what_it_is_given_too() -> None:
     front = search(
         lambda config: seen.append(config) or float(config.keep == special), population=2, iterations=0, first=given
     )
-    assert [config.keep for config in seen].count(special) == 1 and len(seen) == 2 + 2 + 1
+    assert [config.keep for config in seen].count(special) == 1 and len(seen) == 2 + 2 * 2 + 1
     assert seen[-1].keep == front.points[-1].config.keep == special
 
 

@@ -1,9 +1,10 @@
 """Evolutionary search for lengths (Length-Adaptive Transformer, Kim and Cho 2021): score against cost, no training.
 
 A gene is a tuple of whole numbers, one a layer, that never increases: the steps of the ratio or of the number of tokens
-that the layer keeps. The first population keeps everything, the least, or a fixed ratio of the layer before. Then, in
-each iteration, children of the Pareto front are evaluated: mutations redraw layers between their neighbours, crossovers
-are the rounded-up mean of two genes; both stay non-increasing by construction.
+that the layer keeps. The first population keeps everything, the least, or a fixed ratio of the layer before, from the
+first layer on or from a late one. Then, in each iteration, children of the Pareto front are evaluated: mutations redraw
+layers between their neighbours, crossovers are the rounded-up mean of two genes; both stay non-increasing by
+construction.
 """
 
 from __future__ import annotations
@@ -58,12 +59,13 @@ def search_lengths(
         model: says how many layers there are, and whether its head reads the first token only: then what the last layer
             keeps has no effect, and is what the layer before keeps. The model is neither run nor changed here.
         evaluate: quality of the model with a configuration, higher is better: sets it (`lowbit.set_length`) and
-            measures. Called at most 2 + population + len(first) + iterations * (mutations + crossovers) times, never
-            twice for one configuration.
+            measures. Called at most 2 + 2 * population + len(first) + iterations * (mutations + crossovers) times,
+            never twice for one configuration.
         cost: cheap, and always the same for the same configuration: `LatencyTable.latency`, or
             `lambda config: macs(model, config, lengths)`.
         cost_unit: what it counts, for people: "ms", "MACs".
-        population: fixed-ratio configurations to start from, evenly spaced in tokens.
+        population: numbers of tokens to start from, evenly spaced. Each is reached by dropping a fixed ratio in every
+            layer, and by dropping nothing until as late as it can be (where early layers do not know yet what matters).
         first: what else to start from, as `LengthConfig.keep`, rounded to `step`: those that the model was trained for.
         iterations, mutations, crossovers: rounds, and new configurations of each kind in a round.
         mutation_probability: of redrawing a layer.
@@ -105,7 +107,7 @@ def search_lengths(
     store = _Store(None if path is None else Path(path), settings)
     found: dict[Gene, FrontPoint] = {}
     generator = random.Random(seed)
-    most = 2 + population + len(extra) + iterations * (mutations + crossovers)
+    most = 2 + 2 * population + len(extra) + iterations * (mutations + crossovers)
     with tqdm(total=most, desc="search_lengths", disable=not progress) as bar:
 
         def visit(gene: Gene) -> None:
@@ -163,18 +165,25 @@ def _finite(name: str, function: Callable[[LengthConfig], float], config: Length
 
 
 def _first_population(layers: int, levels: int, population: int) -> list[Gene]:
-    """Everything, the least, and fixed ratios of the layer before: evenly spaced in the tokens that layers keep."""
-    least = 1 / levels
+    """Everything, the least, and for evenly spaced sums of what layers keep an early and a late way to drop tokens."""
     genes = [(levels,) * layers, (1,) * layers]
+    least = 1 / levels
     for index in range(population):
-        mean = least + (1 - least) * (index + 1) / (population + 1)
-        low, high = 0.0, 1.0
-        for _ in range(50):
-            ratio = (low + high) / 2
-            too_many = sum(ratio**layer for layer in range(1, layers + 1)) > mean * layers
-            low, high = (low, ratio) if too_many else (ratio, high)
-        genes.append(tuple(max(1, round(levels * low**layer)) for layer in range(1, layers + 1)))
+        share = (index + 1) / (population + 1)
+        tokens = layers * (least + (1 - least) * share)
+        for untouched in (0, int(layers * share)):
+            genes.append((levels,) * untouched + _fixed_ratio(layers - untouched, levels, tokens - untouched))
     return list(dict.fromkeys(genes))
+
+
+def _fixed_ratio(layers: int, levels: int, tokens: float) -> Gene:
+    """Each layer keeps the same ratio of the layer before; together `tokens` times one sequence."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        ratio = (low + high) / 2
+        too_many = sum(ratio**layer for layer in range(1, layers + 1)) > tokens
+        low, high = (low, ratio) if too_many else (ratio, high)
+    return tuple(max(1, round(levels * low**layer)) for layer in range(1, layers + 1))
 
 
 def _gene(keep: Sequence[float], layers: int, levels: int, step: float) -> Gene:
