@@ -13,7 +13,7 @@ import pytest
 
 from helpers import tiny
 from lowbit.length import Front, FrontPoint, LengthConfig, search_lengths
-from lowbit.length.search import _children
+from lowbit.length.search import _children, _first_population
 
 WEIGHTS = (0.1, 0.6, 0.2, 0.1)  # of four layers: what a kept token of each is worth
 
@@ -92,7 +92,18 @@ def test_first_population_is_evenly_spaced() -> None:
         means = [total(config) / 12 for config in (least, *ways, full)]
         assert len(means) == 11
         assert all(b - a == pytest.approx(0.099, abs=0.01) for a, b in itertools.pairwise(means))
-    assert all(config.keep.count(1) == int(1.2 * index) for index, config in enumerate(seen[3::2], 1))
+    assert all(config.keep.count(1) == 12 * index // 10 for index, config in enumerate(seen[3::2], 1))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 6, 24])
+@pytest.mark.parametrize("levels", [1, 2, 20])
+@pytest.mark.parametrize("population", [0, 1, 20])
+def test_first_population_is_of_distinct_valid_genes(layers: int, levels: int, population: int) -> None:
+    genes = _first_population(layers, levels, population)
+    assert {(levels,) * layers, (1,) * layers} <= set(genes)
+    assert len(set(genes)) == len(genes) <= 2 + 2 * population
+    assert all(len(gene) == layers and gene[-1] >= 1 and gene[0] <= levels for gene in genes)
+    assert all(a >= b for gene in genes for a, b in itertools.pairwise(gene))
 
 
 def test_starts_from_dropping_late_too() -> None:

@@ -64,8 +64,9 @@ def search_lengths(
         cost: cheap, and always the same for the same configuration: `LatencyTable.latency`, or
             `lambda config: macs(model, config, lengths)`.
         cost_unit: what it counts, for people: "ms", "MACs".
-        population: numbers of tokens to start from, evenly spaced. Each is reached by dropping a fixed ratio in every
-            layer, and by dropping nothing until as late as it can be (where early layers do not know yet what matters).
+        population: numbers of tokens to start from, about evenly spaced. Each is reached in two ways: every layer drops
+            a fixed ratio, or as many layers as possible keep everything and those after them drop a fixed ratio (for
+            models whose early layers do not know yet what matters).
         first: what else to start from, as `LengthConfig.keep`, rounded to `step`: those that the model was trained for.
         iterations, mutations, crossovers: rounds, and new configurations of each kind in a round.
         mutation_probability: of redrawing a layer.
@@ -165,23 +166,25 @@ def _finite(name: str, function: Callable[[LengthConfig], float], config: Length
 
 
 def _first_population(layers: int, levels: int, population: int) -> list[Gene]:
-    """Everything, the least, and for evenly spaced sums of what layers keep an early and a late way to drop tokens."""
+    """Everything, the least, and for evenly spaced sums of what layers keep an early and a late way to drop tokens.
+
+    Low sums come out higher: no layer keeps less than a step.
+    """
     genes = [(levels,) * layers, (1,) * layers]
     least = 1 / levels
     for index in range(population):
-        share = (index + 1) / (population + 1)
-        tokens = layers * (least + (1 - least) * share)
-        for untouched in (0, int(layers * share)):
-            genes.append((levels,) * untouched + _fixed_ratio(layers - untouched, levels, tokens - untouched))
+        total = layers * (least + (1 - least) * (index + 1) / (population + 1))
+        for untouched in (0, layers * (index + 1) // (population + 1)):
+            genes.append((levels,) * untouched + _fixed_ratio(layers - untouched, levels, total - untouched))
     return list(dict.fromkeys(genes))
 
 
-def _fixed_ratio(layers: int, levels: int, tokens: float) -> Gene:
-    """Each layer keeps the same ratio of the layer before; together `tokens` times one sequence."""
+def _fixed_ratio(layers: int, levels: int, total: float) -> Gene:
+    """Each layer keeps the same ratio of the layer before, at least a step; `total` is the sum of what they keep."""
     low, high = 0.0, 1.0
     for _ in range(50):
         ratio = (low + high) / 2
-        too_many = sum(ratio**layer for layer in range(1, layers + 1)) > tokens
+        too_many = sum(ratio**layer for layer in range(1, layers + 1)) > total
         low, high = (low, ratio) if too_many else (ratio, high)
     return tuple(max(1, round(levels * low**layer)) for layer in range(1, layers + 1))
 
