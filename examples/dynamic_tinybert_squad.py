@@ -18,6 +18,7 @@ its last evaluation: to resume, run the same command again.
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +39,7 @@ from lowbit.recipes.lengths import adaptive_stages, check_lengths, choose_length
 from lowbit.recipes.measure import measure, table
 from lowbit.recipes.options import LengthOptions
 from lowbit.recipes.stages import Run, distill, fine_tune, start
-from lowbit.squad import best_answers, featurize, load_squad, score_answers
+from lowbit.squad import ask_elsewhere, best_answers, featurize, load_squad, score_answers
 
 
 @dataclass
@@ -64,6 +65,13 @@ class SquadOptions(LengthOptions, Options):
     importance_weight: float = field(
         default=1.0, metadata={"help": "weight of the loss by which LengthDrop training learns what to keep"}
     )
+    other_paragraphs: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the questions that are put to another paragraph nearby while the model learns to drop "
+            "tokens, where it learns from the model before in place of the answers; 0: from the answers"
+        },
+    )
     protect_question: bool = field(default=False, metadata={"help": "never drop tokens of the question"})
 
 
@@ -76,6 +84,8 @@ def open_run(options: SquadOptions) -> Run:
     if options.layers and config.num_hidden_layers % options.layers:
         raise SystemExit(f"--layers {options.layers} does not divide the teacher's {config.num_hidden_layers} layers")
     check_lengths(options, options.layers or config.num_hidden_layers)
+    if not 0 <= options.other_paragraphs <= 1:
+        raise SystemExit(f"--other_paragraphs {options.other_paragraphs}: accepted is a share from 0 to 1")
     questions = load_squad(options.data_dir)
     train = evenly(questions["train"], options.max_train_samples)
     begin = max(len(train) - options.search_samples, len(train) // 2)
@@ -88,7 +98,7 @@ def open_run(options: SquadOptions) -> Run:
         for split, examples in (("train", train), ("validation", validation), ("apart", apart))
     }
     data["train"] = data["train"].remove_columns(["example", "offsets"])
-    questions = {"validation": validation, "apart": apart}
+    questions = {"train": train, "validation": validation, "apart": apart}
     return start(options, questions, data, tokenizer, auto=AutoModelForQuestionAnswering)
 
 
@@ -130,6 +140,15 @@ def every_kth_layer(teacher: PreTrainedModel, count: int) -> PreTrainedModel:
     return student
 
 
+def unlabelled_windows(run: Run) -> Dataset:
+    """Questions to other paragraphs, as many as training to drop tokens takes: none is seen twice."""
+    options = run.options
+    count = options.length_steps * options.batch_size
+    pairs = ask_elsewhere(run.task["train"], count, options.other_paragraphs, seed=options.seed)
+    windows = featurize(pairs, run.tokenizer, options.max_length, options.stride)
+    return windows.select_columns([name for name in run.tokenizer.model_input_names if name in windows.column_names])
+
+
 @torch.inference_mode()
 def evaluate(run: Run, model: PreTrainedModel, split: str = "validation") -> dict[str, float]:
     """Exact match and F1 (in percent) on the questions of a split; windows of like length share a batch."""
@@ -162,7 +181,8 @@ def main(options: SquadOptions) -> None:
     print_step_times(run)
     print(f"CPU latency at sequence length {options.max_length}")
     protect = ("first_segment",) if options.protect_question else ()
-    name, model, before = adaptive_stages(run, model, protect=protect)
+    unlabelled = functools.partial(unlabelled_windows, run) if options.other_paragraphs else None
+    name, model, before = adaptive_stages(run, model, unlabelled, protect=protect)
     configs = choose_lengths(
         run,
         name,

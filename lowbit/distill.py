@@ -131,6 +131,16 @@ class AttentionScoreLoss:
 LOGITS = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits")
 
 
+def logits_of(outputs: Mapping[str, Any], batch: Batch) -> dict[str, torch.Tensor]:
+    """A head's logits; of question answering, where a prediction is over tokens, padding is none of them (-1e30)."""
+    found = {name: outputs[name] for name in LOGITS if name in outputs}
+    mask = batch.get("attention_mask")
+    for name in ("start_logits", "end_logits"):
+        if mask is not None and name in found:
+            found[name] = found[name].float().masked_fill(~mask.bool(), -1e30)  # -inf times its share, 0, is NaN
+    return found
+
+
 @dataclass
 class LogitsLoss:
     """Soft cross-entropy of the logits; MSE for regression, binary cross-entropy where several labels may hold.
@@ -152,11 +162,11 @@ class LogitsLoss:
     needs: tuple[str, ...] = ()
 
     def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
-        names = [name for name in LOGITS if name in student]
-        if not names:
+        students, teachers = logits_of(student, batch), logits_of(teacher, batch)
+        if not students:
             raise ValueError("LogitsLoss: the student returns no logits; use a model with a task head")
-        loss: Any = sum(self._loss(student[name], teacher[name], batch) for name in names)
-        return self.weight * loss / len(names)
+        loss: Any = sum(self._loss(logits, teachers[name], batch) for name, logits in students.items())
+        return self.weight * loss / len(students)
 
     def _loss(self, student: torch.Tensor, teacher: torch.Tensor, batch: Batch) -> torch.Tensor:
         labels, mask = batch.get("labels"), None

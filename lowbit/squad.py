@@ -7,6 +7,7 @@ start logit + end logit; the best span over all windows of a question is its ans
 
 from __future__ import annotations
 
+import random
 import re
 import string
 from collections import Counter
@@ -67,6 +68,51 @@ def _load_file(path: Path) -> Dataset:
             if start < 0 or not text or not context.startswith(text, start):
                 raise ValueError(f"{path}, row {index}: the answer {text!r} is not at character {start} of its context")
     return data
+
+
+def ask_elsewhere(data: Dataset, count: int, share: float = 0.75, near: int = 15, seed: int = 0) -> Dataset:
+    """Questions without answers, for a student to learn from what its teacher says; most of them to other paragraphs.
+
+    A teacher knows the answers to its training questions by heart, and a student of these learns little about others.
+    There are many more pairs of a question and a paragraph than questions with answers, and of a pair that was never
+    trained on a teacher says what it makes of it, as of a question that is new.
+
+    Args:
+        data: questions in the order of their articles, so that neighbouring paragraphs are of one subject.
+        count: questions to return; each of `data` is there as often as any other, give or take one.
+        share: of the questions are put to another paragraph than their own.
+        near: which may be so many paragraphs away.
+        seed: of the order and the choice.
+
+    Returns:
+        Columns context, question and answers, which are empty.
+
+    Raises:
+        ValueError: a share outside [0, 1], a count below 0, or no other paragraph.
+    """
+    from datasets import Dataset
+
+    contexts, questions = data["context"][:], data["question"][:]
+    paragraphs = list(dict.fromkeys(contexts))
+    if not 0 <= share <= 1 or count < 0 or near < 1:
+        raise ValueError(f"share={share}, count={count}, near={near}; accepted: from 0 to 1, from 0, and from 1")
+    if len(paragraphs) < 2:
+        raise ValueError(f"{len(data)} questions on {len(paragraphs)} paragraphs; questions on two or more are needed")
+    place = {context: number for number, context in enumerate(paragraphs)}
+    generator, order = random.Random(seed), []
+    while len(order) < count:
+        order += generator.sample(range(len(questions)), min(len(questions), count - len(order)))
+    asked = []
+    for index in order:
+        to = place[contexts[index]]
+        if generator.random() < share:
+            first, last = max(0, to - near), min(len(paragraphs) - 1, to + near)
+            other = generator.randrange(first, last)  # one fewer than there are, to leave out its own
+            to = other + (other >= to)
+        asked.append(
+            {"context": paragraphs[to], "question": questions[index], "answers": {"text": [], "answer_start": []}}
+        )
+    return Dataset.from_list(asked)
 
 
 def featurize(

@@ -206,6 +206,29 @@ def test_logits_loss_of_question_answering_averages_start_and_end() -> None:
     assert loss.item() == pytest.approx((start + end) / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_answer_is_never_in_the_padding(dtype: torch.dtype, temperature: float) -> None:
+    mask = torch.tensor([[1] * 9, [1] * 5 + [0] * 4, [0] * 3 + [1] * 6])  # padding on the left too
+    student, teacher = (torch.randn(2, 3, 9).to(dtype) for _ in range(2))
+    for logits in (student, teacher):
+        logits.masked_fill_(mask == 0, 30.0)  # what a model says of padding is nobody's
+    student.requires_grad_()
+    loss = LogitsLoss(temperature=temperature)(
+        QuestionAnsweringModelOutput(start_logits=student[0], end_logits=student[1]),
+        QuestionAnsweringModelOutput(start_logits=teacher[0], end_logits=teacher[1]),
+        {"attention_mask": mask},
+    )
+    rows = [
+        expected_logits(array(s[i, seen])[None], array(t[i, seen])[None], temperature)
+        for s, t in zip(student.detach().float(), teacher.float(), strict=True)
+        for i, seen in enumerate(mask.bool())
+    ]
+    assert loss.item() == pytest.approx(np.mean(rows), rel=1e-5)
+    loss.backward()
+    assert torch.isfinite(student.grad).all() and not student.grad[:, mask == 0].any()
+
+
 def test_token_logits_count_labelled_tokens_only_and_none_is_no_nan() -> None:
     student, teacher = torch.randn(2, 6, 5), torch.randn(2, 6, 5)
     labels = torch.full((2, 6), -100)

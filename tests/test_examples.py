@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 import lowbit
@@ -242,6 +243,7 @@ def test_the_student_starts_as_every_kth_layer_of_the_teacher(monkeypatch: pytes
         ({"keep": [0.5]}, "--keep has 1 numbers; accepted: none, or one for each of 2"),
         ({"keep": [0.5, 0.6]}, "LengthConfig: keep=.* increases"),
         ({"drop_ratio": [1.5]}, "LengthDrop: ratio=1.5"),
+        ({"other_paragraphs": 1.5}, "--other_paragraphs 1.5: accepted is a share from 0 to 1"),
         ({"score": "both"}, "score='both'"),
         ({"cost": "joules"}, "--cost joules: accepted are macs and latency"),
         ({"length_method": "guess"}, "--length_method guess: accepted are lengthdrop, ltp, power_bert"),
@@ -355,6 +357,40 @@ def test_lengths_are_trained_for_what_is_searched(
     assert not hasattr(model.config, "length_config")
     shortest = lengths.trained_for(options)[-1]
     assert shortest == pytest.approx(trainer.length_drop.draw(2, 0)[0][0])  # the search starts from it, too
+
+
+@pytest.mark.parametrize("method", ["lengthdrop", "ltp"])
+def test_other_paragraphs_are_answered_by_the_model_before(
+    method: str, setup: tuple[Path, Path], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropping tokens is learned without answers, from a model that stays as it is; fine-tuning has its answers."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    squad = importlib.import_module("dynamic_tinybert_squad")
+    options = squad.SquadOptions(
+        model=str(setup[1]), data_dir=str(questions), output_dir=str(tmp_path), max_length=90, stride=8, score="all",
+        other_paragraphs=1.0, teacher_steps=1, length_steps=2, batch_size=4, search_samples=4, length_method=method,
+        max_eval_samples=3, sub_models=1, importance_weight=0.0, drop_ratio=[0.3], iterations=1,
+    )  # fmt: skip
+    train, trainers = stages.train, {}
+
+    def note(run: object, name: str, trainer: Trainer) -> torch.nn.Module:
+        trainers[name] = trainer
+        return train(run, name, trainer)
+
+    monkeypatch.setattr(stages, "train", note)
+    monkeypatch.setattr(lengths, "train", note)
+    squad.main(options)
+    assert set(trainers) == {"teacher"} | ({"adaptive"} if method == "lengthdrop" else {"soft", "hard"})
+    assert "start_positions" in trainers.pop("teacher").train_dataset.column_names
+    weights = load_file(tmp_path / "teacher/model.safetensors")
+    for trainer in trainers.values():
+        data = trainer.train_dataset
+        assert "start_positions" not in data.column_names and len(data) >= 8  # each is seen once at most
+        assert {objective.name for objective in trainer.current_objectives()} == {"logits"}
+        frozen = trainer.teacher.state_dict()
+        assert all(torch.equal(frozen[name], tensor) for name, tensor in weights.items())
+        moved = trainer.model.state_dict()
+        assert any(not torch.equal(moved[name], tensor) for name, tensor in weights.items())
 
 
 def test_a_run_made_before_an_option_existed_goes_on_with_its_default(tmp_path: Path) -> None:

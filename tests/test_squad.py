@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from transformers import BertTokenizerFast
 from helpers import minilm_folder
 from lowbit.squad import (
     Answer,
+    ask_elsewhere,
     best_answers,
     exact_match,
     f1_score,
@@ -105,6 +107,57 @@ def test_missing_files_and_hub_are_clear_errors(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(ConnectionError, match="data_dir=DIR"):
         load_squad()
+
+
+# -- questions without answers
+
+
+def numbered(paragraphs: int, each: int) -> Dataset:
+    return dataset(*(row(f"p{i}", f"p{i}", question=f"q{i}-{j}") for i in range(paragraphs) for j in range(each)))
+
+
+@pytest.mark.parametrize(("share", "near"), [(1.0, 1), (1.0, 4), (0.5, 2), (0.0, 3)])
+def test_questions_go_to_paragraphs_nearby_and_lose_their_answers(share: float, near: int) -> None:
+    data = numbered(paragraphs=12, each=3)
+    asked = ask_elsewhere(data, 36 * 50 + 7, share, near)
+    assert len(asked) == 36 * 50 + 7 and asked.column_names == ["context", "question", "answers"]
+    assert all(given == {"text": [], "answer_start": []} for given in asked["answers"])
+    times = Counter(asked["question"])
+    assert set(times) == set(data["question"]) and set(times.values()) == {50, 51}
+    by_home: dict[int, Counter] = {home: Counter() for home in range(12)}
+    for context, question in zip(asked["context"], asked["question"], strict=True):
+        by_home[int(question[1:].split("-")[0])][int(context[1:])] += 1
+    for home, went in by_home.items():
+        others = {p for p in range(12) if p != home and abs(p - home) <= near}
+        assert set(went) == (others if share else set()) | ({home} if share < 1 else set())
+        away = sum(went[p] for p in others)
+        assert away / went.total() == pytest.approx(share, abs=0.2)
+        for other in others:  # all alike, at the ends of the data too; 5 standard deviations
+            expected = share * went.total() / len(others)
+            assert abs(went[other] - expected) <= 5 * expected**0.5
+
+
+def test_questions_asked_elsewhere_follow_the_seed() -> None:
+    data = numbered(5, 2)
+    assert ask_elsewhere(data, 20, seed=1)[:] == ask_elsewhere(data, 20, seed=1)[:] != ask_elsewhere(data, 20)[:]
+    assert len(ask_elsewhere(data, 0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("paragraphs", "wrong", "message"),
+    [
+        (3, {"share": 1.5}, "share=1.5"),
+        (3, {"share": float("nan")}, "share=nan"),
+        (3, {"count": -1}, "count=-1"),
+        (3, {"near": 0}, "near=0"),
+        (1, {}, "2 questions on 1 paragraphs"),
+        (0, {}, "0 questions on 0 paragraphs"),
+    ],
+)
+def test_questions_that_cannot_be_asked_elsewhere_are_clear_errors(paragraphs: int, wrong: dict, message: str) -> None:
+    data = numbered(3, 2).select(range(2 * paragraphs))
+    with pytest.raises(ValueError, match=message):
+        ask_elsewhere(data, **{"count": 4, **wrong})
 
 
 # -- features

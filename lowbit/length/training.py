@@ -13,7 +13,7 @@ import dataclasses
 import math
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from ..config import LengthConfig
-from ..distill import LOGITS, Batch, DistillationTrainer, LogitsLoss, Objective
+from ..distill import Batch, DistillationTrainer, LogitsLoss, Objective, logits_of
 from ..nn import UnpaddedEncoder
 from ..unpadding import encoder_of, set_length, unpadded_encoder
 from .soft import SoftLengths
@@ -182,7 +182,7 @@ class LengthDropTrainer(_LengthTrainer):
             with _unsynchronized(self, model, number < len(subs)), _run_with(encoder, lengths, skip):
                 with self.compute_loss_context_manager(), _with_target(encoder, target) as losses:
                     outputs = model(**{k: v for k, v in inputs.items() if k not in self.label_names}, return_dict=True)
-                    loss = divergence = self._divergence(full, _logits(outputs, inputs), student, inputs)
+                    loss = divergence = self._divergence(full, logits_of(outputs, inputs), student, inputs)
                     if losses:
                         distance = torch.stack(losses).mean()
                         distances.append(distance.detach())
@@ -203,7 +203,7 @@ class LengthDropTrainer(_LengthTrainer):
     ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
-            self._full_logits = {name: logits.detach() for name, logits in _logits(outputs, inputs).items()}
+            self._full_logits = {name: logits.detach() for name, logits in logits_of(outputs, inputs).items()}
             loss = loss / (self.length_drop.sub_models + 1)
         return (loss, outputs) if return_outputs else loss
 
@@ -368,13 +368,3 @@ def _with_target(encoder: UnpaddedEncoder, target: torch.Tensor | None) -> Itera
 
 def _unsynchronized(trainer: Any, model: Any, wanted: bool) -> Any:
     return trainer.accelerator.no_sync(model) if wanted else contextlib.nullcontext()
-
-
-def _logits(outputs: Any, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """A head's logits; of question answering, where a prediction is over tokens, padding is none of them."""
-    found = {name: outputs[name] for name in LOGITS if name in outputs}
-    mask = batch.get("attention_mask")
-    for name in ("start_logits", "end_logits"):
-        if mask is not None and name in found:
-            found[name] = found[name].masked_fill(~mask.bool(), torch.finfo(found[name].dtype).min)
-    return found
