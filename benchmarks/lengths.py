@@ -38,6 +38,8 @@ def case(folder: Path) -> tuple[str, dict[str, results.Row]]:
         words = [options.get("task", "SQuAD v1.1"), Path(options["model"]).name, what]
         words.append(METHODS[options.get("length_method", "lengthdrop")].format(options["length_steps"]))
         words.append(f"{options['max_train_samples'] or 'all'} examples")
+        if share := options.get("other_paragraphs"):
+            words.append(f"{share:.0%} of the questions put to other paragraphs")
         if not rows:
             raise KeyError(ROWS[1])
     except (OSError, KeyError, json.JSONDecodeError) as error:

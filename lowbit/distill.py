@@ -145,7 +145,8 @@ def logits_of(outputs: Mapping[str, Any], batch: Batch) -> dict[str, torch.Tenso
 class LogitsLoss:
     """Soft cross-entropy of the logits; MSE for regression, binary cross-entropy where several labels may hold.
 
-    Labels of the logits' own shape [B, S] are one yes or no a token (ELECTRA's discriminator).
+    Labels of the logits' own shape [B, S] are one yes or no a token (ELECTRA's discriminator). Start and end logits of
+    question answering are over the tokens of a text, without its padding.
 
     Args:
         weight: factor of the loss.
@@ -165,6 +166,8 @@ class LogitsLoss:
         students, teachers = logits_of(student, batch), logits_of(teacher, batch)
         if not students:
             raise ValueError("LogitsLoss: the student returns no logits; use a model with a task head")
+        if lacking := students.keys() - teachers.keys():
+            raise ValueError(f"LogitsLoss: the teacher returns no {', '.join(sorted(lacking))}; use the student's head")
         loss: Any = sum(self._loss(logits, teachers[name], batch) for name, logits in students.items())
         return self.weight * loss / len(students)
 

@@ -374,6 +374,9 @@ def test_runs_of_the_length_examples_become_a_suite(tmp_path: Path) -> None:
     written = results.read(results.write(lengths.report([tmp_path]), tmp_path))
     assert written["results"] == {"sst2, minilm, ternary 2-2-8, 3 steps of LengthDrop, all examples": rows}
     assert report.plot(written, tmp_path)[0].stat().st_size > 1000
+    (tmp_path / "options.json").write_text(json.dumps(options | {"other_paragraphs": 0.75}))
+    (title,) = lengths.report([tmp_path])["results"]
+    assert title.endswith(", 75% of the questions put to other paragraphs")
 
 
 def test_sentence_embeddings_are_means_over_tokens_of_length_1() -> None:

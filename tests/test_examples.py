@@ -11,15 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
-from transformers import Trainer
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 import lowbit
 from helpers import batch, tiny, tiny_task
-from lowbit import LengthConfig, LengthDrop, LengthDropTrainer, sentiment
+from lowbit import DistillationTrainer, LengthConfig, LengthDrop, LengthDropTrainer, sentiment
 from lowbit.length import Front, observed_lengths
 from lowbit.recipes import RecipeError, lengths, stages
+from lowbit.squad import ask_elsewhere, featurize
 from lowbit.unpadding import encoder_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -244,6 +245,7 @@ def test_the_student_starts_as_every_kth_layer_of_the_teacher(monkeypatch: pytes
         ({"keep": [0.5, 0.6]}, "LengthConfig: keep=.* increases"),
         ({"drop_ratio": [1.5]}, "LengthDrop: ratio=1.5"),
         ({"other_paragraphs": 1.5}, "--other_paragraphs 1.5: accepted is a share from 0 to 1"),
+        ({"other_paragraphs": 0.5, "length_steps": 0}, "--other_paragraphs .* needs --length_steps above 0"),
         ({"score": "both"}, "score='both'"),
         ({"cost": "joules"}, "--cost joules: accepted are macs and latency"),
         ({"length_method": "guess"}, "--length_method guess: accepted are lengthdrop, ltp, power_bert"),
@@ -359,38 +361,53 @@ def test_lengths_are_trained_for_what_is_searched(
     assert shortest == pytest.approx(trainer.length_drop.draw(2, 0)[0][0])  # the search starts from it, too
 
 
-@pytest.mark.parametrize("method", ["lengthdrop", "ltp"])
-def test_other_paragraphs_are_answered_by_the_model_before(
-    method: str, setup: tuple[Path, Path], questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ternary", [False, True])
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("lengthdrop", ["adaptive"]), ("ltp", ["soft", "hard"]), ("power_bert", ["soft", "hard"])],
+)
+def test_other_paragraphs_are_answered_by_the_float_model(
+    method: str,
+    expected: list[str],
+    ternary: bool,
+    setup: tuple[Path, Path],
+    questions: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Dropping tokens is learned without answers, from a model that stays as it is; fine-tuning has its answers."""
+    """Dropping tokens is learned without labels, quantization before it with them."""
     monkeypatch.syspath_prepend(EXAMPLES)
     squad = importlib.import_module("dynamic_tinybert_squad")
     options = squad.SquadOptions(
         model=str(setup[1]), data_dir=str(questions), output_dir=str(tmp_path), max_length=90, stride=8, score="all",
-        other_paragraphs=1.0, teacher_steps=1, length_steps=2, batch_size=4, search_samples=4, length_method=method,
-        max_eval_samples=3, sub_models=1, importance_weight=0.0, drop_ratio=[0.3], iterations=1,
+        other_paragraphs=0.75, length_steps=2, batch_size=4, length_method=method, ternary=ternary, teacher_steps=0,
+        sub_models=1, seed=3, importance_weight=0.0,
     )  # fmt: skip
-    train, trainers = stages.train, {}
+    asked, trained = [], {}
 
-    def note(run: object, name: str, trainer: Trainer) -> torch.nn.Module:
-        trainers[name] = trainer
-        return train(run, name, trainer)
+    def ask(data: Dataset, *arguments: float) -> Dataset:
+        assert arguments == (8, 0.75, 3) and data.column_names == ["context", "question", "answers"]
+        asked.append(ask_elsewhere(data, *arguments))
+        return asked[0]
 
+    def note(_run: object, name: str, trainer: DistillationTrainer) -> torch.nn.Module:
+        trained[name] = trainer
+        return trainer.model
+
+    monkeypatch.setattr(squad, "ask_elsewhere", ask)
     monkeypatch.setattr(stages, "train", note)
     monkeypatch.setattr(lengths, "train", note)
-    squad.main(options)
-    assert set(trainers) == {"teacher"} | ({"adaptive"} if method == "lengthdrop" else {"soft", "hard"})
-    assert "start_positions" in trainers.pop("teacher").train_dataset.column_names
-    weights = load_file(tmp_path / "teacher/model.safetensors")
-    for trainer in trainers.values():
-        data = trainer.train_dataset
-        assert "start_positions" not in data.column_names and len(data) >= 8  # each is seen once at most
-        assert {objective.name for objective in trainer.current_objectives()} == {"logits"}
-        frozen = trainer.teacher.state_dict()
-        assert all(torch.equal(frozen[name], tensor) for name, tensor in weights.items())
-        moved = trainer.model.state_dict()
-        assert any(not torch.equal(moved[name], tensor) for name, tensor in weights.items())
+    run = squad.open_run(options)
+    teacher = squad.teacher_stage(run)
+    lengths.adaptive_stages(run, teacher)
+    assert list(trained) == ["teacher", *(["ternary"] if ternary else []), *expected]
+    windows = featurize(asked[0], run.tokenizer, 90, 8)
+    for name, trainer in trained.items():
+        labelled = name not in expected
+        assert ("start_positions" in trainer.train_dataset.column_names) == labelled
+        if not labelled:
+            assert trainer.train_dataset["input_ids"][:] == windows["input_ids"][:]
+            assert trainer.teacher is teacher and [o.name for o in trainer.current_objectives()] == ["logits"]
 
 
 def test_a_run_made_before_an_option_existed_goes_on_with_its_default(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def numbered(paragraphs: int, each: int) -> Dataset:
 @pytest.mark.parametrize(("share", "near"), [(1.0, 1), (1.0, 4), (0.5, 2), (0.0, 3)])
 def test_questions_go_to_paragraphs_nearby_and_lose_their_answers(share: float, near: int) -> None:
     data = numbered(paragraphs=12, each=3)
-    asked = ask_elsewhere(data, 36 * 50 + 7, share, near)
+    asked = ask_elsewhere(data, 36 * 50 + 7, share, near=near)
     assert len(asked) == 36 * 50 + 7 and asked.column_names == ["context", "question", "answers"]
     assert all(given == {"text": [], "answer_start": []} for given in asked["answers"])
     times = Counter(asked["question"])
@@ -140,7 +140,8 @@ def test_questions_go_to_paragraphs_nearby_and_lose_their_answers(share: float, 
 def test_questions_asked_elsewhere_follow_the_seed() -> None:
     data = numbered(5, 2)
     assert ask_elsewhere(data, 20, seed=1)[:] == ask_elsewhere(data, 20, seed=1)[:] != ask_elsewhere(data, 20)[:]
-    assert len(ask_elsewhere(data, 0)) == 0
+    none = ask_elsewhere(data, 0)
+    assert len(none) == 0 and none.column_names == ["context", "question", "answers"]
 
 
 @pytest.mark.parametrize(

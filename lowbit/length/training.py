@@ -182,7 +182,7 @@ class LengthDropTrainer(_LengthTrainer):
             with _unsynchronized(self, model, number < len(subs)), _run_with(encoder, lengths, skip):
                 with self.compute_loss_context_manager(), _with_target(encoder, target) as losses:
                     outputs = model(**{k: v for k, v in inputs.items() if k not in self.label_names}, return_dict=True)
-                    loss = divergence = self._divergence(full, logits_of(outputs, inputs), student, inputs)
+                    loss = divergence = self._divergence(full, outputs, student, inputs)
                     if losses:
                         distance = torch.stack(losses).mean()
                         distances.append(distance.detach())
@@ -225,7 +225,7 @@ class LengthDropTrainer(_LengthTrainer):
         return encoder.lengths or LengthConfig((1.0,))
 
     def _divergence(
-        self, full: dict[str, torch.Tensor], sub: dict[str, torch.Tensor], student: PreTrainedModel, batch: Batch
+        self, full: dict[str, torch.Tensor], sub: Any, student: PreTrainedModel, batch: Batch
     ) -> torch.Tensor:
         # Cross-entropy less entropy, so that what counts as one prediction is said once, in LogitsLoss.
         cross = LogitsLoss(problem_type=getattr(student.config, "problem_type", None))

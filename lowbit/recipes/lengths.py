@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import importlib.util
 import itertools
 import operator
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel
@@ -32,9 +31,6 @@ from ..length.soft import LearnedThresholds, SoftExtract
 from . import RecipeError, log
 from .measure import table
 from .stages import Run, arguments, common, distill, fine_tune, train, without_dropout
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 BUDGETS = ("1.5x", "2x", "3x")
 COSTS = ("macs", "latency")
@@ -74,16 +70,15 @@ def check_lengths(options: Any, layers: int) -> None:
         raise RecipeError(str(error)) from error
 
 
-def adaptive_stages(
-    run: Run, teacher: PreTrainedModel, unlabelled: Callable[[], Dataset] | None = None, **fields: Any
-) -> tuple[str, PreTrainedModel, PreTrainedModel]:
+def adaptive_stages(run: Run, teacher: PreTrainedModel, **fields: Any) -> tuple[str, PreTrainedModel, PreTrainedModel]:
     """The model that drops tokens, and its stage: training for that comes last, after quantization.
 
     (QuaLA-MiniLM: quantizing costs less than dropping, and what may be dropped depends on it.)
 
     Args:
-        teacher: as it came; what drops tokens is a copy.
-        unlabelled: makes what it is trained on to drop tokens, from what the teacher says; None: the run's own data.
+        run: where its data have "unlabelled" examples, the model learns on these to drop tokens, taught by `teacher`;
+            else on the training examples, a float model by their labels.
+        teacher: the float model; what drops tokens is a copy of it.
         **fields: of the `LengthConfig`s that LengthDrop trains for, as in `search`.
 
     Returns:
@@ -98,19 +93,16 @@ def adaptive_stages(
             return distill(run, "ternary", student, teacher, options.steps, options.learning_rate)
 
         model = run.stage(name, quantized)
-    before, guide = model, teacher if options.ternary or unlabelled is not None else None
-
-    @functools.cache
-    def training() -> Run:
-        return run if unlabelled is None else dataclasses.replace(run, data={**run.data, "train": unlabelled()})
-
+    before, guide = model, teacher if options.ternary or "unlabelled" in run.data else None
+    if "unlabelled" in run.data:
+        run = dataclasses.replace(run, data={**run.data, "train": run.data["unlabelled"]})
     if options.length_method != "lengthdrop":
         name = "hard"
-        soft = run.stage("soft", lambda: learn_lengths(training(), before, guide))
-        model = run.stage(name, lambda: train_with_learned(training(), soft, guide))
+        soft = run.stage("soft", lambda: learn_lengths(run, before, guide))
+        model = run.stage(name, lambda: train_with_learned(run, soft, guide))
     elif options.length_steps:
         name = "adaptive"
-        model = run.stage(name, lambda: length_drop(training(), before, guide, **fields))
+        model = run.stage(name, lambda: length_drop(run, before, guide, **fields))
     if options.ternary:
         name = "packed"
         prepared = model
