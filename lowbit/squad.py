@@ -4,7 +4,7 @@ A question and a context of more than `max_length` tokens become several feature
 whole question before it, neighbours sharing `stride` tokens. An answer is a span of a window's tokens, scored
 start logit + end logit; the best span over all windows of a question is its answer.
 
-With few labelled questions, `ask_elsewhere` makes more of them, for a teacher to answer.
+With few labelled questions, `ask_elsewhere` makes more pairs of a question and a context, for a teacher to answer.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def ask_elsewhere(data: Dataset, count: int, share: float = 0.75, seed: int = 0,
     trained on a teacher says what it makes of it, as of a question that is new.
 
     Args:
-        data: questions in the order of their articles: paragraphs nearby are mostly of the same subject (of the 1,565
-            of all training questions four of five are; few questions of many articles have strangers nearby).
+        data: questions in the order of their articles, so that paragraphs nearby are mostly of the same one; of a few
+            questions from many articles they are not.
         count: questions to return; each of `data` is there as often as any other, give or take one.
         share: of the questions go to another paragraph than their own.
         seed: of the order and the choice.
