@@ -201,10 +201,12 @@ def squad_options(setup: tuple[Path, Path], questions: Path, output: Path) -> li
             "--length_steps", "1", "--search_samples", "4", "--iterations", "1"]  # fmt: skip
 
 
+@pytest.mark.parametrize("share", ["0", "0.5"])
 def test_squad_runs_and_does_not_repeat_finished_stages(
-    setup: tuple[Path, Path], questions: Path, tmp_path: Path
+    share: str, setup: tuple[Path, Path], questions: Path, tmp_path: Path
 ) -> None:
     new = ["--layers", "1", "--bf16", "True", "--drop_ratio", "0.3", "--importance_weight", "1", "--score", "cls"]
+    new += ["--other_paragraphs", share]
     arguments = [*squad_options(setup, questions, tmp_path), *new]
     text = run("dynamic_tinybert_squad.py", *arguments)
     assert "| teacher" in text and "| student" in text
