@@ -153,6 +153,7 @@ def check_config(path: Path, recorded: dict[str, Any] | None, config_class: Any 
         from transformers import CONFIG_MAPPING
 
         found = _described((config_class or CONFIG_MAPPING[values["model_type"]]).from_dict(values))
+        recorded = _written_out(recorded)  # a field that is newer than the checkpoint has its default
     except Exception as error:  # validation in transformers and huggingface_hub has no common exception
         raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from error
     free = _FREE - {"architectures"} if strict else _FREE
@@ -174,14 +175,17 @@ def check_config(path: Path, recorded: dict[str, Any] | None, config_class: Any 
 def _described(config: Any) -> dict[str, Any]:
     """A configuration as JSON gives it back, with every default of ours written out."""
     values = json.loads(config.to_json_string(use_diff=False))
+    return {**_written_out(values), "num_labels": getattr(config, "num_labels", None)}
+
+
+def _written_out(values: dict[str, Any]) -> dict[str, Any]:
     quantization = values.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "lowbit":
         quantization = json.loads(json.dumps(LowbitConfig.from_dict(quantization).to_dict()))
     length = values.get("length_config")
     if length is not None:
         length = LengthConfig.from_dict(length).to_dict()
-    own = {"quantization_config": quantization, "length_config": length}
-    return {**values, **own, "num_labels": getattr(config, "num_labels", None)}
+    return {**values, "quantization_config": quantization, "length_config": length}
 
 
 def _weight_files(folder: Path) -> list[Path]:

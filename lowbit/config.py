@@ -65,6 +65,8 @@ class LowbitConfig:
             start at a dot ("pooler", "layer.0", "output.dense").
         split: each quantized weight is a pair of binary planes (ternary weight splitting). Set by `lowbit.split`.
         num_attention_heads: attention heads kept by `lowbit.slim`, None for all. Set by `lowbit.slim`.
+        kept_heads: which ones, a list of ascending numbers for each layer; distillation compares them with the same
+            heads of the teacher. None where that is not known. Set by `lowbit.slim`.
         stage: "float" (only slimmed), "prepared" (fake-quantized) or "packed". Set by `prepare` and `convert`.
         format_version: version of the packed checkpoint format: 2, or 1 to write ternary weights with 2 bits instead
             of 1.6. What is read as version 1 is saved as version 2.
@@ -85,6 +87,7 @@ class LowbitConfig:
     modules_to_not_convert: list[str] = field(default_factory=list)
     split: bool = False
     num_attention_heads: int | None = None
+    kept_heads: list[list[int]] | None = None
     stage: str = "float"
     format_version: int = FORMAT_VERSION
     quant_method: str = "lowbit"
@@ -106,6 +109,11 @@ class LowbitConfig:
         unknown = sorted(set(self.asymmetric) - set(_SITES))
         if unknown:
             raise ValueError(f"{type(self).__name__}: asymmetric={unknown}; accepted: {', '.join(_SITES)}")
+        if self.kept_heads is not None and not self._are_kept_heads(self.kept_heads):
+            raise ValueError(
+                f"{type(self).__name__}: kept_heads={self.kept_heads!r}; accepted: None, or for each layer a list of "
+                f"num_attention_heads={self.num_attention_heads} ascending numbers from 0"
+            )
         clip = self.activation_clip
         if clip is not None and not (isinstance(clip, int | float) and clip > 0):
             raise ValueError(f"{type(self).__name__}: activation_clip={clip!r}; accepted: None or > 0")
@@ -114,6 +122,15 @@ class LowbitConfig:
                 f"{type(self).__name__}: split=True needs weight_bits=1 and embedding_bits of 1, 8 or None, got "
                 f"{self.weight_bits} and {self.embedding_bits}"
             )
+
+    def _are_kept_heads(self, layers: Any) -> bool:
+        return isinstance(layers, list) and all(
+            isinstance(heads, list)
+            and len(heads) == self.num_attention_heads
+            and all(isinstance(head, int) and not isinstance(head, bool) and head >= 0 for head in heads)
+            and heads == sorted(set(heads))
+            for heads in layers
+        )
 
     def skips(self, module_name: str) -> bool:
         """Whether `modules_to_not_convert` names this module or one that it is in."""

@@ -61,7 +61,8 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     hf.detach(model)
     model.config._attn_implementation = model.get_correct_attn_implementation(None)  # transformers' default
     if config.num_attention_heads is not None:
-        hf.attach(model, LowbitConfig(stage="float", num_attention_heads=config.num_attention_heads))
+        heads, kept = config.num_attention_heads, config.kept_heads
+        hf.attach(model, LowbitConfig(stage="float", num_attention_heads=heads, kept_heads=kept))
     return model if dtype is None else model.to(dtype)
 
 

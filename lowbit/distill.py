@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer
 
-from . import models
+from . import hf, models
 from .nn.attention import NAME as LOWBIT_ATTENTION
 from .unpadding import attention_implementation
 
@@ -95,8 +95,8 @@ class HiddenStateLoss:
 class AttentionScoreLoss:
     """MSE of the attention scores before softmax, summed over layers; padded queries and keys do not count.
 
-    A student with fewer heads than its teacher (half width) is compared by the scores averaged over heads, since
-    heads cannot be paired.
+    With fewer heads in the student than in the teacher both are averaged over heads, since heads cannot be paired. A
+    student of `lowbit.slim` has as many: `DistillationTrainer` gives the teacher's scores of the heads that it kept.
 
     Args:
         weight: factor of the loss.
@@ -360,10 +360,21 @@ class DistillationTrainer(Trainer):
             with torch.no_grad(), self.accelerator.autocast():  # as accelerate wraps the student's own forward
                 teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}, **wanted)
             teacher = convert_to_fp32(teacher)
+            if "scores" in needs:
+                teacher.attentions = self._of_kept_heads(teacher.attentions)
         losses = [(objective.name, objective(student, teacher, inputs)) for objective in objectives]
         self._note(losses)
         loss = sum(value for _, value in losses)
         return (loss, student) if return_outputs else loss
+
+    def _of_kept_heads(self, scores: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """A teacher's scores [B, H, S, S] of each layer, of the heads alone that a slimmed student kept."""
+        kept = hf.current_config(self.model).kept_heads
+        full = self.model.config.num_attention_heads
+        if kept is None or len(scores) % len(kept) or any(layer.shape[1] != full for layer in scores):
+            return scores
+        step = len(scores) // len(kept)  # a student's layer learns from the last of `step` of the teacher's
+        return tuple(layer[:, kept[i // step]] for i, layer in enumerate(scores))
 
     def _note(self, losses: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Count the named losses of a batch for the log."""

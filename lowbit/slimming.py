@@ -64,7 +64,7 @@ def slim(
         _copy(before["attention_output"][0], after["attention_output"][0], columns=columns)
         _copy(before["ffn_input"][0], after["ffn_input"][0], rows=neuron)
         _copy(before["ffn_output"][0], after["ffn_output"][0], columns=neuron)
-    return hf.attach(model, config.replace(num_attention_heads=heads))
+    return hf.attach(model, config.replace(num_attention_heads=heads, kept_heads=[head.tolist() for head, _ in kept]))
 
 
 def resize(model: PreTrainedModel, num_attention_heads: int, intermediate_size: int) -> None:

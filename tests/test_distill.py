@@ -459,6 +459,29 @@ def test_a_half_width_ternary_student_learns_from_a_full_width_teacher(tmp_path:
     assert all(math.isfinite(value) and value > 0 for value in logged(trainer, "loss_attention"))
 
 
+@pytest.mark.parametrize("schedule", ["joint", "stages"])
+def test_a_slimmed_student_is_compared_with_the_heads_that_it_kept(tmp_path: Path, schedule: str) -> None:
+    teacher = tiny(**NO_DROPOUT, num_hidden_layers=1)
+    with torch.no_grad():  # the last two heads are the important ones
+        teacher.bert.encoder.layer[0].attention.self.query.weight[32:] *= 10
+    student = lowbit.slim(copy.deepcopy(teacher), 0.5)
+    kwargs = {"stages": TWO_STAGES} if schedule == "stages" else {}
+    trainer = distil(tmp_path, student, teacher, dataset(8), arguments={"max_steps": 1}, **kwargs)
+    # The first layer of both reads the same embeddings with the same weights.
+    assert logged(trainer, "loss_attention") == [pytest.approx(0, abs=1e-9)]
+
+
+def test_kept_heads_are_those_of_the_teachers_layer_that_is_compared(tmp_path: Path) -> None:
+    student = lowbit.slim(tiny(), 0.5)
+    student.config.quantization_config.kept_heads = [[0, 3], [1, 2]]
+    trainer = lowbit.DistillationTrainer(model=student, teacher=tiny(), args=arguments(tmp_path))
+    scores = torch.randn(4, 2, 4, 5, 5).unbind()
+    chosen = trainer._of_kept_heads(scores)
+    assert torch.equal(chosen[1], scores[1][:, [0, 3]]) and torch.equal(chosen[3], scores[3][:, [1, 2]])
+    for other in (torch.randn(2, 2, 2, 5, 5).unbind(), torch.randn(3, 2, 4, 5, 5).unbind(), ()):
+        assert trainer._of_kept_heads(other) is other  # a teacher of half width; layers without a counterpart
+
+
 def test_objectives_of_one_name_are_all_counted(tmp_path: Path) -> None:
     student, teacher, data = tiny(**NO_DROPOUT), tiny(**NO_DROPOUT), dataset()
     objectives = [LogitsLoss(), LogitsLoss(weight=2.0)]

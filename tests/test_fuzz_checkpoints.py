@@ -141,6 +141,22 @@ def test_a_configuration_of_another_function_is_refused(base: str, field: str, v
         lowbit.verify(folder)
 
 
+def test_a_checkpoint_from_before_a_field_existed_loads(copy: Any, bases: tuple[Path, Logits]) -> None:
+    folder = copy("ternary")
+
+    def without_field(header: dict[str, Any]) -> None:
+        recorded = json.loads(header["__metadata__"]["lowbit.config"])
+        del recorded["quantization_config"]["kept_heads"]
+        header["__metadata__"]["lowbit.config"] = json.dumps(recorded)
+
+    soak_damage.rewrite_header(folder / "model.safetensors", without_field)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["kept_heads"]
+    (folder / "config.json").write_text(json.dumps(config))
+    lowbit.verify(folder)
+    assert torch.equal(soak.logits(folder), bases[1]["ternary"])
+
+
 def test_keywords_and_labels_are_the_users(copy: Any, bases: tuple[Path, Logits]) -> None:
     folder = copy("ternary")
     assert load(folder, layer_norm_eps=0.1).config.layer_norm_eps == 0.1

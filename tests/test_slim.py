@@ -86,6 +86,7 @@ def test_the_kept_ones_have_the_largest_numerical_derivative() -> None:
     original = copy.deepcopy(model)
     with torch.enable_grad():
         lowbit.slim(model, 0.5, batches)
+    assert model.config.quantization_config.kept_heads == [kept["head"] for kept in expected]
     for before, after, kept in zip(layers(original), layers(model), expected, strict=True):
         rows = torch.tensor([h * size + i for h in kept["head"] for i in range(size)])
         for path in LINEARS[:3]:
@@ -173,6 +174,31 @@ def test_a_slim_model_trains_and_goes_on_to_ternary_and_split() -> None:
     prepared = lowbit.prepare(model.eval(), lowbit.TernaryConfig())
     packed = lowbit.convert(lowbit.split(prepared))
     assert packed(**inputs).logits.isfinite().all()
+
+
+def test_which_heads_were_kept_is_known_in_every_stage_and_file(tmp_path: Path) -> None:
+    model = lowbit.slim(tiny(), 0.5, labelled())
+    kept = model.config.quantization_config.kept_heads
+    stages = {
+        "float": lambda model: model,
+        "prepared": lambda model: lowbit.prepare(model, lowbit.TernaryConfig(kept_heads=None)),
+        "split": lowbit.split,
+        "packed": lowbit.convert,
+        "float again": lambda model: model.dequantize(),
+    }
+    for name, stage in stages.items():
+        model = stage(model)
+        model.save_pretrained(tmp_path / name)
+        model = type(model).from_pretrained(tmp_path / name).eval()
+        assert model.config.quantization_config.kept_heads == kept, name
+
+
+@pytest.mark.parametrize(
+    "kept", [[[0, 1], [1]], [[1, 0], [0, 1]], [[0, 0], [0, 1]], [[-1, 0], [0, 1]], [[0, True], [0, 1]], 2, "01"]
+)
+def test_kept_heads_that_are_none_are_refused(kept: object) -> None:
+    with pytest.raises(ValueError, match="for each layer a list of num_attention_heads=2 ascending numbers"):
+        lowbit.LowbitConfig(num_attention_heads=2, kept_heads=kept)
 
 
 @pytest.mark.parametrize("width", [0, -0.5, 1.5, math.nan, "0.5", None, True])
