@@ -85,7 +85,7 @@ def build(run: Run) -> None:
     run.stage("ternary-packed", lambda: lowbit.convert(distill(run, "ternary", student, teacher, options.steps, 3e-4)))
     half = copy.deepcopy(teacher)
     lowbit.slim(half, 0.5, dataloader=training_batches(run, half, 8))
-    half = distill(run, "half-width", half, teacher, options.slim_steps, 3e-4)
+    half = distill(run, "half-width", half, teacher, options.slim_steps, 1e-4)
     half = lowbit.prepare(half, lowbit.TernaryConfig())
     half = distill(run, "half-width-ternary", half, teacher, options.steps, 3e-4)
     binary = lowbit.split(half)

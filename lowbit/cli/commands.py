@@ -337,7 +337,7 @@ def distill(
     ] = DEFAULTS.teacher_steps,
     steps: Annotated[int, typer.Option(min=0, help="Of each distillation stage.")] = DEFAULTS.steps,
     slim_steps: Annotated[
-        int, typer.Option(min=0, help="Binary, tws: distillation of the slimmed float model.")
+        int, typer.Option(min=0, help="Binary, tws: steps of the slimmed float model, at the teacher's rate.")
     ] = DEFAULTS.slim_steps,
     batch_size: Annotated[int, typer.Option(min=1, help="Of training.")] = DEFAULTS.batch_size,
     learning_rate: Annotated[

@@ -55,7 +55,9 @@ class BinaryOptions(GlueOptions):
     split_learning_rate: float | None = field(
         default=None, metadata={"help": "tws: of distilling the split model; default: --learning_rate"}
     )
-    slim_steps: int = field(default=250, metadata={"help": "tws: distillation steps of the slimmed float model"})
+    slim_steps: int = field(
+        default=250, metadata={"help": "tws: distillation steps of the slimmed float model, at the teacher's rate"}
+    )
 
 
 @dataclass

@@ -251,7 +251,7 @@ def binary_stages(run: Run, teacher: PreTrainedModel) -> str:
             if options.width == 1:
                 return model
             model = lowbit.slim(model, options.width, dataloader=training_batches(run, model, 16))
-            return distill(run, f"slim-{suffix}", model, teacher, options.slim_steps, options.learning_rate)
+            return distill(run, f"slim-{suffix}", model, teacher, options.slim_steps, options.teacher_learning_rate)
 
         def split_stage() -> PreTrainedModel:
             student = lowbit.split(copy.deepcopy(ternary))
