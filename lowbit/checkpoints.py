@@ -153,9 +153,12 @@ def check_config(path: Path, recorded: dict[str, Any] | None, config_class: Any 
         from transformers import CONFIG_MAPPING
 
         found = _described((config_class or CONFIG_MAPPING[values["model_type"]]).from_dict(values))
-        recorded = _written_out(recorded)  # a field that is newer than the checkpoint has its default
     except Exception as error:  # validation in transformers and huggingface_hub has no common exception
         raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from error
+    try:
+        recorded = _written_out(recorded)  # a field that is newer than the checkpoint has its default
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path.parent}: the configuration recorded with the weights: {error}") from error
     free = _FREE - {"architectures"} if strict else _FREE
     same_version = recorded.get("transformers_version") == found.get("transformers_version")
     for name, wanted in recorded.items():

@@ -65,8 +65,9 @@ class LowbitConfig:
             start at a dot ("pooler", "layer.0", "output.dense").
         split: each quantized weight is a pair of binary planes (ternary weight splitting). Set by `lowbit.split`.
         num_attention_heads: attention heads kept by `lowbit.slim`, None for all. Set by `lowbit.slim`.
-        kept_heads: which ones, a list of ascending numbers for each layer; distillation compares them with the same
-            heads of the teacher. None where that is not known. Set by `lowbit.slim`.
+        kept_heads: which ones, a list of ascending numbers for each layer; None where that is not known. Distillation
+            compares them with these heads of the teacher, which should be the model that was slimmed, or a copy. Set by
+            `lowbit.slim`.
         stage: "float" (only slimmed), "prepared" (fake-quantized) or "packed". Set by `prepare` and `convert`.
         format_version: version of the packed checkpoint format: 2, or 1 to write ternary weights with 2 bits instead
             of 1.6. What is read as version 1 is saved as version 2.
@@ -124,7 +125,9 @@ class LowbitConfig:
             )
 
     def _are_kept_heads(self, layers: Any) -> bool:
-        return isinstance(layers, list) and all(
+        if not isinstance(layers, list) or not layers:
+            return False
+        return all(
             isinstance(heads, list)
             and len(heads) == self.num_attention_heads
             and all(isinstance(head, int) and not isinstance(head, bool) and head >= 0 for head in heads)

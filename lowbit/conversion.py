@@ -188,6 +188,9 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     if config.num_attention_heads is not None:
         from .slimming import resize
 
+        heads = model.config.num_attention_heads
+        if any(head >= heads for layer in config.kept_heads or () for head in layer):
+            raise CheckpointError(f"kept_heads={config.kept_heads} of a model that had {heads} heads: 0 to {heads - 1}")
         resize(model, config.num_attention_heads, models.intermediate_size(model))
     if config.stage == "float":
         return

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer
 
-from . import hf, models
+from . import models
+from .checkpoints import read_json
+from .config import LowbitConfig
 from .nn.attention import NAME as LOWBIT_ATTENTION
 from .unpadding import attention_implementation
 
@@ -44,7 +47,8 @@ class Objective(Protocol):
         """The loss of a batch, a float scalar, already weighted.
 
         Args:
-            student, teacher: outputs of the two models, as transformers gives them; the teacher's carry no gradient.
+            student, teacher: outputs of the two models, as transformers gives them; the teacher's carry no gradient,
+                and its scores are of the heads that a student of `lowbit.slim` kept.
             batch: what the student was called with.
         """
         ...
@@ -95,8 +99,8 @@ class HiddenStateLoss:
 class AttentionScoreLoss:
     """MSE of the attention scores before softmax, summed over layers; padded queries and keys do not count.
 
-    With fewer heads in the student than in the teacher both are averaged over heads, since heads cannot be paired. A
-    student of `lowbit.slim` has as many: `DistillationTrainer` gives the teacher's scores of the heads that it kept.
+    Where the numbers of heads differ both are averaged over heads, since heads cannot be paired. Of a student that was
+    slimmed they do not: `DistillationTrainer` chooses from the teacher's scores the heads that `lowbit.slim` kept.
 
     Args:
         weight: factor of the loss.
@@ -232,6 +236,12 @@ def _refuse_shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
             )
 
 
+def _slimmed(model: nn.Module) -> LowbitConfig | None:
+    """The configuration of a model of `lowbit.slim`."""
+    config = getattr(model.config, "quantization_config", None)
+    return config if isinstance(config, LowbitConfig) and config.num_attention_heads is not None else None
+
+
 class DistillationTrainer(Trainer):
     """`transformers.Trainer` whose loss is a sum of objectives between the model (student) and a teacher.
 
@@ -297,9 +307,11 @@ class DistillationTrainer(Trainer):
             teacher.to(self.args.device).eval()
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
-        for model in (teacher, self.accelerator.unwrap_model(self.model)):
+        student = self.accelerator.unwrap_model(self.model)
+        for model in (teacher, student):
             if model is not None:
                 self._expose_scores(model)
+        self._agree_on_heads(student)
 
     def _default_objectives(self, teacher: PreTrainedModel | None) -> Sequence[Objective]:
         if teacher is None:
@@ -329,7 +341,23 @@ class DistillationTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
         self._expose_scores(model)  # train() builds the student again
+        self._agree_on_heads(model)
         return model
+
+    def _agree_on_heads(self, model: PreTrainedModel) -> None:
+        """Ranks that slimmed by batches of their own kept other heads; they train rank 0's weights."""
+        config = _slimmed(model)
+        if config is not None and self.args.world_size > 1:
+            from accelerate.utils import broadcast_object_list
+
+            (config.kept_heads,) = broadcast_object_list([config.kept_heads])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights of a checkpoint, and which heads they are: another student may have been slimmed to resume."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path, config = Path(resume_from_checkpoint) / "config.json", _slimmed(self.model)
+        if config is not None and path.is_file():
+            config.kept_heads = read_json(path).get("quantization_config", {}).get("kept_heads")
 
     def current_objectives(self) -> Sequence[Objective]:
         """The objectives of the stage that the global step is in (so resuming needs no state of its own)."""
@@ -360,21 +388,27 @@ class DistillationTrainer(Trainer):
             with torch.no_grad(), self.accelerator.autocast():  # as accelerate wraps the student's own forward
                 teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}, **wanted)
             teacher = convert_to_fp32(teacher)
-            if "scores" in needs:
-                teacher.attentions = self._of_kept_heads(teacher.attentions)
+            scores = student.get("attentions"), teacher.get("attentions")
+            if "scores" in needs and all(scores):
+                teacher.attentions = self._of_kept_heads(*scores)
         losses = [(objective.name, objective(student, teacher, inputs)) for objective in objectives]
         self._note(losses)
         loss = sum(value for _, value in losses)
         return (loss, student) if return_outputs else loss
 
-    def _of_kept_heads(self, scores: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """A teacher's scores [B, H, S, S] of each layer, of the heads alone that a slimmed student kept."""
-        kept = hf.current_config(self.model).kept_heads
+    def _of_kept_heads(
+        self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        """The teacher's scores [B, H, S, S] of each layer, only of the heads that a slimmed student kept."""
+        config = _slimmed(self.model)
+        if config is None or config.kept_heads is None or len(teacher) % len(config.kept_heads):
+            return teacher
+        kept = config.kept_heads
         full = self.model.config.num_attention_heads
-        if kept is None or len(scores) % len(kept) or any(layer.shape[1] != full for layer in scores):
-            return scores
-        step = len(scores) // len(kept)  # a student's layer learns from the last of `step` of the teacher's
-        return tuple(layer[:, kept[i // step]] for i, layer in enumerate(scores))
+        if any(s.shape[1] != len(kept[0]) for s in student) or any(t.shape[1] != full for t in teacher):
+            return teacher
+        step = len(teacher) // len(kept)  # as `_layer_map` pairs them: a layer learns from the last of `step`
+        return tuple(t[:, kept[i // step]] for i, t in enumerate(teacher))
 
     def _note(self, losses: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Count the named losses of a batch for the log."""

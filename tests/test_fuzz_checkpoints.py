@@ -157,6 +157,18 @@ def test_a_checkpoint_from_before_a_field_existed_loads(copy: Any, bases: tuple[
     assert torch.equal(soak.logits(folder), bases[1]["ternary"])
 
 
+def test_a_record_that_is_no_configuration_is_refused(copy: Any) -> None:
+    folder = copy("ternary")
+
+    def damage(header: dict[str, Any]) -> None:
+        recorded = json.loads(header["__metadata__"]["lowbit.config"])
+        recorded["quantization_config"]["split"] = 1
+        header["__metadata__"]["lowbit.config"] = json.dumps(recorded)
+
+    soak_damage.rewrite_header(folder / "model.safetensors", damage)
+    refused(folder, "the configuration recorded with the weights: LowbitConfig: split=1")
+
+
 def test_keywords_and_labels_are_the_users(copy: Any, bases: tuple[Path, Logits]) -> None:
     folder = copy("ternary")
     assert load(folder, layer_norm_eps=0.1).config.layer_norm_eps == 0.1

@@ -177,11 +177,14 @@ def test_a_slim_model_trains_and_goes_on_to_ternary_and_split() -> None:
 
 
 def test_which_heads_were_kept_is_known_in_every_stage_and_file(tmp_path: Path) -> None:
-    model = lowbit.slim(tiny(), 0.5, labelled())
-    kept = model.config.quantization_config.kept_heads
+    model, others = tiny(), [[0, 1], [0, 1]]
+    kill(model, others, [[], []])
+    lowbit.slim(model, 0.5)
+    kept = [[2, 3], [2, 3]]
+    ternary = lowbit.TernaryConfig(num_attention_heads=2, kept_heads=others)
     stages = {
         "float": lambda model: model,
-        "prepared": lambda model: lowbit.prepare(model, lowbit.TernaryConfig(kept_heads=None)),
+        "prepared": lambda model: lowbit.prepare(model, ternary),
         "split": lowbit.split,
         "packed": lowbit.convert,
         "float again": lambda model: model.dequantize(),
@@ -193,8 +196,16 @@ def test_which_heads_were_kept_is_known_in_every_stage_and_file(tmp_path: Path) 
         assert model.config.quantization_config.kept_heads == kept, name
 
 
+def test_kept_heads_that_a_model_has_not_are_refused(tmp_path: Path) -> None:
+    model = lowbit.slim(tiny(), 0.5)
+    model.config.quantization_config.kept_heads = [[0, 1], [2, 4]]
+    model.save_pretrained(tmp_path)
+    with pytest.raises(lowbit.CheckpointError, match=r"\[2, 4\]\] of a model that had 4 heads: 0 to 3"):
+        type(model).from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize(
-    "kept", [[[0, 1], [1]], [[1, 0], [0, 1]], [[0, 0], [0, 1]], [[-1, 0], [0, 1]], [[0, True], [0, 1]], 2, "01"]
+    "kept", [[], [[0, 1], [1]], [[1, 0], [0, 1]], [[0, 0], [0, 1]], [[-1, 0], [0, 1]], [[0, True], [0, 1]], 2, "01"]
 )
 def test_kept_heads_that_are_none_are_refused(kept: object) -> None:
     with pytest.raises(ValueError, match="for each layer a list of num_attention_heads=2 ascending numbers"):

@@ -337,7 +337,7 @@ def distill(
     ] = DEFAULTS.teacher_steps,
     steps: Annotated[int, typer.Option(min=0, help="Of each distillation stage.")] = DEFAULTS.steps,
     slim_steps: Annotated[
-        int, typer.Option(min=0, help="Binary, tws: steps of the slimmed float model, at the teacher's rate.")
+        int, typer.Option(min=0, help="Binary, tws: distillation of the slimmed float model.")
     ] = DEFAULTS.slim_steps,
     batch_size: Annotated[int, typer.Option(min=1, help="Of training.")] = DEFAULTS.batch_size,
     learning_rate: Annotated[
@@ -347,7 +347,7 @@ def distill(
         float | None, typer.Option(help="Binary, tws: of distillation after the split.", show_default="--learning-rate")
     ] = None,
     teacher_learning_rate: Annotated[
-        float, typer.Option(help="Of fine-tuning; BERT-base: 2e-5 to 5e-5.")
+        float, typer.Option(help="Of fine-tuning and of the slimmed float model; BERT-base: 2e-5 to 5e-5.")
     ] = DEFAULTS.teacher_learning_rate,
     max_train_samples: Annotated[
         int, typer.Option(min=0, help="Use only the first N training examples, 0: all.")
