@@ -46,7 +46,7 @@ BELOW = {
     "exporting": {"compiling", "hf", "models", "nn"},
     "graphs": {"models", "nn", "unpadding"},
     "length": {"_files", "config", "distill", "models", "nn", "unpadding"},
-    "distill": {"nn", "config", "models", "unpadding"},
+    "distill": {"nn", "checkpoints", "config", "models", "unpadding"},
     "_plugin": {"hf", "nn"},
     "recipes": {"_files", "length", "models", "tasks"},
     "cli": {
