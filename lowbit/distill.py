@@ -99,8 +99,8 @@ class HiddenStateLoss:
 class AttentionScoreLoss:
     """MSE of the attention scores before softmax, summed over layers; padded queries and keys do not count.
 
-    Where the numbers of heads differ both are averaged over heads, since heads cannot be paired. Of a student that was
-    slimmed they do not: `DistillationTrainer` chooses from the teacher's scores the heads that `lowbit.slim` kept.
+    Where the numbers of heads differ both are averaged over heads, since heads cannot be paired. For a slimmed student
+    they are equal: of the teacher's scores `DistillationTrainer` takes those of the heads that `lowbit.slim` kept.
 
     Args:
         weight: factor of the loss.
