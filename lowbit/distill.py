@@ -408,7 +408,8 @@ class DistillationTrainer(Trainer):
         if any(s.shape[1] != len(kept[0]) for s in student) or any(t.shape[1] != full for t in teacher):
             return teacher
         step = len(teacher) // len(kept)  # as `_layer_map` pairs them: a layer learns from the last of `step`
-        return tuple(t[:, kept[i // step]] for i, t in enumerate(teacher))
+        # Stacked views: an index would be copied to the GPU in every layer, and each copy waits for it.
+        return tuple(torch.stack([t[:, head] for head in kept[i // step]], 1) for i, t in enumerate(teacher))
 
     def _note(self, losses: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Count the named losses of a batch for the log."""
