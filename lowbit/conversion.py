@@ -14,6 +14,8 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,15 +27,16 @@ from . import hf, models
 from .config import LowbitConfig, names
 from .errors import CheckpointError
 from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
+from .nn.attention import NAME as LOWBIT_ATTENTION
 from .nn.linear import JointProjection, attention_quantizers
 from .quantizers import check_weight_quantizer
 from .unpadding import (
-    attention_implementation,
     check_encoder,
     check_fusable,
     check_quantized_attention,
     encoder_of,
     fuse,
+    fuse_where_possible,
 )
 
 if TYPE_CHECKING:
@@ -41,8 +44,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lowbit")
 
-# `hidden_act` of the model -> the same function inside the linear before it.
-FUSED_ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+_LENGTHS = (64, 128, 512, 1024)  # of the sequences on which an unknown model is tried, after its own dummy inputs
 
 
 def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
@@ -79,6 +81,7 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     )
     check_weight_quantizer(config.weight_quantizer, config.weight_bits)
     _check_names(model, config)
+    models.check_single(model, config.skips)
     _check_finite(model)
     drops = models.is_known(model) and getattr(encoder_of(model), "lengths", None) is not None
     if drops:
@@ -123,16 +126,21 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
     if fused:
         check_fusable(model, config.replace(stage="packed"))
     packed: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            packed[name] = PackedLinear.from_float(module)
-        elif isinstance(module, QuantEmbedding):
-            packed[name] = PackedEmbedding.from_float(module, module.bits, module.granularity)
+    made: dict[nn.Module, Any] = {}  # a module may be in several places
+    for name, module in model.named_modules(remove_duplicate=False):
+        if module not in made and isinstance(module, QuantLinear):
+            made[module] = PackedLinear.from_float(module)
+        elif module not in made and isinstance(module, QuantEmbedding):
+            made[module] = PackedEmbedding.from_float(module, module.bits, module.granularity)
+        if module in made:
+            packed[name] = made[module]
+    for name, new in packed.items():
+        _check_same(name, model.get_submodule(name), new)
     _untie(model)
     _swap(model, packed)
-    _fuse_linears(model)
+    _join_projections(model)
     hf.attach(model, config.replace(stage="packed"))
-    return fuse(model) if fused else model
+    return fuse(model) if fused else fuse_where_possible(model)
 
 
 def quantize(model: PreTrainedModel, config: LowbitConfig, fused: bool = False) -> PreTrainedModel:
@@ -209,7 +217,7 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
     if any(isinstance(table, PackedEmbedding) or table.weight.dim() == 3 for table in tables):
         _forget_ties(model)
     if config.stage == "packed":
-        _fuse_linears(model)
+        _join_projections(model)
     _set_attention(model, config)
 
 
@@ -246,24 +254,47 @@ def _not_called(model: PreTrainedModel) -> list[str]:
     names = [name.removeprefix(prefix) for name in (*linears, *words[0], *words[1])]
     called: set[str] = set()
     hooks = [base.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in names]
-    training = {module: module.training for module in base.modules()}
+    takes_mask = "attention_mask" in inspect.signature(base.forward).parameters
+    lengths, problem = {base.dummy_inputs["input_ids"].shape[-1]: None, **dict.fromkeys(_LENGTHS)}, None
     try:
-        base.eval()
-        with torch.no_grad():
-            ids = base.dummy_inputs["input_ids"].to(base.device)
-            takes_mask = "attention_mask" in inspect.signature(base.forward).parameters
-            base(ids, **({"attention_mask": torch.ones_like(ids)} if takes_mask else {}))
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be run on token ids, to see which linears it calls ({error!r}); describe "
-            f"it in lowbit.models.ARCHITECTURES[{model.config.model_type!r}]"
-        ) from error
+        for length in lengths:  # some take only multiples of a block, or no short ones
+            ids = base.dummy_inputs["input_ids"][:, :1].expand(-1, length).to(base.device)
+            try:
+                with _left_as_it_was(base), torch.no_grad():
+                    base.eval()
+                    base(ids, **({"attention_mask": torch.ones_like(ids)} if takes_mask else {}))
+                break
+            except Exception as error:
+                problem = problem or error
+        else:
+            raise ValueError(
+                f"{type(model).__name__} cannot be run on token ids, to see which linears it calls ({problem!r}); "
+                f"describe it in lowbit.models.ARCHITECTURES[{model.config.model_type!r}]"
+            ) from problem
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in training.items():
-            module.training = mode
     return [name for name in names if name not in called]
+
+
+@contextmanager
+def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Undoes what a forward pass changes: modes, settings, modules (BigBird replaces its attention), configuration."""
+    tables: list[dict[str, Any]] = []
+    for module in model.modules():
+        tables += [module.__dict__, module._modules, module._parameters, module._buffers]  # type: ignore[list-item]
+    tables.append(model.config.__dict__)
+    were = [dict(table) for table in tables]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for table, was in zip(tables, were, strict=True):
+            table.clear()
+            table.update(was)
+        with torch.no_grad():
+            for buffer, was_buffer in buffers:
+                buffer.copy_(was_buffer)
 
 
 def _as_pair(module: Any) -> None:
@@ -354,20 +385,55 @@ def _packed_like(model: PreTrainedModel, config: LowbitConfig) -> dict[str, nn.M
     return modules
 
 
-def _expect(model: PreTrainedModel, name: str, kind: type) -> Any:
-    module = model.get_submodule(name)
+def _expect(model: PreTrainedModel, name: str, kind: type[nn.Module]) -> Any:
+    """A module that can be replaced: of this very class, with its weight in it, and nothing hung on it that counts."""
+    module: Any = model.get_submodule(name)
+    problem = mend = ""
     if type(module) is not kind:
-        raise ValueError(
-            f"{name} is {type(module).__module__}.{type(module).__name__}, expected {kind.__name__}; "
-            "a model quantized or patched by another library cannot be prepared"
-        )
+        problem = f"is {type(module).__module__}.{type(module).__name__}, expected {kind.__name__}"
+        mend = "a model quantized or patched by another library cannot be prepared"
+    elif "weight" not in module._parameters or {*module._parameters, *module._buffers} - {"weight", "bias"}:
+        problem = "has a weight that is computed from other tensors (torch.nn.utils.prune, weight_norm?)"
+        mend = "make it permanent first (torch.nn.utils.prune.remove)"
+    elif "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+        problem = "has a forward of its own, which would be lost"
+        mend = "take it out, use a hook, or name the module in modules_to_not_convert"
+    if problem:
+        raise ValueError(f"{name} {problem}; {mend}")
     return module
 
 
+@torch.no_grad()
+def _check_same(name: str, prepared: nn.Module, packed: nn.Module) -> None:
+    """Raise RuntimeError unless a packed module gives what it was made from gives, on a few random inputs."""
+    weight = prepared.get_parameter("weight")
+    if weight.is_meta:
+        return
+    generator = torch.Generator().manual_seed(0)
+    x: torch.Tensor
+    if isinstance(prepared, QuantLinear):
+        x = torch.randn(3, prepared.in_features, generator=generator).to(weight.device, weight.dtype)
+    else:
+        x = torch.randint(weight.shape[-2], (8,), generator=generator).to(weight.device)
+    with torch.autocast(weight.device.type, enabled=False):
+        expected, got = prepared.forward(x), packed.forward(x)  # no hooks
+    # Bits: but with float activations a sum over the columns is one of floats.
+    if not torch.allclose(got, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()), equal_nan=True):
+        raise RuntimeError(f"{name}: the packed module computes something else; the model was left as it was")
+
+
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
 def _swap(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
+    """Put modules in the places of others, whose mode and hooks they get."""
     for name, module in modules.items():
         old = model.get_submodule(name)
         module.train(old.training)
+        module.__dict__.update({hooks: old.__dict__[hooks] for hooks in _HOOKS})
         if hasattr(old, "_hf_hook"):  # of accelerate, where a device map spreads the model
             from accelerate.hooks import add_hook_to_module
 
@@ -379,9 +445,8 @@ def _set_attention(model: PreTrainedModel, config: LowbitConfig) -> None:
     """Give attention that can be quantized its quantizers, if any, and its implementation."""
     if not models.has_plain_attention(model):
         return
-    name = attention_implementation(model)
-    model.set_attn_implementation(name)
-    if model.config._attn_implementation != name:  # transformers only warns
+    model.set_attn_implementation(LOWBIT_ATTENTION)
+    if model.config._attn_implementation != LOWBIT_ATTENTION:  # transformers only warns
         raise ValueError(
             f"transformers cannot set the attention of {type(model).__name__}: its module has to call "
             "ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward). To leave it in float, "
@@ -394,8 +459,8 @@ def _set_attention(model: PreTrainedModel, config: LowbitConfig) -> None:
             attention.quantizers = quantizers.train(attention.training)
 
 
-def _fuse_linears(model: PreTrainedModel) -> None:
-    """Query, key and value of a packed layer in one product; GELU in the product before it."""
+def _join_projections(model: PreTrainedModel) -> None:
+    """Query, key and value of a packed layer in one product."""
     if not models.is_known(model):
         return
     architecture = models.describe(model)
@@ -404,11 +469,6 @@ def _fuse_linears(model: PreTrainedModel) -> None:
         projections = [module for module in submodules if isinstance(module, PackedLinear)]
         if len(projections) == 3 and projections[0].input_quantizer is not None:
             JointProjection(projections)
-        linear = layer.get_submodule(architecture.ffn_input)
-        activation = FUSED_ACTIVATIONS.get(getattr(model.config, architecture.hidden_act, ""))
-        if activation and isinstance(linear, PackedLinear) and linear.input_quantizer is not None:
-            linear.activation = activation
-            layer.set_submodule(architecture.ffn_activation, nn.Identity().train(layer.training))
 
 
 def _untie(model: PreTrainedModel) -> None:

@@ -9,9 +9,9 @@ from torch import nn
 
 from lowbit_kernels import quantized_embedding
 
-from . import hf, models
+from . import hf
 from .config import LowbitConfig
-from .conversion import FUSED_ACTIVATIONS, _swap, _untie
+from .conversion import _swap, _untie
 from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from .nn.embedding import table_codes
 from .quantizers import weight_codes, weight_values
@@ -50,7 +50,6 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     hf.own_config(model)
     _untie(model)
     restore_padding(model)
-    _restore_activations(model)
     own = model.dtype
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear | QuantLinear):
@@ -89,17 +88,3 @@ def _embedding(module: PackedEmbedding | QuantEmbedding, dtype: torch.dtype) -> 
     table = nn.Embedding(rows, columns, module.padding_idx, device="meta")
     table.weight = nn.Parameter(weight.to(dtype))
     return table
-
-
-def _restore_activations(model: PreTrainedModel) -> None:
-    """Out of the linears, back into the layers."""
-    from transformers.activations import ACT2FN
-
-    if not any(isinstance(module, PackedLinear) and module.activation for module in model.modules()):
-        return
-    names = {fused: name for name, fused in FUSED_ACTIVATIONS.items()}
-    architecture = models.describe(model)
-    for _, layer in models.layers(model):
-        linear = layer.get_submodule(architecture.ffn_input)
-        if isinstance(linear, PackedLinear) and linear.activation is not None:
-            layer.set_submodule(architecture.ffn_activation, ACT2FN[names[linear.activation]])

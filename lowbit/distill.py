@@ -24,7 +24,6 @@ from . import models
 from .checkpoints import read_json
 from .config import LowbitConfig
 from .nn.attention import NAME as LOWBIT_ATTENTION
-from .unpadding import attention_implementation
 
 logger = logging.getLogger("lowbit")
 
@@ -336,7 +335,7 @@ class DistillationTrainer(Trainer):
     def _expose_scores(self, model: PreTrainedModel) -> None:
         if self._needs_scores:
             models.describe_attention(model, "AttentionScoreLoss")
-            model.set_attn_implementation(attention_implementation(model))
+            model.set_attn_implementation(LOWBIT_ATTENTION)
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)

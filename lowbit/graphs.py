@@ -16,9 +16,9 @@ import torch
 from tqdm.auto import tqdm
 
 from . import models
+from .heads import reads_first_token_only
 from .nn import PackedEncoder
 from .nn.sequences import Sequences
-from .unpadding import reads_first_token_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

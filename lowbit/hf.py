@@ -15,13 +15,15 @@ expanded where they have landed. `state_dict()` and `load_state_dict` know the m
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import logging
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +41,12 @@ from .errors import CheckpointError
 from .models import has_plain_attention, is_pooler
 from .nn import UnpaddedEncoder, attention
 from .nn._packed import Packed
-from .nn.encoder import UNPADDED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _log = logging.getLogger("lowbit")
 
-_OWN_ATTENTION = (attention.NAME, UNPADDED)
 _EXPANDED_AT_A_TIME = 2**19  # codes: so many stay in cache, and take little memory beside the packed model
 _WEIGHTS = re.compile(
     r"model(?:\.(?!safetensors)([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json"
@@ -127,6 +127,10 @@ class LowbitQuantizer(HfQuantizer):
             _expand_trits(model)
             _verify_modules(model)
         attach(model, self.quantization_config.replace(format_version=FORMAT_VERSION))
+        if self.quantization_config.stage == "packed":
+            from .unpadding import fuse_where_possible
+
+            fuse_where_possible(model)
         return _set_saved_length(_set_asked_attention(model, self.asked_attention))
 
     def get_state_dict_and_metadata(
@@ -151,7 +155,7 @@ def _set_asked_attention(model: PreTrainedModel, asked: str | dict[str, str] | N
         return model
     if not _has_quantized_attention(model):
         model.set_attn_implementation(asked)
-    elif _of_model(asked) not in (None, *_OWN_ATTENTION):
+    elif _of_model(asked) not in (None, attention.NAME):
         _log.warning(
             "from_pretrained(attn_implementation=%r): kept 'lowbit', which quantizes the attention of this model; for "
             "float attention quantize with quantize_attention=False, or call model.dequantize()",
@@ -161,12 +165,19 @@ def _set_asked_attention(model: PreTrainedModel, asked: str | dict[str, str] | N
 
 
 def _set_saved_length(model: PreTrainedModel) -> PreTrainedModel:
-    """Drop tokens as the model did that was saved."""
+    """Drop tokens as the model did that was saved; the first layers of it, where fewer were asked for.
+
+    (`from_pretrained(..., length_config=None)` keeps all tokens.)
+    """
+    from .models import layers
     from .unpadding import set_length
 
     values = getattr(model.config, "length_config", None)
     try:
-        return model if values is None else set_length(model, LengthConfig.from_dict(values))
+        if values is None:
+            return model
+        length = LengthConfig.from_dict(values)
+        return set_length(model, dataclasses.replace(length, keep=length.keep[: len(list(layers(model)))]))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: {error}") from error
 
@@ -194,8 +205,9 @@ def own_config(model: PreTrainedModel) -> None:
     """Give the model a configuration of its own: a teacher built from the same object must not change with it."""
     old, new = model.config, copy.deepcopy(model.config)
     for module in model.modules():
-        if getattr(module, "config", None) is old:
-            module.config = new
+        for each in (module, *getattr(module, "_original", ())):  # what a `StandIn` stands in for
+            if each.__dict__.get("config") is old:
+                each.config = new
 
 
 def attach(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
@@ -256,7 +268,7 @@ def _save_pretrained(
     kwargs.setdefault("save_original_format", False)
     model.hf_quantizer.given_state = state_dict
     try:
-        with staging(target) as folder:
+        with staging(target) as folder, _attention_by_any_name(model):
             type(model).save_pretrained(model, folder, is_main_process, state_dict, **kwargs)
             if (folder / "config.json").exists():  # not on the other ranks
                 _complete(model, folder, target, self_contained)
@@ -275,6 +287,71 @@ def _save_pretrained(
         model.hf_quantizer.given_state = None
     if push_to_hub and written:
         publishing.upload(target, written | {card.FILE}, hub.pop("repo_id", target.name), **hub)
+
+
+@contextmanager
+def _attention_by_any_name(model: PreTrainedModel) -> Iterator[None]:
+    """transformers writes no configuration with `output_attentions` unless attention is called "eager".
+
+    ("lowbit" gives maps too, and no name of an attention is written.)
+    """
+    config: Any = model.config
+    name = config._attn_implementation_internal
+    config._attn_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation_internal = name
+
+
+def _save_as_what_it_is(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' `save_pretrained`, for models that lowbit did not make but that have something of those it made.
+
+    A new model made from the configuration of a packed one is float, and saved as such. A head on the body of a packed
+    model is saved as packed. A model that holds quantized parts otherwise could not be loaded, and is refused.
+    """
+
+    @functools.wraps(save_pretrained)
+    def save(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        from .nn import QuantEmbedding, QuantLinear
+
+        if isinstance(getattr(model, "hf_quantizer", None), HfQuantizer):
+            return save_pretrained(model, *args, **kwargs)
+        parts = [n for n, each in model.named_modules() if isinstance(each, Packed | QuantLinear | QuantEmbedding)]
+        base = model.base_model
+        if parts and base is not model and isinstance(getattr(base, "hf_quantizer", None), LowbitQuantizer):
+            outside = [name for name in parts if not name.startswith(f"{model.base_model_prefix}.")]
+            if not outside:
+                _take_over(model, base)
+                return model.save_pretrained(*args, **kwargs)
+        if parts:
+            raise ValueError(
+                f"{type(model).__name__} holds modules that lowbit quantized ({parts[0]}, {len(parts)} in all) and is "
+                "not a model that lowbit.prepare or lowbit.quantize made: its configuration cannot say so, and "
+                "nothing could load the file. Save the part that was quantized by its own save_pretrained, or call "
+                "dequantize() of it first"
+            )
+        if isinstance(getattr(model.config, "quantization_config", None), LowbitConfig):
+            own_config(model)
+            del model.config.quantization_config
+            if hasattr(model.config, "length_config"):
+                del model.config.length_config
+        return save_pretrained(model, *args, **kwargs)
+
+    return save
+
+
+def _take_over(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Make a head on a body that another model shares save as what the body is."""
+    from .models import ARCHITECTURES
+
+    own_config(model)
+    architecture = ARCHITECTURES.get(base.config.model_type)
+    names = ("length_config", *(() if architecture is None else (architecture.intermediate_size,)))
+    for name in names:
+        if hasattr(base.config, name):
+            setattr(model.config, name, copy.deepcopy(getattr(base.config, name)))
+    attach(model, base.config.quantization_config)
 
 
 def _push_to_hub(model: PreTrainedModel, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
@@ -307,10 +384,7 @@ def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | 
     wanted = _of_model(attn_implementation) or model.config._attn_implementation
     unpadded = any(isinstance(module, UnpaddedEncoder) for module in model.modules())
     quantized = _has_quantized_attention(model)
-    own = UNPADDED if unpadded else attention.NAME
-    if wanted in _OWN_ATTENTION:
-        wanted = own
-    elif unpadded or quantized:
+    if wanted != attention.NAME and (unpadded or quantized):
         if wanted != "eager" and quantized:
             raise ValueError(
                 f"attn_implementation={wanted!r} would leave out the quantization of this model's attention; accepted: "
@@ -322,7 +396,7 @@ def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | 
                 "attention itself; accepted: 'lowbit'"
             )
         _log.warning("attn_implementation='eager': kept 'lowbit', which is what the model needs and returns maps too")
-        wanted = own
+        wanted = attention.NAME
     type(model).set_attn_implementation(model, wanted, **kwargs)
 
 
@@ -476,3 +550,16 @@ def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype | N
 def _bare(model: PreTrainedModel, name: str) -> str:
     """A tensor's name without the base model's prefix: heads and bare models load each other's files."""
     return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def _guard_saving() -> None:
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.save_pretrained
+    if getattr(original, "lowbit_guards", False):  # of an earlier import
+        original = original.__wrapped__  # type: ignore[attr-defined]
+    PreTrainedModel.save_pretrained = _save_as_what_it_is(original)  # type: ignore[method-assign]
+    PreTrainedModel.save_pretrained.lowbit_guards = True  # type: ignore[attr-defined]
+
+
+_guard_saving()

@@ -29,7 +29,7 @@ A further architecture is one entry, made before `prepare` and before `from_pret
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,14 @@ class Architecture:
         sites = dict.fromkeys((*self.projections, self.attention_output, self.ffn_input), "linear")
         return {**sites, self.ffn_output: "ffn_output"}
 
+    def called(self) -> tuple[str, ...]:
+        """Paths in a layer of what is called where layers run without padding: not the modules around them."""
+        paths = (
+            *self.projections, self.attention_output, self.attention_dropout, self.attention_norm,
+            self.ffn_input, self.ffn_activation, self.ffn_output, self.ffn_dropout, self.ffn_norm,
+        )  # fmt: skip
+        return tuple(path for path in paths if path is not None)
+
     def heads(self, layer: nn.Module) -> int:
         """Attention heads of a layer, slimmed ones too."""
         query: Any = layer.get_submodule(self.projections[0])
@@ -159,16 +167,69 @@ ARCHITECTURES = {
 }
 
 
+# What people put around a model -> what to give instead.
+_WRAPPERS = {
+    name: f"; give the model inside, {attribute}"
+    for name, attribute in {
+        "DataParallel": "model.module",
+        "DistributedDataParallel": "model.module",
+        "FullyShardedDataParallel": "model.module",
+        "OptimizedModule": "model._orig_mod (torch.compile afterwards, or lowbit.compile)",
+        "SentenceTransformer": "model[0].auto_model",
+        "Pipeline": "pipe.model",
+    }.items()
+}
+
+
+def _encoders(model: PreTrainedModel) -> list[tuple[str, PreTrainedModel]]:
+    """(name, model) of the transformers models that a model is made of: not of those inside of these."""
+    from transformers import PreTrainedModel
+
+    found: list[tuple[str, PreTrainedModel]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{other}.") for other, _ in found)
+        if name and isinstance(module, PreTrainedModel) and not inside:
+            found.append((name, module))
+    return found
+
+
+def check_single(model: PreTrainedModel, left: Callable[[str], bool] = lambda name: False) -> None:
+    """Raise ValueError where a model has an encoder besides its base model, unless `left` says to leave it alone."""
+    base = model.base_model
+    if base is model:
+        return
+    for name, other in _encoders(model):
+        if other is not base and not left(name):
+            raise ValueError(
+                f"{type(model).__name__} has a second encoder, {name} ({type(other).__name__}), besides "
+                f"{model.base_model_prefix}; lowbit quantizes one encoder a model. To leave {name} as it is, pass "
+                f"modules_to_not_convert=[{name!r}]"
+            )
+
+
 def check(model: PreTrainedModel) -> None:
     """Raise unless lowbit can do something with `model`.
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: an encoder-decoder, or an encoder with cross-attention.
+        ValueError: an encoder-decoder, an encoder with cross-attention, or one that is not where its class says.
     """
-    config: Any = getattr(model, "config", None)
-    if not hasattr(config, "model_type"):
-        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not hasattr(model.config, "model_type"):
+        hint = _WRAPPERS.get(type(model).__name__, "")
+        if type(model).__module__.startswith("peft."):
+            hint = "; quantize the model before get_peft_model, or give model.merge_and_unload()"
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}{hint}")
+    config: Any = model.config
+    if is_known(model) and not _has(model.base_model, ARCHITECTURES[config.model_type].layers):
+        path = ARCHITECTURES[config.model_type].layers
+        found = next((name for name, each in _encoders(model) if _has(each, path)), None)
+        hint = f"; it is at {found!r}: give the class base_model_prefix = {found!r}" if found else ""
+        raise ValueError(
+            f"{type(model).__name__} has no {path} at base_model_prefix {model.base_model_prefix!r}, where the encoder "
+            f"of a model of type {config.model_type!r} is{hint}"
+        )
     # The encoder of such a model alone may have the configuration of the whole (UMT5EncoderModel, BartEncoder).
     has_decoder = getattr(config, "is_encoder_decoder", False) and hasattr(model.base_model, "decoder")
     if getattr(config, "add_cross_attention", False) or has_decoder:

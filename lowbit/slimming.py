@@ -43,6 +43,7 @@ def slim(
     """
     config = hf.current_config(model)
     models.describe_attention(model, "slim")
+    models.check_single(model)
     if config.stage != "float" or config.num_attention_heads is not None:
         state = "slimmed" if config.stage == "float" else config.stage
         raise ValueError(f"slim takes a float model of full width, this one is already {state}")

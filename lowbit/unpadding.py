@@ -11,33 +11,42 @@ the last layer computes no other, which changes nothing but the time.
 from __future__ import annotations
 
 import inspect
+import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from . import hf, models
 from .config import LengthConfig, LowbitConfig
+from .heads import reads_first_token_only
 from .nn import FusedEmbeddings, PackedEncoder, PackedLinear, QuantLinear, UnpaddedEncoder
 from .nn import attention as lowbit_attention
-from .nn import encoder as lowbit_encoder
+from .nn import packed_encoder as lowbit_packed_encoder
+from .nn.stand_in import StandIn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Endings of class names of heads: those that read the first token only, and those that read all.
-_FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
+# Endings of class names of heads that read all tokens.
 _ALL_TOKEN_HEADS = (
     "ForQuestionAnswering", "ForTokenClassification", "ForMaskedLM", "ForPreTraining", "LMHeadModel", "ForCausalLM"
 )  # fmt: skip
 
+logger = logging.getLogger("lowbit")
+
 
 def fuse(model: PreTrainedModel) -> PreTrainedModel:
-    """Run the encoder of a packed model without padding (`lowbit.nn.PackedEncoder`), its embeddings in one operation.
+    """Make sure that a packed model runs without padding (`lowbit.nn.PackedEncoder`), its embeddings in one operation.
 
-    Hidden states at padding become 0; elsewhere they are the module-by-module model's up to rounding, with one
+    A packed model does so anyway in eval mode, whenever that computes the same; this says what prevents it, if
+    anything does, and freezes the base model's parameters (`requires_grad`), so that calls with gradients enabled are
+    as fast. The model is run both ways on a few tokens first (`lowbit.nn.proof`).
+
+    Hidden states at padding are 0; elsewhere they are the module-by-module model's up to rounding, with one
     difference: attention probabilities of a padded sentence are quantized over its own tokens only, so that no sentence
-    depends on its batch. The base model's parameters are frozen (`requires_grad`): where one is not, and gradients are
-    enabled, modules run one by one. Files are the same: fuse again after `from_pretrained`. Lengths stay set.
+    depends on its batch. Where attention maps, hidden states of every layer, gradients, hooks or masks that are no
+    padding masks ask for it, modules run one by one. Files are the same. Lengths stay set.
 
     Args:
         model: packed, with 8- or 4-bit activations quantized per token, no clip, and no linear left in float; of an
@@ -45,24 +54,52 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
             relative positions then count the tokens that are no padding).
 
     Raises:
-        ValueError: not packed, already fused, or a configuration that cannot be fused (the message says what lacks).
+        ValueError: not packed; a configuration that cannot be fused; or layers that compute something else than those
+            of the architecture (the message says where it begins). The model is left as it was.
     """
+    before = _stand_ins(model)
+    _put_packed_encoder(model)
+    for module in _stand_ins(model):
+        if isinstance(module, PackedEncoder) and (reason := module.prevented()):
+            _put_back_all(model, [module for module in _stand_ins(model) if module not in before])
+            raise ValueError(f"the encoder cannot be fused: {reason}")
+        if isinstance(module, FusedEmbeddings) and (reason := module.prevented()):
+            logger.info("the embeddings are not fused: %s", reason)
+    model.base_model.requires_grad_(False)
+    return model
+
+
+def fuse_where_possible(model: PreTrainedModel) -> PreTrainedModel:
+    """`fuse`, unasked: nothing is tried before the first call, nothing frozen, and nothing raised."""
+    if any(tensor.is_meta for tensor in (*model.base_model.parameters(), *model.base_model.buffers())):
+        return model  # offloaded, so that modules have to be called
+    try:
+        _put_packed_encoder(model)
+    except ValueError as reason:
+        logger.debug("%s is not fused: %s", type(model).__name__, reason)
+    return model
+
+
+def _put_packed_encoder(model: PreTrainedModel) -> None:
+    """Put lowbit's encoder and embeddings in place where they are not; ValueError where they cannot be."""
     config = hf.current_config(model)
     architecture = models.describe_attention(model, "fuse", bias=True)
     encoder = encoder_of(model)
-    if isinstance(encoder, PackedEncoder):
-        raise ValueError("the model is already fused")
     check_fusable(model, config)
-    original = encoder._by_layer[0] if isinstance(encoder, UnpaddedEncoder) else encoder
-    fused = PackedEncoder(original, architecture, model.config, config)
+    if isinstance(encoder, PackedEncoder):
+        return
+    original = encoder.original if isinstance(encoder, UnpaddedEncoder) else encoder
+    fused = PackedEncoder(original, architecture, model.config)
     fused.lengths = getattr(encoder, "lengths", None)
+    fused.replaced_attention = getattr(encoder, "replaced_attention", None)
     if architecture.embeddings is not None:
-        embeddings = FusedEmbeddings(model.base_model.get_submodule(architecture.embeddings))
-        _put(model, architecture.embeddings, embeddings)
+        _put(model, architecture.embeddings, FusedEmbeddings(model.base_model.get_submodule(architecture.embeddings)))
     _put(model, _path(model), fused)
-    model.base_model.requires_grad_(False)
     _without_padding(model)
-    return model
+
+
+def _stand_ins(model: PreTrainedModel) -> list[StandIn]:
+    return [module for module in model.modules() if isinstance(module, StandIn)]
 
 
 def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTrainedModel:
@@ -92,9 +129,7 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
         if isinstance(encoder, PackedEncoder):
             encoder.run = encoder._run  # CUDA graphs were captured with the lengths before
         elif config is None:
-            original = encoder._by_layer[0]
-            original.config = encoder.config  # `hf.own_config` reaches what is in the model
-            _put(model, _path(model), original)
+            _put_back_all(model, [encoder])
             quantized = hf.current_config(model).stage != "float"
             model.set_attn_implementation(lowbit_attention.NAME if quantized else encoder.replaced_attention)
     elif config is not None:
@@ -125,13 +160,10 @@ def restore_padding(model: PreTrainedModel) -> None:
 
     Parameters that `fuse` froze want gradients again. Attention keeps its name.
     """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, UnpaddedEncoder):
-            _put_back(model, name, module, module._by_layer[0])
-        elif isinstance(module, FusedEmbeddings):
-            _put_back(model, name, module, module._by_module[0])
-        if isinstance(module, PackedEncoder):
-            model.base_model.requires_grad_(True)
+    stand_ins = _stand_ins(model)
+    if any(isinstance(module, PackedEncoder) for module in stand_ins):
+        model.base_model.requires_grad_(True)
+    _put_back_all(model, stand_ins)
     for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
         for key in [key for key, other in module._forward_pre_hooks.items() if other is hook]:
             del module._forward_pre_hooks[key]
@@ -140,37 +172,17 @@ def restore_padding(model: PreTrainedModel) -> None:
         del model.config.length_config
 
 
-def _put_back(model: PreTrainedModel, name: str, module: nn.Module, original: nn.Module) -> None:
-    """Replace what stands in for `original`, whose children and buffers may have been replaced since."""
-    original._modules.update({key: child for key, child in module._modules.items() if key in original._modules})
-    original._buffers.update({key: buffer for key, buffer in module._buffers.items() if key in original._buffers})
-    if hasattr(module, "config"):
-        original.config = module.config
-    original.training = module.training  # not of its children, which stay as they are
-    model.set_submodule(name, original)
-
-
-def reads_first_token_only(model: PreTrainedModel) -> bool:
-    """Whether the model's head reads nothing but the first token's last hidden state.
-
-    Known of transformers' own heads and poolers; a class derived from one may read more.
-    """
-    parts = (model, getattr(model.base_model, "pooler", None))
-    own = all(type(part).__module__.startswith("transformers.models.") for part in parts if part is not None)
-    # ELECTRA's head for multiple choice can be told to read other tokens.
-    first = getattr(model.config, "summary_type", "first") == "first"
-    return own and first and type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
-
-
-def attention_implementation(model: PreTrainedModel) -> str:
-    """Name of the attention that the model's encoder needs, once its attention is quantized."""
-    return lowbit_encoder.UNPADDED if isinstance(encoder_of(model), UnpaddedEncoder) else lowbit_attention.NAME
+def _put_back_all(model: PreTrainedModel, stand_ins: Sequence[StandIn]) -> None:
+    """Replace what stands in for transformers' modules by these."""
+    for name, module in list(model.named_modules()):
+        if module in stand_ins:
+            model.set_submodule(name, module.leave())
 
 
 def check_fusable(model: PreTrainedModel, config: LowbitConfig) -> None:
     """Raise ValueError unless `fuse` can take a model of this configuration."""
     models.describe_attention(model, "fuse", bias=True)
-    lowbit_encoder.check(config)
+    lowbit_packed_encoder.check(config)
     check_encoder(model)
     for name, _ in models.layer_linears(model):
         if not isinstance(model.get_submodule(name), PackedLinear | QuantLinear):
@@ -226,9 +238,9 @@ def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:
 def _without_padding(model: PreTrainedModel) -> None:
     """Padding masks as they come, and what the encoder has to know of head and batch."""
     if models.has_plain_attention(model):
-        model.set_attn_implementation(lowbit_encoder.UNPADDED)
+        model.set_attn_implementation(lowbit_attention.NAME)
     else:  # transformers would not set it: of such a model it decides about the mask only
-        model.config._attn_implementation = lowbit_encoder.UNPADDED
+        model.config._attn_implementation = lowbit_attention.NAME
     for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
         if hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -236,7 +248,7 @@ def _without_padding(model: PreTrainedModel) -> None:
 
 def _read_first_token_only(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Head -> encoder, by keyword through the base model, which may be called without its head too."""
-    if reads_first_token_only(model) and isinstance(encoder_of(model), UnpaddedEncoder):
+    if isinstance(encoder_of(model), UnpaddedEncoder) and reads_first_token_only(model):
         kwargs = {"first_token_only": True, **kwargs}
     return args, kwargs
 

@@ -66,6 +66,16 @@ def outputs(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[tor
         return [value for value in model(**inputs).to_tuple() if torch.is_tensor(value)]
 
 
+def outputs_by_module(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """`outputs` while a hook watches every module, so that all are called, one by one."""
+    hooks = [module.register_forward_hook(lambda *_: None) for module in model.modules()]
+    try:
+        return outputs(model, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def identical(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     """Whether outputs have the same bits."""
     return len(a) == len(b) > 0 and all(map(torch.equal, a, b))

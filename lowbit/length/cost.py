@@ -27,8 +27,9 @@ import torch
 from .. import models
 from .._files import write_text
 from ..config import LengthConfig
+from ..heads import reads_first_token_only
 from ..nn import UnpaddedEncoder
-from ..unpadding import encoder_of, reads_first_token_only, set_length
+from ..unpadding import encoder_of, set_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from .. import models
 from .._files import write_text
 from ..config import LengthConfig
-from ..unpadding import reads_first_token_only
+from ..heads import reads_first_token_only
 from .front import Front, FrontPoint
 
 if TYPE_CHECKING:

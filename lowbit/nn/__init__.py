@@ -1,8 +1,10 @@
 """Drop-in modules: quantized for training (`Quant*`), packed for running (`Packed*`)."""
 
-from .embedding import FusedEmbeddings, PackedEmbedding, QuantEmbedding
-from .encoder import PackedEncoder, UnpaddedEncoder
+from .embedding import PackedEmbedding, QuantEmbedding
+from .encoder import UnpaddedEncoder
+from .fused_embeddings import FusedEmbeddings
 from .linear import PackedLinear, QuantLinear
+from .packed_encoder import PackedEncoder
 
 __all__ = [
     "FusedEmbeddings",

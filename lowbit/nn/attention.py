@@ -21,9 +21,11 @@ from torch import nn
 from lowbit_kernels import attention
 from lowbit_kernels.varlen_attention import HEAD_DIMS
 
-from .encoder import UNPADDED
-
 NAME = "lowbit"
+
+_MASKS = (
+    "accepted: [B, S] of 1 and 0 (padding); or [B, 1 or heads, S, S] of bool (True: seen) or float (added to scores)"
+)
 
 
 def attention_forward(
@@ -63,6 +65,8 @@ def attention_forward(
         query, key, value = quantizers["query"](query), quantizers["key"](key), quantizers["value"](value)
     if attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = attention_mask[:, None, None, :].bool()
+    elif attention_mask is not None and not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
+        raise ValueError(f"attention_mask is {attention_mask.dtype} {tuple(attention_mask.shape)}; {_MASKS}")
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     masked = scores
     if attention_mask is not None:
@@ -167,22 +171,23 @@ def padding_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
     from transformers.masking_utils import bidirectional_mask_function, eager_mask
     from transformers.utils.import_utils import is_tracing
 
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.dim() != 2:  # those of four dimensions do not come here
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; {_MASKS}")
     plain = kwargs.get("mask_function") is bidirectional_mask_function
     if not plain or not kwargs.get("allow_is_bidirectional_skip", True):  # the model goes on to work with the mask
         return eager_mask(*args, **kwargs)
-    mask = kwargs.get("attention_mask")
     if mask is None or (not mask.is_cuda and not is_tracing(mask) and bool(mask.all())):
         return None
     return mask.detach()  # a tensor of our own, see `_tokens_first`
 
 
 def register() -> None:
-    """Make both names known to transformers: attention and mask, since without a mask function padding is ignored."""
+    """Make the name known to transformers: attention and mask, since without a mask function padding is ignored."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    for name in (NAME, UNPADDED):
-        AttentionInterface.register(name, attention_forward)
-        AttentionMaskInterface.register(name, padding_mask)
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, padding_mask)
 
 
 register()

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import torch
 from torch import nn
 
 from lowbit_kernels import (
-    embedding_layernorm,
     pack_binary,
     pack_split,
     pack_ternary,
@@ -150,79 +146,3 @@ class PackedEmbedding(Packed):
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.layout}"
-
-
-class FusedEmbeddings(nn.Module):
-    """Stands in for the embeddings of a fused model: all tables and LayerNorm in one operation.
-
-    The modules stay what and where they were; they run instead for `inputs_embeds`, dropout, gradients, packed position
-    embeddings, float64 and offloaded parameters.
-
-    Args:
-        embeddings: of a Hugging Face model: `word_embeddings`, `position_embeddings`, `LayerNorm`, and, but in
-            DistilBERT, `token_type_embeddings`. A padding row in the table of positions means RoBERTa's positions: they
-            count from the row after it, over the tokens that are no padding.
-    """
-
-    def __init__(self, embeddings: nn.Module) -> None:
-        super().__init__()
-        for name, child in embeddings.named_children():
-            setattr(self, name, child)
-        for name, buffer in embeddings.named_buffers(recurse=False):
-            self.register_buffer(name, buffer, persistent=False)
-        self._by_module = [embeddings]  # in a list: its parameters are ours already
-        self._names = [*inspect.signature(embeddings.forward).parameters]
-        norm: Any = embeddings.LayerNorm
-        if not hasattr(embeddings, "token_type_embeddings"):
-            # Only then: accelerate cannot offload the buffers of a module where one is None.
-            self.register_buffer("_no_types", torch.zeros_like(norm.weight.detach())[None], persistent=False)
-        self._first_type: torch.Tensor  # the id of every token where none are given
-        self.register_buffer("_first_type", norm.weight.new_zeros(1, dtype=torch.long), persistent=False)
-
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """ids [B, S] -> float [B, S, H]; arguments as of the modules."""
-        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
-        input_ids, position_ids = given.get("input_ids"), given.get("position_ids")
-        word: Any = self.word_embeddings
-        position: Any = self.position_embeddings
-        norm: Any = self.LayerNorm
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in (norm.weight, position.weight))
-        if (
-            input_ids is None
-            or given.get("inputs_embeds") is not None
-            or self.training
-            or trained
-            or not isinstance(word, PackedEmbedding)
-            or type(position) is not nn.Embedding
-            or norm.weight.device != input_ids.device
-            or norm.weight.dtype == torch.float64
-        ):
-            return self._by_module[0](*args, **kwargs)
-        if position_ids is None:
-            position_ids = self._position_ids(input_ids, given.get("past_key_values_length", 0))
-        token_type_ids = given.get("token_type_ids")
-        if token_type_ids is None:
-            token_type_ids = self._first_type
-        own_types: Any = getattr(self, "token_type_embeddings", None)
-        types: Any = self._no_types if own_types is None else own_types.weight
-        return embedding_layernorm(
-            input_ids,
-            *word.table(),
-            token_type_ids,
-            types,
-            position_ids,
-            position.weight,
-            norm.weight,
-            norm.bias,
-            norm.eps,
-            out_dtype=norm.weight.dtype,
-        )
-
-    def _position_ids(self, input_ids: torch.Tensor, past: int) -> torch.Tensor:
-        """int64 [B or 1, S]."""
-        padding: Any = self.position_embeddings.padding_idx  # type: ignore[union-attr]
-        if padding is None:
-            own: Any = self.position_ids
-            return own[:, past : past + input_ids.shape[1]]
-        real = input_ids.ne(padding).long()
-        return (real.cumsum(1) + past) * real + padding

@@ -4,42 +4,36 @@ Padding is taken out once at the entrance and put back, as zeros, at the exit. A
 its attention and before its output projection, which like all that follows takes each token for itself: dropping
 before or after it is the same function.
 
-`UnpaddedEncoder` calls the modules of the layers: float, prepared or packed, also in training. `PackedEncoder` runs a
-packed model's layers as nine operations each, int8 between them: Q, K and V in one product; attention; quantize;
-product; residual + LayerNorm + quantize; product with GELU; quantize; product; residual + LayerNorm + quantize.
+`UnpaddedEncoder` calls the modules of the layers: float, prepared or packed, also in training. `PackedEncoder`
+(`packed_encoder`) runs a packed model's layers in a few operations.
 
 The layers stay what and where they were, with their names. They run as they are where an attention map, hidden states
-or a mask that is no padding mask are asked for; with dropped tokens these are refused.
+or a mask that is no padding mask are asked for, where a row begins with padding, where hooks would see what they do,
+and where they do something else than `proof` can reproduce; with dropped tokens all of this is refused.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
+from contextvars import Context, ContextVar
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from lowbit_kernels import (
-    AttentionOutput,
-    add_layernorm,
-    attention,
-    attention_eager,
-    encoder_cpu,
-    joint_linear,
-    quantize_per_token,
-)
+from lowbit_kernels import AttentionOutput, attention, attention_eager
 from lowbit_kernels.varlen_attention import HEAD_DIMS
 
-from ..config import LengthConfig, LowbitConfig
+from ..config import LengthConfig
 from ..models import Architecture
+from .proof import attention_options, prove
 from .pruning import Keep, Kept, Survivors, drop, gathered, importance_loss, plan
 from .sequences import Sequences, additive, with_first_tokens, with_padding, without_padding
-from .weights import Found, Product, Weights, find
+from .snapshot import Snapshot, any_global_hook, is_hooked
+from .stand_in import StandIn
 
-UNPADDED = "lowbit_unpadded"  # attention implementation of a model with an `UnpaddedEncoder`
-_SITES = ("query", "key", "value", "attention_probs")
+# What encoders of this context return in place of running their layers, None: they run.
+GIVEN_STATES: ContextVar[torch.Tensor | None] = ContextVar("given_states", default=None)
 
 
 class SoftMask(Protocol):
@@ -53,7 +47,7 @@ class SoftMask(Protocol):
     def __call__(self, layer: int, importance: torch.Tensor, sequences: Sequences, heads: int) -> torch.Tensor: ...
 
 
-class UnpaddedEncoder(nn.Module):
+class UnpaddedEncoder(StandIn):
     """Stands in for the encoder of a model; same parameters, same names.
 
     Args:
@@ -74,12 +68,8 @@ class UnpaddedEncoder(nn.Module):
     _replaced: tuple[str, ...] = ("run_attention_modules", "run_rest_modules")  # by `lowbit.compile`, `compile_for`
 
     def __init__(self, encoder: nn.Module, architecture: Architecture, model_config: Any) -> None:
-        super().__init__()
-        layers: Any = encoder.get_submodule("layer")
-        self.layer: Any = layers
-        for name, child in encoder.named_children():  # a table of relative positions, say
-            self.register_module(name, child)
-        self._by_layer = [encoder]  # in a list: its parameters are ours already
+        super().__init__(encoder)
+        self.layer: Any
         self.config = model_config
         self.architecture = architecture
         self.lengths = None
@@ -89,6 +79,8 @@ class UnpaddedEncoder(nn.Module):
         self.importance_losses: list[torch.Tensor] = []
         self.noted_lengths: list[torch.Tensor] | None = None
         self.replaced_attention: str | None = None
+        self._proof: tuple[Snapshot, str | None] = (Snapshot(), None)
+        self._proven = False  # of what was copied, too
         # What `lowbit.compile` replaces: a layer is two parts, between them tokens are dropped.
         self.run_attention_modules: Callable[..., Any] = self._run_attention_modules
         self.run_rest_modules: Callable[..., torch.Tensor] = self._run_rest_modules
@@ -142,22 +134,34 @@ class UnpaddedEncoder(nn.Module):
             transformers' output with last_hidden_state [B, S, H].
 
         Raises:
-            ValueError: tokens are to be dropped, and something is asked for that needs them all.
+            ValueError: tokens are to be dropped, and something is asked for that needs them all, a row begins with
+                padding, or the layers are not those of the architecture.
         """
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-        obstacle = self._obstacle(hidden_states, attention_mask, kwargs)
+        compiling = torch.compiler.is_compiling()
+        if not compiling and (given := GIVEN_STATES.get()) is not None:
+            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=given)
         drops = self.lengths is not None or self.soft_mask is not None
+        prevented, by_modules = self._look(drops)
+        obstacle = self._obstacle(hidden_states, attention_mask, kwargs) or prevented
         if drops and obstacle:
             raise ValueError(
                 f"{obstacle}, which a model that drops tokens cannot give; lowbit.set_length(model, None) keeps all"
             )
-        fast = self._fast(hidden_states)
+        fast = None if obstacle or by_modules else self._fast(hidden_states)
         # How many tokens are padding is not known while the whole model is traced (torch.compile, torch.export).
-        traced = torch.compiler.is_compiling() and attention_mask is not None
+        traced = compiling and attention_mask is not None
         if obstacle or (not drops and (traced or fast is None)):
-            return self._by_layer[0](hidden_states, additive(attention_mask, hidden_states.dtype), **kwargs)
+            return self._by_layer(hidden_states, attention_mask, **kwargs)
         tokens, sequences, places = without_padding(hidden_states, attention_mask)
+        if sequences.begin_with_padding:  # a head that reads the first place of a row reads padding, then
+            if drops:
+                raise ValueError(
+                    "rows of the batch begin with padding, where heads read the first token, which a model that drops "
+                    "tokens cannot give; pad on the right (tokenizer.padding_side = 'right')"
+                )
+            return self._by_layer(hidden_states, attention_mask, **kwargs)
         protected = None
         if protected_tokens is not None and self.lengths is not None:
             protected = protected_tokens.bool().expand(hidden_states.shape[:2]).flatten()
@@ -171,6 +175,67 @@ class UnpaddedEncoder(nn.Module):
             output = with_padding(tokens, places, hidden_states.shape)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
 
+    def _by_layer(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any) -> Any:
+        """transformers' encoder, as if we were not there."""
+        if self.architecture.own_attention:  # else it is ours, which takes a padding mask as it is
+            attention_mask = additive(attention_mask, hidden_states.dtype)
+        return self.original.forward(hidden_states, attention_mask, **kwargs)
+
+    def prevented(self) -> str | None:
+        """Why the layers cannot be run without padding, None where they can.
+
+        They are looked at, and run both ways on a few tokens (`proof`), when this is asked first, and again after
+        modules were replaced or their settings changed.
+        """
+        return self._look(drops=False)[0]
+
+    def _look(self, drops: bool) -> tuple[str | None, bool]:
+        """Why the layers cannot be run without padding, if so; whether they can by calling their modules only.
+
+        With dropped tokens, hooks of the modules that are called do without padding.
+        """
+        if torch.compiler.is_compiling():
+            return (
+                None if self._proven else "the layers have not been looked at before torch.compile traced them",
+                False,
+            )
+        self._original[0].__dict__["training"] = self.training
+        snapshot, reason = self._proof
+        compared = snapshot.compare()
+        if compared == "changed":
+            # Before the proof: another thread may change the model meanwhile.
+            snapshot = Snapshot([self._original[0], *(module for module in self.modules() if module is not self)])
+            reason = Context().run(prove, self)  # where transformers is noting no hidden states of this call
+            self._proof = snapshot, reason
+            compared = snapshot.compare()
+            self._proven = reason is None
+        if reason is not None:
+            return reason, False
+        if any_global_hook():
+            return "hooks of all modules are registered, which want to see every one of them run", False
+        hooked = snapshot.hooked
+        if hooked:
+            called = self._called() if drops else set()
+            for name, module in self.named_modules():
+                if name and name not in called and is_hooked(module):
+                    return f"{name} has forward hooks, which want to see it run", False
+        return None, hooked or compared == "mode"
+
+    def _called(self) -> set[str]:
+        """Names of the modules that are called where layers run without padding."""
+        paths = self.architecture.called()
+        return {f"layer.{number}.{path}" for number in range(len(self.layer)) for path in paths}
+
+    def problem(self) -> str | None:
+        """What else keeps the layers from being run without padding, in words: for `proof`."""
+        return None
+
+    def one_layer(self, number: int, tokens: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """A layer without padding, dropping nothing: tokens [T, H] -> [T, H]. For `proof`."""
+        layer = self.layer[number]
+        context, _ = self._run_attention_modules(layer, tokens, sequences, None)
+        return self._run_rest_modules(layer, context, tokens, None)
+
     def _compile_options(self, options: dict[str, Any]) -> dict[str, Any]:
         # Each layer that drops tokens has a shape of its own: compiled for each, they would soon be too many.
         return options if self.lengths is None else {"dynamic": True, **options}
@@ -182,12 +247,12 @@ class UnpaddedEncoder(nn.Module):
     def _obstacle(self, hidden_states: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]) -> str | None:
         """What of this call only the layers as they are can do."""
         for name in ("output_attentions", "output_hidden_states", "output_scores"):
-            if kwargs.get(name, getattr(self.config, name, False)):
+            if kwargs.get(name, getattr(self.config, name, False)) not in (None, False):  # 0 is a state's number
                 return f"{name}=True asks for the states of all tokens in every layer"
         if mask is not None and mask.dim() != 2:
-            implementation = getattr(self.config, "_attn_implementation", UNPADDED)
+            implementation = getattr(self.config, "_attn_implementation", "lowbit")
             origin = f" (set_attn_implementation({implementation!r}) makes such; call it before set_length)"
-            origin = "" if implementation == UNPADDED else origin
+            origin = "" if implementation == "lowbit" else origin
             return f"an attention mask of shape {tuple(mask.shape)}{origin} is no padding mask [B, S]"
         if any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values")):
             return "cross-attention and caches are those of decoders"
@@ -216,7 +281,7 @@ class UnpaddedEncoder(nn.Module):
             if target is not None and received is not None and kept is not None:
                 self.importance_losses.append(importance_loss(received, target, sequences))
                 target = target[kept.rows]
-            sequences, protected = _after(before, kept, sequences, protected, survivors)
+            sequences, protected = after(before, kept, sequences, protected, survivors)
             self._note(sequences)
         return tokens if survivors is None else survivors.all(tokens)
 
@@ -257,7 +322,7 @@ class UnpaddedEncoder(nn.Module):
         module: Any = find(paths.attention)
         heads = paths.heads(layer)
         query, key, value = (find(path)(tokens).unflatten(-1, (heads, -1)) for path in paths.projections)
-        options = _attention_options(paths, layer)
+        options = attention_options(paths, layer)
         dropout = module.dropout.p if self.training else 0.0
         runs = query.dtype != torch.float64 and (not query.is_cuda or query.shape[-1] in HEAD_DIMS)
         learned = self.soft_mask is not None or (self.importance_target is not None and importance is not None)
@@ -267,7 +332,7 @@ class UnpaddedEncoder(nn.Module):
             options = {"bits": None, "asymmetric": (), "dropout_p": dropout, "importance": importance, **options}
             result = attention_eager(query, key, value, *sequences[:2], **options)
         else:
-            result = _attention(query, key, value, sequences, importance, options)
+            result = run_attention(query, key, value, sequences, importance, options)
         return result.output.flatten(1), result.importance
 
     def _run_rest_modules(
@@ -286,255 +351,7 @@ class UnpaddedEncoder(nn.Module):
         return tokens * factor if factor is not None and place == "ffn" else tokens
 
 
-Codes = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # int8 [T, K], scale [T], zero point [T] or None
-
-
-class PackedEncoder(UnpaddedEncoder):
-    """`UnpaddedEncoder` of a packed model, in a few operations; by its modules where gradients are needed.
-
-    Args:
-        encoder: Hugging Face encoder with packed linears in its child `layer`.
-        architecture: where a layer keeps what.
-        model_config: of the model.
-        config: of its quantization.
-
-    Raises:
-        ValueError: a configuration that does not run without padding (`check`).
-    """
-
-    _replaced = (*UnpaddedEncoder._replaced, "run_attention", "run_rest", "run")
-
-    def __init__(self, encoder: nn.Module, architecture: Architecture, model_config: Any, config: LowbitConfig) -> None:
-        super().__init__(encoder, architecture, model_config)
-        check(config)
-        assert config.activation_bits is not None  # check said so
-        self.bits = config.activation_bits
-        first = self.layer[0]
-        self.heads, self.head_dim = architecture.heads(first), architecture.head_dim(first)
-        self.layout = first.get_submodule(architecture.ffn_input).layout
-        self.gelu = first.get_submodule(architecture.ffn_input).activation
-        self.activation = first.get_submodule(architecture.ffn_activation)
-        self.eps = first.get_submodule(architecture.attention_norm).eps
-        self.symmetric = {site: site not in config.asymmetric for site in ("linear", "ffn_output")}
-        self.attention_options = _attention_options(architecture, first)
-        self._found: Found | None = None
-        # What `lowbit.compile` and `lowbit.compile_for` replace.
-        self.run_attention: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] = self._run_attention
-        self.run_rest: Callable[..., tuple[torch.Tensor, Codes]] = self._run_rest
-        self.run: Callable[..., torch.Tensor] = self._run
-
-    def compile_layers(self, **options: Any) -> None:
-        options = self._compile_options(options)
-        self.run_attention = torch.compile(self._run_attention, **options)
-        self.run_rest = torch.compile(self._run_rest, **options)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies find weights of their own."""
-        return {**super().__getstate__(), "_found": None}
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._found = None  # `.to(device)` is to free the memory that it leaves
-        return super()._apply(*args, **kwargs)
-
-    def _fast(self, hidden_states: torch.Tensor) -> Callable[..., torch.Tensor] | None:
-        norms = [own.ffn_norm.weight for own in self._weights()]
-        needs_modules = (
-            self.training
-            or self.soft_mask is not None
-            or (torch.is_grad_enabled() and any(p.requires_grad for p in (hidden_states, *self.layer.parameters())))
-            or hidden_states.dtype == torch.float64
-            or (hidden_states.is_cuda and self.head_dim not in HEAD_DIMS)
-            # Offloaded layers and layers on several devices have hooks that bring weights and activations together.
-            or any(norm.device != hidden_states.device for norm in norms)
-        )
-
-        return None if needs_modules else self.run
-
-    def _run(
-        self,
-        tokens: torch.Tensor,
-        sequences: Sequences,
-        first_token_only: bool = False,
-        protected: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """All layers: tokens [T, H] -> [T, H], `first_token_only`: [B, H].
-
-        Tokens after the last sequence belong to none and do not matter.
-        """
-        steps = self._plan(sequences, tokens.shape[0], first_token_only)
-        survivors = self._survivors(sequences, first_token_only)
-        sequences = sequences._replace(host=None)  # a layer compiled with it would be compiled again without
-        codes: Codes = quantize_per_token(tokens, self.bits, self.symmetric["linear"])
-        bias = self._position_bias(tokens, sequences.max_seqlen)
-        weights = self._weights()
-        native = self._native(tokens.device, tokens.dtype)
-        while weights:
-            together = self._layers_together(weights, steps) if native else 0
-            if together:
-                last = steps[together - 1]
-                tokens, codes = self._run_layers(weights[:together], tokens, codes, sequences, bias, last is not None)
-                self._note(sequences, together - 1)
-                sequences = sequences if last is None or last.sequences is None else last.sequences
-            else:
-                before = tokens
-                tokens, codes, kept = self._run_layer(weights[0], tokens, codes, sequences, steps[0], protected, bias)
-                sequences, protected = _after(before, kept, sequences, protected, survivors)
-            self._note(sequences)
-            done = together or 1
-            weights, steps = weights[done:], steps[done:]
-        return tokens if survivors is None else survivors.all(tokens)
-
-    def _position_bias(self, tokens: torch.Tensor, length: int) -> torch.Tensor | None:
-        """float32 [heads, S, S], where the architecture has a bias."""
-        if self.architecture.position_bias is None:
-            return None
-        bias = getattr(self._by_layer[0], self.architecture.position_bias)
-        return bias(tokens.new_empty(1, length, 1))[0].detach().float()
-
-    def _layers_together(self, weights: list[Weights], steps: list[Keep | None]) -> int:
-        """How many layers, from the first on, are alike in shape and drop nothing; the last may keep first tokens."""
-        first = weights[0].shapes
-        alike = (
-            (keep is None or keep.first_only) and own.shapes == first for keep, own in zip(steps, weights, strict=True)
-        )
-        return sum(itertools.takewhile(bool, alike))
-
-    def _run_layers(
-        self,
-        weights: list[Weights],
-        tokens: torch.Tensor,
-        codes: Codes,
-        sequences: Sequences,
-        bias: torch.Tensor | None,
-        first_only: bool,
-    ) -> tuple[torch.Tensor, Codes]:
-        """Layers that drop nothing: tokens [T, H] and their codes -> the same of the next layer; `first_only`: [B, H]
-        of the first token of each sequence."""
-        products = [product for own in weights for product in own.products]
-        packed, scale, biases = (list(itertools.chain.from_iterable(of)) for of in zip(*products, strict=True))
-        norms = [tensor for own in weights for norm in own.norms for tensor in norm]
-        tokens, q, q_scale, zero_point = encoder_cpu.encoder_layers(
-            tokens, *codes, packed, scale, biases, norms, self.layout, self.gelu, self.eps, self.bits,
-            self.symmetric["ffn_output"], sequences.cu_seqlens, self.heads, self.attention_options["scaling"],
-            self.attention_options["asymmetric"], bias, first_only,
-        )  # fmt: skip
-        return tokens, (q, q_scale, None if self.symmetric["linear"] else zero_point)
-
-    def _run_layer(
-        self,
-        weights: Weights,
-        tokens: torch.Tensor,
-        codes: Codes,
-        sequences: Sequences,
-        keep: Keep | None,
-        protected: torch.Tensor | None,
-        bias: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, Codes, Kept | None]:
-        """tokens [T, H] and their codes -> the same of the next layer, and what it keeps."""
-        context, importance = self.run_attention(
-            weights.projections, codes, sequences, keep and keep.score, tokens.dtype, bias
-        )
-        kept = None
-        if keep is not None:
-            kept = drop(importance, sequences, keep, tokens.shape[0], self.heads, protected)
-        return *self.run_rest(weights, *gathered(kept, context, tokens)), kept
-
-    def _run_attention(
-        self,
-        projections: Product,
-        codes: Codes,
-        sequences: Sequences,
-        importance: str | None,
-        dtype: torch.dtype,
-        bias: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """codes [T, H] -> context [T, heads * head_dim], importance [T] if any."""
-        if self._native(codes[0].device, dtype):
-            context, received = encoder_cpu.encoder_attention(
-                *codes, *projections, self.layout, *sequences[:2], self.heads, self.attention_options["scaling"],
-                self.attention_options["bits"], self.attention_options["asymmetric"], bias, importance,
-            )  # fmt: skip
-            return context, received if importance else None
-        parts = self._multiply(projections, codes, dtype)
-        query, key, value = (part.unflatten(-1, (self.heads, -1)) for part in parts)
-        result = _attention(query, key, value, sequences, importance, {**self.attention_options, "bias": bias})
-        return result.output.flatten(1), result.importance
-
-    def _run_rest(self, weights: Weights, context: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, Codes]:
-        """What takes each token for itself: context and tokens [T, H] -> tokens of the next layer, their codes."""
-        symmetric, dtype = self.symmetric, tokens.dtype
-        if self._native(tokens.device, dtype):
-            first, second, third = weights.attention_output, weights.ffn_input, weights.ffn_output
-            packed, scale = first.packed + second.packed + third.packed, first.scale + second.scale + third.scale
-            biases = first.bias + second.bias + third.bias
-            tokens, q, q_scale, zero_point = encoder_cpu.encoder_rest(
-                context, tokens, packed, scale, biases, [*weights.attention_norm, *weights.ffn_norm], self.layout,
-                self.gelu, self.eps, self.bits, symmetric["linear"], symmetric["ffn_output"],
-            )  # fmt: skip
-            return tokens, (q, q_scale, None if symmetric["linear"] else zero_point)
-        codes = quantize_per_token(context, self.bits, symmetric["linear"])
-        (output,) = self._multiply(weights.attention_output, codes, dtype)
-        tokens, *inner = add_layernorm(
-            output, tokens, *weights.attention_norm, self.eps, bits=self.bits, symmetric=symmetric["linear"]
-        )
-        (inner_output,) = self._multiply(weights.ffn_input, tuple(inner), dtype, self.gelu)  # type: ignore[arg-type]
-        codes = quantize_per_token(self.activation(inner_output), self.bits, symmetric["ffn_output"])
-        (output,) = self._multiply(weights.ffn_output, codes, dtype)
-        tokens, *last = add_layernorm(
-            output, tokens, *weights.ffn_norm, self.eps, bits=self.bits, symmetric=symmetric["linear"]
-        )
-        return tokens, tuple(last)  # type: ignore[return-value]
-
-    def _native(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether layers, or halves of one, run as one operation of the native CPU kernels."""
-        options = self.attention_options
-        return device.type == "cpu" and encoder_cpu.takes(
-            dtype, options.get("bits"), options.get("asymmetric", ()), self.gelu
-        )
-
-    def _multiply(
-        self, product: Product, codes: Codes, dtype: torch.dtype, activation: str | None = None
-    ) -> list[torch.Tensor]:
-        x, scale, zero_point = codes
-        y = joint_linear(x, *product, scale, zero_point, self.layout, activation, dtype)
-        return list(y.split([tensor.shape[0] for tensor in product.packed], -1))
-
-    def _weights(self) -> list[Weights]:
-        """Of all layers."""
-        if torch.compiler.is_compiling():
-            return find(self.layer, self.architecture).weights
-        found = self._found  # read once: another thread may be running the same model
-        if found is None or not found.holds(self.layer):
-            found = self._found = find(self.layer, self.architecture)
-        return found.weights
-
-
-def check(config: LowbitConfig) -> None:
-    """Raise ValueError unless a packed model of this configuration can be fused; says what lacks."""
-    problems = {
-        "stage='packed' (call lowbit.convert first)": config.stage != "packed",
-        "weight_bits of 1 or 2": config.weight_bits is None,
-        "activation_bits of 8 or 4": config.activation_bits is None,
-        "activation_granularity='per_token'": config.activation_granularity != "per_token",
-        "activation_clip=None": config.activation_clip is not None,
-    }
-    missing = [need for need, lacks in problems.items() if lacks]
-    if missing:
-        raise ValueError(f"a fused encoder needs {' and '.join(missing)}; run the model without fused=True")
-
-
-def _attention_options(architecture: Architecture, layer: nn.Module) -> dict[str, Any]:
-    """Of `attention`, for a layer: how it scales its scores, and its quantizers (none: float)."""
-    module: Any = layer.get_submodule(architecture.attention)
-    options: dict[str, Any] = {"scaling": getattr(module, "scaling", architecture.head_dim(layer) ** -0.5)}
-    quantizers = getattr(module, "quantizers", None)
-    if quantizers:
-        options["bits"] = quantizers["query"].bits
-        options["asymmetric"] = tuple(site for site in _SITES if not quantizers[site].symmetric)
-    return options
-
-
-def _attention(
+def run_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -546,7 +363,7 @@ def _attention(
     return result if isinstance(result, AttentionOutput) else AttentionOutput(result, None, None)
 
 
-def _after(
+def after(
     before: torch.Tensor,
     kept: Kept | None,
     sequences: Sequences,

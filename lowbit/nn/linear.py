@@ -164,7 +164,6 @@ class PackedLinear(Packed):
             self.register_buffer("weight_scale", torch.empty(scale_shape, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         self.input_quantizer = activation_quantizer(config, site)
-        self.activation: str | None = None  # "gelu" or "gelu_tanh", where `lowbit.convert` fused it
         self.joint: JointProjection | None = None
 
     @classmethod
@@ -229,8 +228,7 @@ class PackedLinear(Packed):
         return unpack(self.weight, self.in_features) * self.weight_scale.unsqueeze(-1)
 
     def extra_repr(self) -> str:
-        activation = f", {self.activation}" if self.activation else ""
-        return f"{self.in_features}, {self.out_features}, {self.layout}, bias={self.bias is not None}{activation}"
+        return f"{self.in_features}, {self.out_features}, {self.layout}, bias={self.bias is not None}"
 
 
 def _check_features(linear: QuantLinear | PackedLinear, x: torch.Tensor) -> None:
@@ -241,27 +239,25 @@ def _check_features(linear: QuantLinear | PackedLinear, x: torch.Tensor) -> None
 def multiply(linears: Sequence[PackedLinear], x: torch.Tensor) -> list[torch.Tensor]:
     """Outputs of linears of one kind that read the same x, quantized once; differentiable in x and the biases."""
     x = autocast(x)
-    biases, activation = [linear.bias for linear in linears], linears[0].activation
+    biases = [linear.bias for linear in linears]
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, *biases))
     if wanted and torch.is_grad_enabled():
         y = _StraightThroughProduct.apply(x, tuple(linears), *biases)
-        if activation is not None:
-            y = nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     else:
-        y = _multiply(linears, x, activation)
+        y = _multiply(linears, x)
     return [y] if len(linears) == 1 else list(y.split([linear.out_features for linear in linears], -1))
 
 
-def _multiply(linears: Sequence[PackedLinear], x: torch.Tensor, activation: str | None) -> torch.Tensor:
+def _multiply(linears: Sequence[PackedLinear], x: torch.Tensor) -> torch.Tensor:
     layout, quantizer = linears[0].layout, linears[0].input_quantizer
     assert quantizer is not None
     packed, weight_scale = [linear.weight for linear in linears], [linear.weight_scale for linear in linears]
     bias = [linear.bias for linear in linears]
     if type(quantizer) is ActivationQuantizer and quantizer.granularity == "per_token" and quantizer.clip is None:
         bits, symmetric = quantizer.bits, quantizer.symmetric
-        return joint_dynamic_linear(x, packed, weight_scale, bias, bits, symmetric, layout, activation)
+        return joint_dynamic_linear(x, packed, weight_scale, bias, bits, symmetric, layout, None)
     codes, scale, zero_point = quantizer.codes(x)
-    return joint_linear(codes, packed, weight_scale, bias, scale, zero_point, layout, activation, x.dtype)
+    return joint_linear(codes, packed, weight_scale, bias, scale, zero_point, layout, None, x.dtype)
 
 
 class _StraightThroughProduct(torch.autograd.Function):
@@ -271,7 +267,7 @@ class _StraightThroughProduct(torch.autograd.Function):
     def forward(ctx, x, linears, *biases):  # type: ignore[no-untyped-def]
         ctx.linears = linears
         ctx.save_for_backward(x)
-        return _multiply(linears, x, None)
+        return _multiply(linears, x)
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]

@@ -73,7 +73,7 @@ def plan(
 def _by_length(
     config: LengthConfig, sequences: Sequences, num_tokens: int, keep: torch.Tensor | None
 ) -> list[Keep | None]:
-    cu_seqlens, longest, host = sequences
+    cu_seqlens, longest, host, _ = sequences
     on_host = torch.tensor(config.keep, dtype=torch.float64)
     keep = on_host.to(cu_seqlens.device) if keep is None else keep
     table = kept_cu_seqlens(cu_seqlens, keep, config.unit, config.min_tokens)
@@ -123,7 +123,7 @@ def drop(
         heads: that importance is a sum over.
         protected: bool [T] or None.
     """
-    cu_seqlens, longest, _ = sequences
+    cu_seqlens, longest, *_ = sequences
     if keep.first_only:
         assert keep.sequences is not None
         # An empty sequence gets some token; it has no place to be read from.

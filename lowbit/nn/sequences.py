@@ -14,6 +14,7 @@ class Sequences(NamedTuple):
     cu_seqlens: torch.Tensor  # int32 [B + 1]
     max_seqlen: int
     host: torch.Tensor | None = None  # cu_seqlens on the CPU; None where only bounds are known, as in a CUDA graph
+    begin_with_padding: bool = False  # whether some row of the batch has tokens, but none at its first place
 
 
 def without_padding(
@@ -35,9 +36,11 @@ def without_padding(
         return rows, Sequences(host.to(rows.device), S, host), None
     mask = attention_mask.bool()
     cu_seqlens = nn.functional.pad(mask.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
-    host = cu_seqlens.cpu()
+    late = (mask.any(1) & ~mask[:, 0]).sum(dtype=torch.int32)
+    *starts, number_late = torch.cat([cu_seqlens, late[None]]).tolist()  # one look at the device for both
+    host = torch.tensor(starts, dtype=torch.int32)
     places = mask.flatten().nonzero().squeeze(1)
-    return rows[places], Sequences(cu_seqlens, int(host.diff().max()), host), places
+    return rows[places], Sequences(cu_seqlens, int(host.diff().max()), host, number_late > 0), places
 
 
 def with_padding(tokens: torch.Tensor, places: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:

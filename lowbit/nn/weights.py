@@ -35,6 +35,7 @@ class Weights(NamedTuple):
     attention_output: Product
     attention_norm: Norm
     ffn_input: Product
+    ffn_activation: nn.Module
     ffn_output: Product
     ffn_norm: Norm
     shapes: list[torch.Size]  # of all packed codes
@@ -86,7 +87,10 @@ def find(layers: nn.ModuleList, paths: Architecture) -> Found:
         others = [product(layer, name) for name in (paths.attention_output, paths.ffn_input, paths.ffn_output)]
         attention_output, ffn_input, ffn_output = others
         attention_norm, ffn_norm = norm(layer, paths.attention_norm), norm(layer, paths.ffn_norm)
+        activation = child(layer, paths.ffn_activation)
         shapes = [packed.shape for own in (projections, *others) for packed in own.packed]
-        return Weights(projections, attention_output, attention_norm, ffn_input, ffn_output, ffn_norm, shapes)
+        return Weights(
+            projections, attention_output, attention_norm, ffn_input, activation, ffn_output, ffn_norm, shapes
+        )
 
     return Found([weights(step(layers._modules, number)) for number in layers._modules], steps)
