@@ -32,7 +32,7 @@ def reads_first_token_only(model: PreTrainedModel) -> bool:
     Args:
         model: whose encoder is an `UnpaddedEncoder`.
     """
-    if model.base_model is model:
+    if model.base_model is model or torch.compiler.is_compiling():  # Dynamo cannot trace how it is found out
         return False
     after = list(_after_encoder(model))
     # Of a hook before the base model and the whole model, which is ours, neither reads the encoder's output.
@@ -60,9 +60,8 @@ def _after_encoder(model: PreTrainedModel) -> Iterator[nn.Module]:
 
 
 def _is_library(module: nn.Module) -> bool:
-    return (
-        type(module).__module__.startswith(("transformers.models.", "torch.nn.")) and "forward" not in module.__dict__
-    )
+    own_forward = "forward" in module.__dict__
+    return type(module).__module__.startswith(("transformers.", "torch.nn.", "lowbit.")) and not own_forward
 
 
 @torch.no_grad()

