@@ -30,7 +30,7 @@ import lowbit
 from .._files import write_text
 from ..tasks import Task
 from . import RecipeError, log, require
-from .data import check_order
+from .data import check_order, labels_of
 
 NO_STAGES = ("output_dir", "keep")  # options that change nothing in the stages of a run
 
@@ -183,7 +183,7 @@ def load_teacher(options: Any, task: Task) -> tuple[PreTrainedModel, PreTrainedT
     if getattr(config, "quantization_config", None):
         raise RecipeError(f"{options.model} is quantized already; the teacher must be a float model")
     if not options.teacher_steps:
-        check_order(options.model, list(map(str, config.id2label.values())), task.labels)
+        check_order(options.model, labels_of(options.model, config), task.labels)
     torch.manual_seed(options.seed)
     names = dict(enumerate(task.labels))
     model, loading = AutoModelForSequenceClassification.from_pretrained(
