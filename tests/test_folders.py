@@ -439,12 +439,15 @@ def test_safetensors_come_before_pickles(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["zip", "old"])
-def test_a_pickle_with_more_than_weights_is_one_error(protocol: str, tmp_path: Path) -> None:
+def test_a_pickle_with_more_than_weights_is_one_error(protocol: str, setup: tuple[Path, Path], tmp_path: Path) -> None:
     pickled(tmp_path / "model")
     file, canary = tmp_path / "model/pytorch_model.bin", tmp_path / "canary"
     state = {**torch.load(file, weights_only=True), "extra": Pickle(canary)}
     torch.save(state, file, _use_new_zipfile_serialization=protocol == "zip")
-    commands = (["info"], ["bench"], ["quantize", tmp_path / "out"])
+    AutoTokenizer.from_pretrained(setup[1]).save_pretrained(tmp_path / "model")
+    task = ["--task", "sst2", "--data-dir", setup[0]]
+    commands = (["info"], ["bench"], ["quantize", tmp_path / "out"], ["evaluate", *task],
+                ["distill", tmp_path / "out", *task])  # fmt: skip
     for command, *rest in commands:
         assert "holds more than weights" in call(command, tmp_path / "model", *rest, code=1)
     edit(tmp_path / "model", architectures=None)
@@ -596,6 +599,13 @@ def test_the_old_layout_stays_what_it_is(config: str | None, setup: tuple[Path, 
     assert called("info", source)["stage"] == "float" and called("info", out)["stage"] == "packed"
     assert called("info", out)["checksums"] > 0
     call("bench", out, "--baseline", source, "--length", 8, "--repeats", 1, "--batch-size", 1)
+
+
+def test_the_old_layout_inside_itself_is_not_copied(setup: tuple[Path, Path], tmp_path: Path) -> None:
+    old_layout(tmp_path, setup)
+    call("quantize", tmp_path, tmp_path / "inside")
+    call("quantize", tmp_path, tmp_path / "again")
+    assert set(files_of(tmp_path / "inside")) == set(files_of(tmp_path / "again"))
 
 
 def test_the_model_inside_the_old_layout_is_not_overwritten(setup: tuple[Path, Path], tmp_path: Path) -> None:

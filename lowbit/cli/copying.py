@@ -83,7 +83,10 @@ def _wanted(root: Path, inside: Path, modules: list[Path]) -> bool:
     if any(inside == path or inside in path.parents for path in modules):
         return True
     folder = root / inside
-    a_checkpoint = (folder / "config.json").is_file() and any(_matches(name, _WEIGHTS) for name in os.listdir(folder))
+    names = set(os.listdir(folder))
+    a_checkpoint = "modules.json" in names or (
+        "config.json" in names and any(_matches(name, _WEIGHTS) for name in names)
+    )
     return not _matches(inside.name, _FOLDERS) and not a_checkpoint
 
 
