@@ -12,6 +12,7 @@ there twice are noticed before a weight is used. The records guard against accid
 from __future__ import annotations
 
 import json
+import reprlib
 import zlib
 from collections.abc import Callable, Sequence
 from os import PathLike
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ._fields import first_that_matters
 from .config import LengthConfig, LowbitConfig
 from .errors import CheckpointError
 
@@ -139,22 +141,28 @@ def check_config(path: Path, recorded: dict[str, Any] | None, config_class: Any 
 
     Args:
         config_class: reads the file; None: the one that transformers has for its model_type.
-        strict: refuse another class in `architectures` too, and fields that were not there, of which transformers
-            knows more than any version writes.
+        strict: refuse another class in `architectures` too, and fields that were not there, unless they change nothing
+            of the model (`_fields`): notes of people and other programs.
     """
     if recorded is None:
         return
     values = read_json(path)
-    if strict and (added := sorted(set(values) - set(recorded) - _FREE)):
-        raise CheckpointError(f"{path}: the weights were saved without a field {added[0]}; the file was edited")
     if strict and not isinstance(values.get("auto_map", {}), dict):  # Auto classes look into it before anything else
         raise CheckpointError(f"{path}: auto_map is {values['auto_map']!r}, accepted: a table of names and classes")
     try:
         from transformers import CONFIG_MAPPING
 
-        found = _described((config_class or CONFIG_MAPPING[values["model_type"]]).from_dict(values))
+        config_class = config_class or CONFIG_MAPPING[values["model_type"]]
+        added = set(values) - set(recorded) - _FREE if strict else set()
+        edited = first_that_matters(config_class, values, added)
+        found = _described(config_class.from_dict(dict(values)))
     except Exception as error:  # validation in transformers and huggingface_hub has no common exception
         raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from error
+    if edited is not None:
+        raise CheckpointError(
+            f"{path}: {edited} is {reprlib.repr(values[edited])}, the weights were saved without this "
+            "field, and it may change what the model computes or how it is loaded; remove it from the file"
+        )
     try:
         recorded = _written_out(recorded)  # a field that is newer than the checkpoint has its default
     except (TypeError, ValueError) as error:
@@ -194,11 +202,15 @@ def _written_out(values: dict[str, Any]) -> dict[str, Any]:
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
-    path = folder / _INDEX
-    if not path.is_file():
+    if not (folder / _INDEX).is_file():
         raise CheckpointError(
             f"{folder}: neither {_WEIGHTS} nor {_INDEX}; lowbit models are read from safetensors only"
         )
+    return shards(folder / _INDEX)
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of weights that an index names; CheckpointError where they are none of its folder."""
     index = read_json(path)
     names = index.get("weight_map")
     if not isinstance(names, dict) or not names or not isinstance(index.get("metadata"), dict):
@@ -206,7 +218,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in names.values():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
             raise CheckpointError(f"{path}: {name!r} is not the name of a file of this folder")
-    return [folder / name for name in sorted(set(names.values()))]
+    return [path.parent / name for name in sorted(set(names.values()))]
 
 
 def check_inside(folder: str | PathLike[str], files: Sequence[str | PathLike[str]]) -> None:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 BELOW = {
     "errors": set(),
     "_files": set(),
+    "_fields": set(),
     "config": {"length"},  # `LengthConfig.for_budget`, when it is called
     "models": set(),
     "sentiment": set(),
@@ -21,7 +22,7 @@ BELOW = {
     "squad": {"tasks"},
     "quantizers": set(),
     "nn": {"config", "models", "quantizers", "nn"},
-    "checkpoints": {"config", "errors"},
+    "checkpoints": {"_fields", "config", "errors"},
     "loading": {"checkpoints", "errors"},
     "card": {"config", "nn"},
     "publishing": {"card"},

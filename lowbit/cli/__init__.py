@@ -2,7 +2,11 @@
 
 app          the program: global options, errors, exit codes
 commands     one function a command: its arguments, and what it prints
-loading      checkpoints: where they are, the model and its tokenizer files
+loading      checkpoints by name: the model, its labels, its tokenizer; saving what was made of it
+folders      where the files of a checkpoint are
+weights      the files of its weights
+architectures  the class of a float model whose config.json names none
+copying      what is beside a model, and goes along with one made from it
 checkpoint   what is in a checkpoint, for `lowbit info`
 doctor       what is on this machine, for `lowbit doctor`
 

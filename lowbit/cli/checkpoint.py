@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..checkpoints import checksums_of
 from ..errors import CheckpointError
+from .weights import pickled, weight_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
@@ -83,15 +84,16 @@ class Checkpoint:
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read all that config.json and the safetensors files say.
+    """Read all that config.json and the files of weights say.
+
+    Args:
+        folder: the model's own.
 
     Raises:
-        FileNotFoundError: no safetensors file.
+        FileNotFoundError: no weights.
         CheckpointError: a file that is none, or not the one that config.json describes.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{folder} holds no *.safetensors file")
+    files = weight_files(folder)
     config = json.loads((folder / "config.json").read_text())
     quantization = config.get("quantization_config")
     stage = "float"
@@ -123,19 +125,23 @@ def _grouped(files: list[Path]) -> Iterator[tuple[str, dict[str, torch.Tensor], 
     """Module name, its tensors, those of them that do not match their checksum, and how many have one."""
     checksums: dict[str, int] = {}
     checksum: Any = None
-    members: dict[str, dict[str, Any]] = defaultdict(dict)  # of a module: full tensor name -> open file, shards or not
+    members: dict[str, dict[str, Callable[[str], torch.Tensor]]] = defaultdict(dict)  # of a module: tensors' full names
     with ExitStack() as stack:
         for path in files:
-            try:
-                file = stack.enter_context(safe_open(path, framework="pt"))
-                recorded, checksum = checksums_of(path, file.metadata() or {})
+            if path.suffix != ".safetensors":
+                names, read_one = (tensors := pickled(path)).keys(), tensors.__getitem__
+            else:
+                try:
+                    file = stack.enter_context(safe_open(path, framework="pt"))
+                    recorded, checksum = checksums_of(path, file.metadata() or {})
+                except SafetensorError as error:
+                    raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
                 checksums |= recorded
-            except SafetensorError as error:
-                raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from error
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                members[name.rpartition(".")[0]][name] = file
-        for module, names in sorted(members.items(), key=lambda item: _natural(item[0])):
-            group = {name: file.get_tensor(name) for name, file in names.items()}
+                names, read_one = file.keys(), file.get_tensor
+            for name in names:
+                members[name.rpartition(".")[0]][name] = read_one
+        for module, readers in sorted(members.items(), key=lambda item: _natural(item[0])):
+            group = {name: read_one(name) for name, read_one in readers.items()}
             compared = [name for name in group if name in checksums]
             damaged = [name for name in compared if checksum(group[name]) != checksums[name]]
             yield module, {name.rpartition(".")[2]: tensor for name, tensor in group.items()}, damaged, len(compared)

@@ -101,15 +101,14 @@ def quantize(
     A float model is quantized as it is, which loses accuracy (`lowbit distill` gets it back). A prepared one, that is a
     trained student, is packed bit for bit as it was trained.
     """
-    from . import loading
+    from . import loading, weights
 
     loading.check_out(out, overwrite, model)
     with _progress_to_stderr():
         import lowbit
-        from lowbit.recipes.measure import disk_mb
 
         given, started = loading.load_model(model), time.perf_counter()
-        before = disk_mb(loading.folder_of(model))
+        before = weights.disk_mb(loading.model_folder(model))
         chosen = {"bits": bits, "embedding_bits": embedding_bits, "activation_bits": activation_bits, "keep": keep}
         stage = getattr(getattr(given.config, "quantization_config", None), "stage", "float")
         if stage == "prepared":
@@ -123,14 +122,14 @@ def quantize(
                 if value is not None:
                     fields[name] = None if value == "none" else int(value)
             lowbit.quantize(given, kind(**fields))
-        loading.save(given, model, out)
+        saved = loading.save(given, model, out)
         result = {
             "model": model,
             "out": str(out),
             "from_stage": stage,
             **_bits_of(given),
             "disk_mb_before": before,
-            "disk_mb": disk_mb(out),
+            "disk_mb": weights.disk_mb(saved),
             "seconds": round(time.perf_counter() - started, 2),
         }
     _print(result, as_json, f"{out}: {_sizes(result)}, {result['bits']} (weights-embedding-activations)")
@@ -146,16 +145,15 @@ def split(
 
     The result is prepared: train it on, then `lowbit quantize` packs it.
     """
-    from . import loading
+    from . import loading, weights
 
     loading.check_out(out, overwrite, prepared)
     with _progress_to_stderr():
         import lowbit
-        from lowbit.recipes.measure import disk_mb
 
         given = lowbit.split(loading.load_model(prepared))
-        loading.save(given, prepared, out)
-        result = {"model": prepared, "out": str(out), **_bits_of(given), "disk_mb": disk_mb(out)}
+        saved = loading.save(given, prepared, out)
+        result = {"model": prepared, "out": str(out), **_bits_of(given), "disk_mb": weights.disk_mb(saved)}
     _print(result, as_json, f"{out}: {result['bits']} (weights-embedding-activations), pairs of binary weights")
 
 
@@ -170,7 +168,7 @@ def info(
     from . import loading
 
     with _progress_to_stderr():
-        folder = loading.folder_of(checkpoint)
+        folder = loading.model_folder(checkpoint)
         from . import checkpoint as reader
 
         found = reader.read(folder)
@@ -223,7 +221,7 @@ def evaluate(
     """Measure a classifier on the validation examples of a GLUE task, or on a file."""
     _one_of(("--task", task), ("--file", file))
     from ..recipes import require
-    from ..recipes.data import load_files, offline_if_local
+    from ..recipes.data import labels_of, load_files, offline_if_local
 
     require("datasets", "sklearn")
     offline_if_local(model, data_dir, _text(file))
@@ -239,7 +237,7 @@ def evaluate(
         if task and known:
             given, data = known, load_task(task, data_dir, known.validation)
         else:
-            names = tuple(map(str, classifier.config.id2label.values()))
+            names = labels_of(model, classifier.config)
             files = {"validation": str(file)}
             given, data = load_files(files, text_column or (), label_column, names, max_length)
         tokenizer = loading.load_tokenizer(model)
@@ -380,11 +378,11 @@ def distill(
 
         loading.quiet()
         _no_bars()
-        loading.folder_of(model)
         options = FileOptions(
-            data_dir=data_dir, model=model, output_dir=str(out), max_train_samples=max_train_samples,
-            teacher_steps=teacher_steps, steps=steps, batch_size=batch_size, learning_rate=learning_rate,
-            teacher_learning_rate=teacher_learning_rate, save_steps=save_steps, seed=seed, task=task or "",
+            data_dir=data_dir, model=loading.for_transformers(model), output_dir=str(out),
+            max_train_samples=max_train_samples, teacher_steps=teacher_steps, steps=steps, batch_size=batch_size,
+            learning_rate=learning_rate, teacher_learning_rate=teacher_learning_rate, save_steps=save_steps, seed=seed,
+            task=task or "",
             method=method.value, width=width, slim_steps=slim_steps, split_learning_rate=split_learning_rate,
             bits=bits.value,
             train_file=_text(train_file), validation_file=_text(validation_file),
@@ -457,7 +455,7 @@ def search_length(
     """
     _one_of(("--task", task), ("--file", file))
     from ..recipes import require
-    from ..recipes.data import load_files, offline_if_local
+    from ..recipes.data import labels_of, load_files, offline_if_local
 
     require("datasets", "sklearn")
     offline_if_local(model, data_dir, _text(file))
@@ -478,7 +476,7 @@ def search_length(
             given, data = known, load_task(task, data_dir, ["train"])
             rows = data["train"]
         else:
-            names = tuple(map(str, classifier.config.id2label.values()))
+            names = labels_of(model, classifier.config)
             given, data = load_files({"search": str(file)}, text_column or (), label_column, names, max_length)
             rows = data["search"]
         data = type(data)({"search": rows.select(range(max(0, len(rows) - samples), len(rows)))})

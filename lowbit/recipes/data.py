@@ -49,6 +49,22 @@ def held_out(rest: Dataset, known: set[str], task: Task, count: int) -> Dataset:
     return rest.select(chosen[:count])
 
 
+def labels_of(model: str, config: Any) -> tuple[str, ...]:
+    """Names of a classifier's labels by index, in whatever order config.json lists them.
+
+    Raises:
+        RecipeError: `id2label` does not name each of 0 to N - 1.
+    """
+    names = {int(index): str(name) for index, name in (config.id2label or {}).items()}
+    if missing := sorted(set(range(len(names))) - names.keys()):
+        given = ", ".join(map(str, sorted(names)))
+        raise RecipeError(
+            f"{model} has {len(names)} labels; id2label in its config.json names {given} and not {missing[0]}, "
+            f"accepted: a name for each of 0 to {len(names) - 1}"
+        )
+    return tuple(names[index] for index in range(len(names)))
+
+
 def check_order(model: str, own: Sequence[str], labels: Sequence[str]) -> None:
     """RecipeError where a model has the labels of a task (in any spelling) in another order."""
     found, wanted = ([label.lower() for label in names] for names in (own, labels))
@@ -147,6 +163,10 @@ def _indices(data: Dataset, names: list[str], path: str) -> Dataset:
         isinstance(label, int) and 0 <= label < len(names) for label in labels
     ):
         known = {str(index): index for index in range(len(names))}
+    if twice := sorted({str(label) for label in labels if names.count(str(label)) > 1} & known.keys()):
+        raise RecipeError(
+            f"{path} has the label {twice[0]}, a name that several labels of the model have; give numbers"
+        )
     unknown = sorted({str(label) for label in labels} - known.keys())
     if unknown:
         raise RecipeError(f"{path} has labels {', '.join(unknown[:10])}; known are {', '.join(names[:20])}")

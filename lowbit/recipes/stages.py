@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import shutil
 import sys
 import time
@@ -30,7 +31,7 @@ import lowbit
 from .._files import write_text
 from ..tasks import Task
 from . import RecipeError, log, require
-from .data import check_order
+from .data import check_order, labels_of
 
 NO_STAGES = ("output_dir", "keep")  # options that change nothing in the stages of a run
 
@@ -176,25 +177,28 @@ def load_teacher(options: Any, task: Task) -> tuple[PreTrainedModel, PreTrainedT
     """The float model and its tokenizer; its head is a fresh one for the task unless it has one that fits.
 
     Raises:
-        RecipeError: a quantized model, or (`teacher_steps` 0) one without a head for the task, or with the task's
-            labels in another order.
+        RecipeError: a quantized model, pickles of more than weights, or (`teacher_steps` 0) a model without a head for
+            the task, or with the task's labels in another order.
     """
     config = AutoConfig.from_pretrained(options.model)
     if getattr(config, "quantization_config", None):
         raise RecipeError(f"{options.model} is quantized already; the teacher must be a float model")
     if not options.teacher_steps:
-        check_order(options.model, list(map(str, config.id2label.values())), task.labels)
+        check_order(options.model, labels_of(options.model, config), task.labels)
     torch.manual_seed(options.seed)
     names = dict(enumerate(task.labels))
-    model, loading = AutoModelForSequenceClassification.from_pretrained(
-        options.model,
-        num_labels=len(names),
-        id2label=names,
-        label2id={label: index for index, label in names.items()},
-        problem_type="regression" if len(names) == 1 else "single_label_classification",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            options.model,
+            num_labels=len(names),
+            id2label=names,
+            label2id={label: index for index, label in names.items()},
+            problem_type="regression" if len(names) == 1 else "single_label_classification",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except pickle.UnpicklingError as error:
+        raise RecipeError(f"{options.model} holds more than weights in its pickles, which is not unpickled") from error
     fresh = sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])})
     if fresh and not options.teacher_steps:
         raise RecipeError(
