@@ -47,7 +47,8 @@ BELOW = {
     "graphs": {"models", "nn", "unpadding"},
     "length": {"_files", "config", "distill", "models", "nn", "unpadding"},
     "distill": {"nn", "checkpoints", "config", "models", "unpadding"},
-    "_plugin": {"hf", "nn"},
+    "adapters": {"nn", "quantizers"},
+    "_plugin": {"adapters", "hf", "nn"},
     "recipes": {"_files", "length", "models", "tasks"},
     "cli": {
         "__init__",

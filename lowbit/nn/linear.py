@@ -211,14 +211,17 @@ class PackedLinear(Packed):
             packed.bias = linear.bias
         return packed
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """float [..., K] -> float [..., N] in x's dtype; ValueError for another K."""
+    def forward(self, x: torch.Tensor, activation: bool = True) -> torch.Tensor:
+        """float [..., K] -> float [..., N] in x's dtype; ValueError for another K.
+
+        `activation=False` leaves out the one that `lowbit.convert` fused: an adapter adds to what goes into it.
+        """
         _check_features(self, x)
         if self.input_quantizer is None:
             return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
         if self.joint is not None and self.joint.covers(self, x):
             return self.joint(self, x)
-        return multiply([self], x)[0]
+        return multiply([self], x, self.activation if activation else None)[0]
 
     def dequantize(self) -> torch.Tensor:
         """The float32 weight [N, K] that the codes stand for."""
@@ -238,15 +241,19 @@ def _check_features(linear: QuantLinear | PackedLinear, x: torch.Tensor) -> None
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {linear.in_features}]")
 
 
-def multiply(linears: Sequence[PackedLinear], x: torch.Tensor) -> list[torch.Tensor]:
+def activate(y: torch.Tensor, activation: str) -> torch.Tensor:
+    """The activation that a `PackedLinear` names, by itself."""
+    return nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def multiply(linears: Sequence[PackedLinear], x: torch.Tensor, activation: str | None = None) -> list[torch.Tensor]:
     """Outputs of linears of one kind that read the same x, quantized once; differentiable in x and the biases."""
     x = autocast(x)
-    biases, activation = [linear.bias for linear in linears], linears[0].activation
+    biases = [linear.bias for linear in linears]
     wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, *biases))
     if wanted and torch.is_grad_enabled():
         y = _StraightThroughProduct.apply(x, tuple(linears), *biases)
-        if activation is not None:
-            y = nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+        y = y if activation is None else activate(y, activation)
     else:
         y = _multiply(linears, x, activation)
     return [y] if len(linears) == 1 else list(y.split([linear.out_features for linear in linears], -1))
