@@ -236,7 +236,6 @@ def test_distillation_trains_them(stage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage, kind", [("packed", "ternary"), ("packed", "split"), ("prepared", "split")])
 def test_merging_into_codes_is_refused_before_anything_changes(stage: str, kind: str, call: str) -> None:
     adapter, inputs = adapted(quantized(stage, kind)), batch()
-    adapter.base_model.model.classifier.original_module.weight.data.zero_()
     expected = outputs(adapter, inputs)
     with pytest.raises(ValueError, match=r"model\.dequantize\(\), then merge"):
         getattr(adapter, call)()
@@ -244,6 +243,16 @@ def test_merging_into_codes_is_refused_before_anything_changes(stage: str, kind:
     layer = next(iter(layers(adapter).values()))
     with pytest.raises(ValueError, match=r"Keep the adapter beside it"):
         layer.merge()
+
+
+def test_no_float_linear_is_merged_before_the_packed_one_is_found() -> None:
+    config, inputs = lowbit.TernaryConfig(modules_to_not_convert=["layer.0"]), batch()
+    adapter = adapted(lowbit.quantize(tiny(), config))
+    expected = outputs(adapter, inputs)
+    with pytest.raises(ValueError, match=r"layer\.1\.attention\.self\.query is packed"):
+        adapter.merge_adapter()
+    assert not any(layer.merged for layer in layers(adapter).values())
+    assert identical(outputs(adapter, inputs), expected)
 
 
 @pytest.mark.parametrize("loaded_after", [True, False])
