@@ -1,40 +1,57 @@
-"""Register with transformers without importing it: at once where it is loaded, else right after it loads.
+"""Register with transformers and peft without importing them: at once where they are loaded, else right after.
 
-`import lowbit` must stay cheap, yet a later `AutoModel.from_pretrained` has to know our checkpoints.
+`import lowbit` must stay cheap, yet a later `AutoModel.from_pretrained` has to know our checkpoints, and a later
+`peft.get_peft_model` our linears.
 """
 
 from __future__ import annotations
 
 import importlib.abc
 import importlib.util
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_TRIGGER = "transformers.modeling_utils"  # imported by every model class, after the quantizer registry
-
 
 def install() -> None:
-    """Register now if transformers' models can be loaded already, else when they first are."""
-    if _TRIGGER in sys.modules:
-        _register()
-    else:
-        sys.meta_path.insert(0, _AfterImport())
+    """Register now with what is loaded already, with the rest when it first is."""
+    for trigger, register in _REGISTER.items():
+        if trigger in sys.modules:
+            register()
+        else:
+            sys.meta_path.insert(0, _AfterImport(trigger, register))
 
 
-def _register() -> None:
+def _register_with_transformers() -> None:
     from . import hf  # noqa: F401 (importing registers)
     from .nn import attention  # noqa: F401
 
 
+def _register_with_peft() -> None:
+    try:
+        from . import adapters  # noqa: F401 (importing registers)
+    except (ImportError, AttributeError) as error:  # of a peft that has other private functions; it works without us
+        logging.getLogger("lowbit").warning("peft works, but not on prepared and packed models: %r", error)
+
+
+_REGISTER = {
+    "transformers.modeling_utils": _register_with_transformers,  # of every model class, after the quantizer registry
+    "peft": _register_with_peft,
+}
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds `_TRIGGER` like everyone else, but calls `_register` once it has been executed."""
+    """Finds a module like everyone else, but calls `register` once it has been executed."""
+
+    def __init__(self, trigger: str, register: Callable[[], None]) -> None:
+        self.trigger, self.register = trigger, register
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _TRIGGER:
+        if fullname != self.trigger:
             return None
         sys.meta_path.remove(self)  # or it would find itself
         spec = importlib.util.find_spec(fullname)
@@ -45,7 +62,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
             def exec_module(module: ModuleType) -> None:
                 execute(module)
                 sys.meta_path.remove(self)
-                _register()
+                self.register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -28,6 +28,8 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     any more, so outputs move by as much as quantizing them had moved them. A fused model and one that drops tokens get
     transformers' encoder back; lengths are forgotten. Attention is transformers' default.
 
+    Adapters of peft stay where they are, and weights below them frozen; they can be merged now.
+
     A model of full width then saves and loads without lowbit. A slimmed one stays slim, which transformers'
     configuration cannot say: it still needs lowbit to load.
 
@@ -50,12 +52,12 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     hf.own_config(model)
     _untie(model)
     restore_padding(model)
-    own = model.dtype
+    own, trained = model.dtype, not any(hasattr(module, "base_layer") for module in model.modules())
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear | QuantLinear):
-            _swap(model, {name: _linear(module, own)})
+            _swap(model, {name: _linear(module, own, trained)})
         elif isinstance(module, PackedEmbedding | QuantEmbedding):
-            _swap(model, {name: _embedding(module, own)})
+            _swap(model, {name: _embedding(module, own, trained)})
         module._modules.pop("quantizers", None)  # of attention
     hf.detach(model)
     model.config._attn_implementation = model.get_correct_attn_implementation(None)  # transformers' default
@@ -66,19 +68,19 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
 
 
 @torch.no_grad()
-def _linear(module: PackedLinear | QuantLinear, dtype: torch.dtype) -> nn.Linear:
+def _linear(module: PackedLinear | QuantLinear, dtype: torch.dtype, trained: bool) -> nn.Linear:
     if isinstance(module, PackedLinear):
         weight = module.dequantize()
     else:
         weight = weight_values(*weight_codes(module.weight, module.quantizer, module.granularity), torch.float32)
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight.to(dtype))
+    linear.weight = nn.Parameter(weight.to(dtype), requires_grad=trained)
     linear.register_parameter("bias", module.bias)
     return linear
 
 
 @torch.no_grad()
-def _embedding(module: PackedEmbedding | QuantEmbedding, dtype: torch.dtype) -> nn.Embedding:
+def _embedding(module: PackedEmbedding | QuantEmbedding, dtype: torch.dtype, trained: bool) -> nn.Embedding:
     rows, columns = module.num_embeddings, module.embedding_dim
     if isinstance(module, PackedEmbedding):
         ids = torch.arange(rows, device=module.weight.device)
@@ -86,5 +88,5 @@ def _embedding(module: PackedEmbedding | QuantEmbedding, dtype: torch.dtype) -> 
     else:
         weight = weight_values(*table_codes(module.weight, module.bits, module.granularity), torch.float32)
     table = nn.Embedding(rows, columns, module.padding_idx, device="meta")
-    table.weight = nn.Parameter(weight.to(dtype))
+    table.weight = nn.Parameter(weight.to(dtype), requires_grad=trained)
     return table

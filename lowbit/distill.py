@@ -235,6 +235,26 @@ def _refuse_shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
             )
 
 
+def _inside_peft(model: Any) -> PreTrainedModel:
+    """The model of transformers in a `PeftModel`; another one is itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _check_prompt(student: Any, objectives: Sequence[Objective]) -> None:
+    """Raise ValueError where a student whose prompt is trained has other tokens or keys than its teacher."""
+    config = getattr(student, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning:
+        return
+    prefix = config.peft_type == "PREFIX_TUNING"
+    for objective in objectives:
+        if isinstance(objective, AttentionScoreLoss if prefix else HiddenStateLoss | AttentionScoreLoss):
+            raise ValueError(
+                f"{type(objective).__name__} compares token by token, and the student's {config.num_virtual_tokens} "
+                f"virtual tokens ({type(config).__name__}) are none of the teacher's; accepted: "
+                "objectives=[lowbit.LogitsLoss()]"
+            )
+
+
 def _slimmed(model: nn.Module) -> LowbitConfig | None:
     """The configuration of a model of `lowbit.slim`."""
     config = getattr(model.config, "quantization_config", None)
@@ -255,6 +275,8 @@ class DistillationTrainer(Trainer):
             `[(0.5, [HiddenStateLoss(), AttentionScoreLoss()]), (1.0, [LogitsLoss()])]`.
         *args, **kwargs: `Trainer`'s own.
 
+    The student may be a `PeftModel`: its adapters are trained; beside a trained prompt, `LogitsLoss` has to do.
+
     Evaluation computes the ordinary task loss without the teacher. Losses are logged as loss_hidden and so on, each the
     mean over the batches in which it was active. Each is a mean over its batch: accumulation steps and ranks are
     averaged with equal weights, whatever their number of tokens. Where an objective compares scores, student and
@@ -263,8 +285,8 @@ class DistillationTrainer(Trainer):
 
     Raises:
         ValueError: no teacher, one that shares trainable parameters with the student, both or ill-ordered `objectives`
-            and `stages`, a stage without objectives, label smoothing, reentrant checkpointing with scores, or a model
-            that cannot give them.
+            and `stages`, a stage without objectives, label smoothing, reentrant checkpointing with scores, a model
+            that cannot give them, or tokens of a trained prompt to compare with the teacher's.
     """
 
     # Losses are per-batch means, so Trainer must divide them by the accumulation steps; it would not for models that
@@ -307,6 +329,9 @@ class DistillationTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         student = self.accelerator.unwrap_model(self.model)
+        for _, objectives in self.stages:
+            _check_prompt(student, objectives)
+        student = _inside_peft(student)
         for model in (teacher, student):
             if model is not None:
                 self._expose_scores(model)
@@ -339,8 +364,8 @@ class DistillationTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
-        self._expose_scores(model)  # train() builds the student again
-        self._agree_on_heads(model)
+        self._expose_scores(_inside_peft(model))  # train() builds the student again
+        self._agree_on_heads(_inside_peft(model))
         return model
 
     def _agree_on_heads(self, model: PreTrainedModel) -> None:

@@ -76,7 +76,7 @@ def test_training_drops_the_probabilities_that_eager_drops() -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["causal", "cross", "gpt2", "grouped heads"])
+@pytest.mark.parametrize("kind", ["causal", "cross", "fewer keys", "gpt2", "grouped heads"])
 def test_decoders_are_refused(kind: str) -> None:
     inputs: dict[str, Any] = {"input_ids": torch.randint(1, 101, (2, 5))}
     if kind == "gpt2":
@@ -87,16 +87,41 @@ def test_decoders_are_refused(kind: str) -> None:
         model = transformers.LlamaModel(config)
         model.layers[0].self_attn.is_causal = False
     else:
-        model = model_of("bert", is_decoder=kind == "causal", add_cross_attention=False)
+        model = model_of("bert", is_decoder=kind in ("causal", "cross"), add_cross_attention=kind == "cross")
     model.set_attn_implementation("lowbit")
-    if kind == "cross":
-        query, key = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 5, 16)
+    if kind in ("cross", "fewer keys"):
+        layer = model.encoder.layer[0]
+        module = layer.crossattention.self if kind == "cross" else layer.attention.self
+        query, key = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 5 if kind == "cross" else 2, 16)
         with pytest.raises(ValueError, match="cross-attention"):
-            attention.attention_forward(model.encoder.layer[0].attention.self, query, key, key, None)
+            attention.attention_forward(module, query, key, key, None)
         return
     wanted = "grouped heads" if kind == "grouped heads" else "causal attention"
     with pytest.raises(ValueError, match=rf"{wanted}.*set_attn_implementation\('sdpa'\)"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("padding", [*PADDING, None])
+def test_a_prefix_is_seen_by_all_tokens(padding: str | None, kernel_calls: list[torch.Size]) -> None:
+    """As peft's prefix tuning has it: more keys than queries, in the cache, and a mask over both."""
+    model, inputs = model_of("bert"), masked(padding or "right")
+    inputs["attention_mask"] = torch.cat([torch.ones(3, 4), inputs["attention_mask"]], 1)
+    if padding is None:
+        del inputs["attention_mask"]
+    prefix = [(torch.randn(3, 2, 4, 16), torch.randn(3, 2, 4, 16)) for _ in model.encoder.layer]
+    found = []
+    for name in ("eager", "lowbit"):
+        model.set_attn_implementation(name)
+        with torch.no_grad():
+            found.append(model(**inputs, past_key_values=transformers.DynamicCache(prefix), output_attentions=True))
+    torch.testing.assert_close(found[1].last_hidden_state, found[0].last_hidden_state, rtol=1e-5, atol=1e-5)
+    assert found[1].attentions[0].shape == (3, 2, 11, 15)
+    without = outputs(model, {name: tensor[:, -11:] for name, tensor in inputs.items()})[0]
+    assert not torch.allclose(found[1].last_hidden_state, without, atol=0.01)
+    kernel_calls.clear()
+    with torch.no_grad():  # on the GPU, without maps: the kernel has as many keys as queries
+        model(**inputs, past_key_values=transformers.DynamicCache(prefix))
+    assert kernel_calls == []
 
 
 def test_is_causal_none_is_what_the_module_says() -> None:

@@ -49,7 +49,8 @@ BELOW = {
     "graphs": {"heads", "models", "nn"},
     "length": {"_files", "config", "distill", "heads", "models", "nn", "unpadding"},
     "distill": {"nn", "checkpoints", "config", "models"},
-    "_plugin": {"hf", "nn"},
+    "adapters": {"nn", "quantizers"},
+    "_plugin": {"adapters", "hf", "nn"},
     "recipes": {"_files", "length", "models", "tasks"},
     "cli": {
         "__init__",

@@ -5,7 +5,7 @@
 (Placement as in the released TernaryBERT and BinaryBERT.) `q` is the module's child `quantizers` (a
 `torch.nn.ModuleDict` by site name, put there by `lowbit.prepare`); a float model has none and is left exact.
 The scores that distillation compares are returned instead of the probabilities where the caller passes
-`output_scores=True` to the model's forward.
+`output_scores=True` to the model's forward. Keys may be more than queries: a prefix that all see (prefix tuning).
 
 Float attention on the GPU runs in `lowbit_kernels.attention`, over the tokens without padding and without a map of
 probabilities, unless a map, scores or dropout are asked for.
@@ -43,22 +43,23 @@ def attention_forward(
 
     Args:
         module: the self-attention module; its `quantizers` child, if any, quantizes the four operands.
-        query, key, value: float [B, H, S, D].
-        attention_mask: additive float, or bool (True: seen) [B, 1, S, S], or a padding mask [B, S], or None.
+        query: float [B, H, S, D].
+        key, value: float [B, H, P + S, D], in encoders with a prefix of P, else of 0.
+        attention_mask: additive float, or bool (True: seen) [B, 1, S, P + S], or a padding mask [B, P + S], or None.
         output_scores: return the scaled scores before mask and softmax in place of the probabilities.
 
     Returns:
-        output [B, S, H, D] and [B, H, S, S] probabilities (after dropout) or scores. On the GPU a float model has
+        output [B, S, H, D] and [B, H, S, P + S] probabilities (after dropout) or scores. On the GPU a float model has
         probabilities where its forward is called with `output_attentions=True` only, None elsewhere; its output at
         padding is finite, but not that of other implementations.
 
     Raises:
-        ValueError: causal attention, cross-attention, a cache or grouped heads.
+        ValueError: causal attention, cross-attention, a decoder's cache or grouped heads.
     """
     _refuse_decoders(module, query, key, kwargs)
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
-    if _fits_kernel(module, query, attention_mask, dropout, output_scores, kwargs):
+    if key.shape == query.shape and _fits_kernel(module, query, attention_mask, dropout, output_scores, kwargs):
         return attend_without_padding(query, key, value, attention_mask, scaling), None
     quantizers = getattr(module, "quantizers", {})
     if quantizers:
@@ -152,7 +153,7 @@ def _refuse_decoders(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
     causal = kwargs.get("is_causal")  # None: as the module says
     if getattr(module, "is_causal", False) if causal is None else causal:
         problem = "causal attention (is_decoder=True?)"
-    elif key.shape != query.shape:
+    elif key.shape != query.shape and not _have_prefix(module, query, key):
         problem = f"keys {tuple(key.shape)} for queries {tuple(query.shape)}: cross-attention, a cache or grouped heads"
     elif given := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
         problem = f"{given[0]}"
@@ -161,6 +162,13 @@ def _refuse_decoders(module: nn.Module, query: torch.Tensor, key: torch.Tensor, 
             f"{type(module).__name__} wants {problem}, which attn_implementation='lowbit' does not have: it is that of "
             "encoders; use model.set_attn_implementation('sdpa')"
         )
+
+
+def _have_prefix(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether the keys are those of the queries behind some more, in an encoder: only decoders have cross-attention."""
+    config, (B, H, S, D) = getattr(module, "config", None), query.shape
+    decoder = any(getattr(config, name, False) for name in ("is_decoder", "is_encoder_decoder", "add_cross_attention"))
+    return config is not None and not decoder and key.shape[2] > S and key.shape == (B, H, key.shape[2], D)
 
 
 def padding_mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
