@@ -14,7 +14,7 @@ BELOW = {
     "errors": set(),
     "_files": set(),
     "config": {"length"},  # `LengthConfig.for_budget`, when it is called
-    "models": set(),
+    "models": {"config", "errors"},
     "sentiment": set(),
     "info": set(),
     "tasks": set(),
@@ -23,7 +23,7 @@ BELOW = {
     "nn": {"config", "models", "quantizers", "nn"},
     "checkpoints": {"config", "errors"},
     "loading": {"checkpoints", "errors"},
-    "card": {"config", "nn"},
+    "card": {"config", "errors", "nn"},
     "publishing": {"card"},
     "hf": {
         "_files",
@@ -40,7 +40,7 @@ BELOW = {
     },
     "dequantizing": {"config", "models", "nn", "quantizers", "hf", "conversion", "unpadding"},
     "conversion": {"config", "errors", "models", "nn", "quantizers", "hf", "slimming", "unpadding"},
-    "unpadding": {"config", "models", "nn", "hf"},
+    "unpadding": {"config", "errors", "models", "nn", "hf"},
     "slimming": {"config", "models", "hf"},
     "compiling": {"models", "nn"},
     "exporting": {"compiling", "hf", "models", "nn"},
