@@ -288,7 +288,7 @@ def load(kind: str) -> Kernels:
         library = _library(kind, compiler)
     except subprocess.CalledProcessError as error:
         said = error.stderr.strip()[:2000] or f"exit code {error.returncode}"
-        raise RuntimeError(f"{name} failed (name another in CXX): {said}") from error
+        raise RuntimeError(f"{name} failed (mend what it says, or name another in CXX): {said}") from error
     except subprocess.TimeoutExpired as error:
         raise RuntimeError(f"{name} took more than {error.timeout:.0f} s (try again on an idle machine)") from error
     except OSError as error:
