@@ -16,7 +16,14 @@ from types import ModuleType
 
 
 def install() -> None:
-    """Register now with what is loaded already, with the rest when it first is."""
+    """Register now with what is loaded already, with the rest when it first is.
+
+    Called again (importlib.reload, an import after sys.modules was emptied), it takes the place of the call before.
+    """
+    for finder in [*sys.meta_path]:
+        kind = type(finder)  # that of an earlier import is another class
+        if (kind.__module__, kind.__qualname__) == (__name__, _AfterImport.__qualname__):
+            _remove(finder)
     for trigger, register in _REGISTER.items():
         if trigger in sys.modules:
             register()
@@ -42,18 +49,23 @@ _REGISTER = {
 }
 
 
+def _remove(finder: object) -> None:
+    sys.meta_path[:] = [other for other in sys.meta_path if other is not finder]
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Finds a module like everyone else, but calls `register` once it has been executed."""
 
     def __init__(self, trigger: str, register: Callable[[], None]) -> None:
         self.trigger, self.register = trigger, register
+        self.package = sys.modules[__package__]
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != self.trigger:
             return None
-        sys.meta_path.remove(self)  # or it would find itself
+        _remove(self)  # or it would find itself
         spec = importlib.util.find_spec(fullname)
         sys.meta_path.insert(0, self)  # who asks for a spec need not load it
         if spec is not None and spec.loader is not None:
@@ -61,8 +73,9 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                sys.meta_path.remove(self)
-                self.register()
+                _remove(self)
+                if sys.modules.get(__package__) is self.package:  # else dropped: it would be imported again, unasked
+                    self.register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

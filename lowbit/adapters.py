@@ -8,8 +8,8 @@ replaced by ones that look for lowbit's modules first and then do what they did:
     LoraModel._check_merge_allowed     called before a weight is merged
     PeftModel._setup_prompt_encoder    looks for the word embedding among the parameters, where a packed one is not
 
-An adapter is LoRA's: y = q(x) q(W)^T + b + scaling (x A^T) B^T with A and B float and x not quantized. The gradient goes
-straight through the quantized product to what is below.
+An adapter is LoRA's: y = q(x) q(W)^T + b + scaling (x A^T) B^T with A and B float and x not quantized. The gradient
+goes straight through the quantized product to what is below.
 """
 
 from __future__ import annotations
@@ -201,18 +201,26 @@ def _setup_prompt_encoder(self: Any, adapter_name: str) -> None:
         del model.get_submodule
 
 
+def _original(function: Any) -> Any:
+    """peft's own, also where an earlier import of lowbit has put another in its place."""
+    return getattr(function, "lowbit_original", function)
+
+
 _ORIGINALS = {
-    "all_linear": tuners_utils._maybe_include_all_linear_layers,
-    "merge": lora.LoraModel._check_merge_allowed,
-    "prompt": peft.PeftModel._setup_prompt_encoder,
+    "all_linear": _original(tuners_utils._maybe_include_all_linear_layers),
+    "merge": _original(lora.LoraModel._check_merge_allowed),
+    "prompt": _original(peft.PeftModel._setup_prompt_encoder),
 }
+_REPLACEMENTS = {"all_linear": _include_linears, "merge": _check_merge_allowed, "prompt": _setup_prompt_encoder}
 
 
 def register() -> None:
     """Put the three functions in place of peft's."""
+    for key, function in _REPLACEMENTS.items():
+        function.lowbit_original = _ORIGINALS[key]  # type: ignore[attr-defined]
     name = "_maybe_include_all_linear_layers"
     for path, module in list(sys.modules.items()):  # VeRA and others have imported it by name
-        if path.startswith("peft.") and getattr(module, name, None) is _ORIGINALS["all_linear"]:
+        if path.startswith("peft.") and _original(getattr(module, name, None)) is _ORIGINALS["all_linear"]:
             setattr(module, name, _include_linears)
     lora.LoraModel._check_merge_allowed = _check_merge_allowed
     peft.PeftModel._setup_prompt_encoder = _setup_prompt_encoder

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .config import LengthConfig, LowbitConfig
+from .errors import check_import
 from .nn._packed import Packed
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def model_card(
     from huggingface_hub import ModelCard, ModelCardData
 
     config = getattr(model.config, "quantization_config", None)
+    check_import(config, LowbitConfig, f"this {type(model).__name__}")
     if not isinstance(config, LowbitConfig):
         raise ValueError(f"{type(model).__name__} is a float model; model_card takes one that lowbit has changed")
     if results and task is None:

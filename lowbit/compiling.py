@@ -7,6 +7,7 @@ CPU kernels leave little of that to do, and in a fused model next to nothing.
 
 from __future__ import annotations
 
+import shutil
 from typing import TYPE_CHECKING, Any
 
 from lowbit_kernels.native import cpp_compiler
@@ -46,9 +47,14 @@ def compile(model: PreTrainedModel, **options: Any) -> PreTrainedModel:
 
 
 def check_compiler() -> None:
-    """Raise RuntimeError where there is no C++ compiler for what Inductor makes for a CPU."""
-    name, path = cpp_compiler()
-    if path is None:
+    """Raise RuntimeError where Inductor finds no C++ compiler for what it makes for a CPU."""
+    name, command = cpp_compiler()
+    if command and shutil.which(name) is None:
+        raise RuntimeError(
+            f"torch.compile on a CPU takes the name or path of one program from CXX, as it is, and got CXX={name!r}; "
+            "name a compiler, or a script that calls it so, before torch is imported"
+        )
+    if not command:
         raise RuntimeError(
             f"torch.compile on a CPU needs a C++ compiler and found no {name!r}; install one (apt install g++) or name "
             "another in CXX, or run the model as it is"

@@ -25,7 +25,7 @@ from lowbit_kernels import split_ternary
 
 from . import hf, models
 from .config import LowbitConfig, names
-from .errors import CheckpointError
+from .errors import CheckpointError, check_import
 from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from .nn.attention import NAME as LOWBIT_ATTENTION
 from .nn.linear import JointProjection, attention_quantizers
@@ -70,6 +70,7 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
             infinity in a parameter; an encoder without description that cannot be run on token ids.
     """
     current = hf.current_config(model)
+    check_import(config, LowbitConfig, "config")
     if not isinstance(config, LowbitConfig):
         raise TypeError(f"config must be a TernaryConfig, BinaryConfig or LowbitConfig, got {type(config).__name__}")
     if current.stage != "float":

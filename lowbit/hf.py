@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trits
@@ -51,6 +52,11 @@ _EXPANDED_AT_A_TIME = 2**19  # codes: so many stay in cache, and take little mem
 _WEIGHTS = re.compile(
     r"model(?:\.(?!safetensors)([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index(?:\.([^.]+))?\.json"
 )
+
+
+for _registered in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+    if getattr(_registered.get("lowbit"), "__module__", "").startswith(f"{__package__}."):
+        del _registered["lowbit"]  # of an earlier import of this package: transformers refuses a second one
 
 
 @register_quantization_config("lowbit")

@@ -35,6 +35,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .config import LowbitConfig
+from .errors import check_import
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -212,7 +215,8 @@ def check(model: PreTrainedModel) -> None:
 
     Raises:
         TypeError: not a transformers model.
-        ValueError: an encoder-decoder, an encoder with cross-attention, or one that is not where its class says.
+        ValueError: an encoder-decoder, an encoder with cross-attention, or one that is not where its class says;
+            quantized by an earlier import of lowbit.
     """
     from transformers import PreTrainedModel
 
@@ -234,6 +238,8 @@ def check(model: PreTrainedModel) -> None:
     has_decoder = getattr(config, "is_encoder_decoder", False) and hasattr(model.base_model, "decoder")
     if getattr(config, "add_cross_attention", False) or has_decoder:
         raise ValueError(f"{type(model).__name__} has cross-attention; supported: encoders without it")
+    if getattr(model, "hf_quantizer", None) is not None:  # else the configuration is that of another model
+        check_import(getattr(config, "quantization_config", None), LowbitConfig, f"this {type(model).__name__}")
 
 
 def is_known(model: PreTrainedModel) -> bool:

@@ -19,6 +19,7 @@ from torch import nn
 
 from . import hf, models
 from .config import LengthConfig, LowbitConfig
+from .errors import check_import
 from .heads import reads_first_token_only
 from .nn import FusedEmbeddings, PackedEncoder, PackedLinear, QuantLinear, UnpaddedEncoder
 from .nn import attention as lowbit_attention
@@ -121,6 +122,7 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
     models.describe_attention(model, "set_length")
     encoder = encoder_of(model)
     if config is not None:
+        check_import(config, LengthConfig, "config")
         if not isinstance(config, LengthConfig):
             raise TypeError(f"config must be a LengthConfig or None, got {type(config).__name__}")
         _check_length(model, config)
@@ -227,7 +229,9 @@ def _path(model: PreTrainedModel) -> str:
 def encoder_of(model: PreTrainedModel) -> nn.Module:
     """The module that runs the layers: transformers' or one of lowbit's."""
     path = _path(model)  # TypeError for what is no supported model
-    return model.base_model.get_submodule(path)
+    encoder = model.base_model.get_submodule(path)
+    check_import(encoder, UnpaddedEncoder, f"the encoder of this {type(model).__name__}")
+    return encoder
 
 
 def _put(model: PreTrainedModel, path: str, module: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 import lowbit
 import lowbit_kernels
-from helpers import batch, outputs, tiny
+from helpers import batch, outputs, outputs_by_module, tiny
+from lowbit.cli import doctor
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -59,7 +61,7 @@ def test_traced_quantization_of_views() -> None:
 def test_a_whole_model_compiles_as_one_graph(head: str) -> None:
     model = lowbit.quantize(tiny(head), lowbit.TernaryConfig())
     inputs = batch(head)
-    (got,), (expected,) = outputs(torch.compile(model, fullgraph=True), inputs), outputs(model, inputs)
+    (got,), (expected,) = outputs(torch.compile(model, fullgraph=True), inputs), outputs_by_module(model, inputs)
     assert (got - expected).norm() < 0.02 * expected.norm()
 
 
@@ -111,3 +113,13 @@ def test_a_missing_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/clang++" if name == "clang++" else None)
     with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler"):
         lowbit.compile(lowbit.quantize(tiny(), lowbit.TernaryConfig()))
+
+
+@pytest.mark.parametrize("given", ["env g++", "g++ -O1", "'g++'"])
+def test_a_compiler_that_inductor_cannot_start_is_a_clear_error(given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes $CXX for one program; lowbit's own kernels split it as a shell."""
+    monkeypatch.setenv("CXX", given)
+    with pytest.raises(RuntimeError, match="takes the name or path of one program from CXX.*" + re.escape(repr(given))):
+        lowbit.compile(lowbit.quantize(tiny(), lowbit.TernaryConfig()))
+    (check,) = doctor._compiler()
+    assert check.status == "note" and "lowbit.compile needs a CXX that names one program" in check.hint

@@ -1,4 +1,4 @@
-"""`import lowbit` is cheap, needs neither triton nor a GPU, and the kernels/ folder shadows nothing."""
+"""`import lowbit` is cheap, can be done again, needs neither triton nor a GPU; the kernels/ folder shadows nothing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,3 +52,216 @@ print(all(callable(getattr(lowbit, n)) for n in ("slim", "convert", "prepare", "
 
 def test_transformers_imports_at_the_repository_root() -> None:
     assert run("import transformers; transformers.BertModel; print('ok')") == "ok"
+
+
+# ------------------------------------------------------------------------------------ imported again in one process
+
+AGAIN = f"""
+import importlib, sys, tempfile
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import torch
+import lowbit
+from helpers import batch, outputs, tiny
+from transformers import AutoModelForSequenceClassification as Auto
+
+def drop(*names):
+    for name in [*sys.modules]:
+        if any(name == dropped or name.startswith(dropped + ".") for dropped in names):
+            del sys.modules[name]
+
+def same(a, b):
+    return len(a) == len(b) > 0 and all(map(torch.equal, a, b))
+
+def saved_and_loaded(model):
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        lowbit.verify(folder)
+        return Auto.from_pretrained(folder)
+
+def floats():
+    torch.manual_seed(7)
+    return tiny()
+
+inputs, Ternary = batch(), lowbit.TernaryConfig
+def stages():
+    packed, fused = lowbit.quantize(floats(), lowbit.TernaryConfig()), lowbit.quantize(floats(), lowbit.TernaryConfig())
+    shorter = lowbit.set_length(floats(), lowbit.LengthConfig((0.5, 0.3)))
+    return dict(packed=packed, fused=lowbit.fuse(fused), prepared=lowbit.prepare(floats(), lowbit.TernaryConfig()),
+                binary=lowbit.quantize(floats(), lowbit.BinaryConfig()), shorter=shorter)
+old = stages()
+before = {{name: outputs(model, inputs) for name, model in old.items()}}
+def still():
+    return all(same(outputs(model, inputs), before[name]) for name, model in old.items())
+assert still()
+"""
+
+DROPS = {
+    "both": "drop('lowbit', 'lowbit_kernels')",
+    "lowbit": "drop('lowbit')",
+    "kernels": "drop('lowbit_kernels'); import lowbit_kernels.linear, lowbit_kernels.encoder_cpu",
+    "the plug-in": "drop('lowbit.hf'); import lowbit.hf",
+    "shared part of the kernels": "drop('lowbit_kernels._ops', 'lowbit_kernels.linear'); import lowbit_kernels.linear",
+    "the package itself": "del sys.modules['lowbit']",
+    "reload of a package": "importlib.reload(lowbit)",
+    "reload of modules of kernels": """
+for name in ("configs", "native", "_ops", "linear_cpu", "linear", "quantize", "encoder_cpu", "weights"):
+    importlib.reload(sys.modules["lowbit_kernels." + name])
+""",
+}
+
+
+@pytest.mark.parametrize("how", DROPS.values(), ids=DROPS)
+def test_models_of_both_imports_run_save_and_load(how: str) -> None:
+    program = f"""{AGAIN}
+overload = torch.ops.lowbit_kernels.joint_linear.default
+{how}
+import lowbit
+assert still()
+new = stages()
+assert still()
+for name, model in new.items():
+    assert same(outputs(model, inputs), before[name]), name
+for name in ("packed", "prepared", "binary"):
+    assert same(outputs(saved_and_loaded(new[name]).eval(), inputs), before[name]), name
+    assert same(outputs(saved_and_loaded(old[name]).eval(), inputs), before[name]), name
+assert torch.ops.lowbit_kernels.joint_linear.default is overload
+print("fine")
+"""
+    assert run(program).splitlines()[-1] == "fine"
+
+
+def test_tracing_training_and_autocast_after_a_second_import() -> None:
+    program = f"""{AGAIN}
+def traced(model):
+    with torch.no_grad():
+        return torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).logits
+expected = traced(old["packed"])
+with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    rounded = old["packed"](**inputs).logits
+drop("lowbit", "lowbit_kernels")
+torch.compiler.reset()
+import lowbit
+new = stages()
+for models in (old, new):
+    assert torch.equal(traced(models["packed"]), expected)
+    models["prepared"].train()(**inputs).logits.sum().backward()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(models["packed"](**inputs).logits, rounded)
+from lowbit_kernels import quantize_per_token
+torch.library.opcheck(torch.ops.lowbit_kernels.quantize_per_token.default, (torch.randn(3, 40), 8, True))
+print(quantize_per_token(torch.empty(3, 40, device="meta"), 8)[0].device)
+"""
+    assert run(program).splitlines()[-1] == "meta"
+
+
+VERBS = """
+lowbit.fuse(old["packed"])
+lowbit.convert(old["prepared"])
+lowbit.split(old["prepared"])
+lowbit.prepare(old["packed"], lowbit.TernaryConfig())
+lowbit.quantize(old["shorter"], lowbit.TernaryConfig())
+lowbit.set_length(old["fused"], lowbit.LengthConfig((0.5, 0.5)))
+lowbit.set_length(old["shorter"], None)
+lowbit.slim(old["prepared"], 0.5)
+lowbit.compile(old["fused"])
+lowbit.card.model_card(old["packed"])
+old["packed"].dequantize()
+lowbit.prepare(floats(), Ternary())
+lowbit.DistillationTrainer(model=old["prepared"], teacher=floats())
+"""
+
+
+def test_what_an_earlier_import_made_is_one_clear_error() -> None:
+    program = f"""{AGAIN}
+drop("lowbit", "lowbit_kernels")
+import lowbit
+for verb in {VERBS.strip().splitlines()!r}:
+    try:
+        eval(verb)
+    except ValueError as error:
+        assert "was made by an earlier import of lowbit in this process" in str(error), (verb, error)
+        assert "restart Python, or make or load it again" in str(error), (verb, error)
+    else:
+        raise AssertionError(verb)
+assert still()
+copied = type(old["packed"])(old["packed"].config)  # float: whatever the configuration says of another model
+lowbit.quantize(copied, lowbit.TernaryConfig())
+print("fine")
+"""
+    assert run(program).splitlines()[-1] == "fine"
+
+
+def test_implementations_are_those_of_the_last_import_and_schemas_those_of_the_first() -> None:
+    program = """
+import sys, torch
+from lowbit_kernels import _ops
+define = lambda factor, module=_ops: module.define(
+    "doubled(Tensor x) -> Tensor", cpu=lambda x: factor * x, fake=lambda x: x.new_empty(len(x) * factor))
+first, ones = define(2), torch.ones(3)
+print(first(ones).tolist(), first(ones.to("meta")).shape[0])
+del sys.modules["lowbit_kernels"], sys.modules["lowbit_kernels._ops"]
+from lowbit_kernels import _ops as again
+assert again is not _ops
+second = define(3, again)
+print(second is first, first(ones).tolist(), first(ones.to("meta")).shape[0])
+try:
+    again.define("doubled(Tensor x, int factor) -> Tensor", cpu=None, fake=None)
+except RuntimeError as error:
+    print("restart Python" in str(error), first(ones).tolist())
+"""
+    assert run(program).splitlines() == ["[2.0, 2.0, 2.0] 6", "True [3.0, 3.0, 3.0] 9", "True [3.0, 3.0, 3.0]"]
+
+
+FINDERS = "[finder for finder in sys.meta_path if type(finder).__module__ == 'lowbit._plugin']"
+DROP = "[sys.modules.pop(name) for name in [*sys.modules] if name.split('.')[0] == 'lowbit']"
+REGISTERED = """
+import transformers.modeling_utils
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as configs
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as quantizers
+"""
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        f"{DROP}; import lowbit; {DROP}; import lowbit",
+        "importlib.reload(lowbit._plugin); importlib.reload(lowbit)",
+    ],
+)
+def test_transformers_is_watched_once_and_registers_the_last_import(again: str) -> None:
+    program = f"""
+import importlib, sys
+import lowbit
+{again}
+print(len({FINDERS}))
+{REGISTERED}
+print(len({FINDERS}), quantizers["lowbit"] is sys.modules["lowbit"].hf.LowbitQuantizer, "lowbit" in configs)
+"""
+    assert run(program).splitlines() == ["1", "0 True True"]
+
+
+def test_a_dropped_package_is_not_imported_by_transformers() -> None:
+    program = f"""
+import sys
+import lowbit
+{DROP}
+{REGISTERED}
+print([name for name in sys.modules if name.split(".")[0] == "lowbit"], {FINDERS}, "lowbit" in quantizers)
+import lowbit
+print("lowbit" in quantizers)
+"""
+    assert run(program).splitlines() == ["[] [] False", "True"]
+
+
+def test_another_packages_quantizer_of_that_name_is_not_replaced() -> None:
+    program = f"""
+import sys
+{REGISTERED}
+from transformers.quantizers import HfQuantizer, register_quantizer
+theirs = register_quantizer("lowbit")(type("Theirs", (HfQuantizer,), {{"__module__": "lowbits.quantizer"}}))
+try:
+    import lowbit
+except ValueError as error:
+    print(error, quantizers["lowbit"] is theirs)
+"""
+    assert run(program) == "Quantizer 'lowbit' already registered True"

@@ -15,7 +15,7 @@ BELOW = {
     "_files": set(),
     "_fields": set(),
     "config": {"length"},  # `LengthConfig.for_budget`, when it is called
-    "models": set(),
+    "models": {"config", "errors"},
     "sentiment": set(),
     "info": set(),
     "tasks": set(),
@@ -24,7 +24,7 @@ BELOW = {
     "nn": {"config", "models", "quantizers", "nn"},
     "checkpoints": {"_fields", "config", "errors"},
     "loading": {"checkpoints", "errors"},
-    "card": {"config", "nn"},
+    "card": {"config", "errors", "nn"},
     "publishing": {"card"},
     "hf": {
         "_files",
@@ -42,7 +42,7 @@ BELOW = {
     "dequantizing": {"config", "models", "nn", "quantizers", "hf", "conversion", "unpadding"},
     "conversion": {"config", "errors", "models", "nn", "quantizers", "hf", "slimming", "unpadding"},
     "heads": {"nn"},
-    "unpadding": {"config", "heads", "models", "nn", "hf"},
+    "unpadding": {"config", "errors", "heads", "models", "nn", "hf"},
     "slimming": {"config", "models", "hf"},
     "compiling": {"models", "nn"},
     "exporting": {"compiling", "hf", "models", "nn"},

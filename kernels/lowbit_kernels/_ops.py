@@ -14,19 +14,41 @@ import torch
 
 from . import native
 
-_LIBRARY = torch.library.Library("lowbit_kernels", "DEF")
+# name -> (schema, library that defines the op, library with its implementations). With torch, not in this module: a
+# second import (sys.modules emptied, importlib.reload) finds the ops of the first.
+_OPS: dict[str, tuple[str, torch.library.Library, torch.library.Library]]
+_OPS = vars(torch.ops.lowbit_kernels).setdefault("_registered", {})
 
 
 def define(
     schema: str, *, cpu: Callable[..., Any], fake: Callable[..., Any], cuda: Callable[..., Any] | None = None
 ) -> Any:
-    """Define an op and its implementations; returns the resolved overload."""
+    """Define an op and its implementations; returns the resolved overload.
+
+    An op that an earlier import has defined stays, since models, compiled code and cached overloads point to it. Its
+    implementations are replaced.
+
+    Raises:
+        RuntimeError: an earlier import has defined it with other arguments or results.
+    """
     name = schema.split("(")[0]
-    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, cpu, "CPU")
+    implementations = torch.library.Library("lowbit_kernels", "IMPL")
+    if name in _OPS:
+        earlier, definition, replaced = _OPS[name]
+        if earlier != schema:
+            raise RuntimeError(
+                f"an earlier import of lowbit_kernels in this process, of another version, has defined {earlier}; "
+                f"this one defines {schema}: restart Python"
+            )
+        replaced._destroy()
+    else:
+        definition = torch.library.Library("lowbit_kernels", "FRAGMENT")
+        definition.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _OPS[name] = schema, definition, implementations
+    implementations.impl(name, cpu, "CPU")
     if cuda is not None:
-        _LIBRARY.impl(name, _on_device_of_first(cuda), "CUDA")
-    torch.library.register_fake(f"lowbit_kernels::{name}", fake, lib=_LIBRARY)
+        implementations.impl(name, _on_device_of_first(cuda), "CUDA")
+    torch.library.register_fake(f"lowbit_kernels::{name}", fake, lib=implementations)
     return getattr(torch.ops.lowbit_kernels, name).default
 
 

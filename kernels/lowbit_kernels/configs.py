@@ -35,8 +35,8 @@ Table = dict[Key, dict[str, Any]]
 
 
 def cache_dir() -> Path:
-    """Folder of the user's tables: $LOWBIT_CACHE_DIR, or ~/.cache/lowbit."""
-    return Path(os.environ.get("LOWBIT_CACHE_DIR") or os.path.expanduser("~/.cache/lowbit"))
+    """Folder of the user's tables and of compiled CPU kernels: $LOWBIT_CACHE_DIR, or ~/.cache/lowbit."""
+    return Path(os.path.expanduser(os.environ.get("LOWBIT_CACHE_DIR") or "~/.cache/lowbit"))
 
 
 def bucket(M: int) -> int:

@@ -189,7 +189,7 @@ def _layers_of(
             kept += [tensor for tensor in (*alive, *first.tensors) if tensor is not None and id(tensor) not in own]
         return (native.Layer * len(layers))(*layers), kept
 
-    return _layers.get(given, options, make)
+    return _layers.get(given, (options, native.Layer), make)  # of which a reloaded module has another one
 
 
 def _layers_cpu(

@@ -5,6 +5,7 @@
     torch   none of these: other processors, no C++ compiler; the ops then run on torch's own int8 product
 
 $LOWBIT_CPU names one of them; without, the first that runs here is taken. They take float32 and share torch's threads.
+Where a processor that has the instructions does without these kernels, a warning says so when they are first asked for.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,9 @@ _NEEDS = {
     "vnni": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma"},
     "amx": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "fma", "amx_tile", "amx_int8"},
 }
+_TIMEOUT = 300  # seconds of compiling, which takes about ten
+_CAPTURED: Any = {"capture_output": True, "text": True, "errors": "replace", "check": True}
+OTHER_FOLDER = "set LOWBIT_CACHE_DIR to a folder that you may write, others may not, and that is not mounted noexec"
 _pointer, _size, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 
@@ -163,10 +170,20 @@ _ARGUMENTS = {
 logger = logging.getLogger("lowbit")
 
 
-def cpp_compiler() -> tuple[str, str | None]:
-    """The C++ compiler, the one that Inductor takes: $CXX, else g++; and its path (None: not there)."""
-    name = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
-    return name, shutil.which(name)
+def cpp_compiler() -> tuple[str, list[str]]:
+    """The C++ compiler: $CXX, else g++, as it was given; and as a command (empty: not there).
+
+    $CXX may have several words, as in a shell and in make: "ccache g++", "clang++ -stdlib=libc++".
+    """
+    given = os.environ.get("CXX", "clang++" if platform.system() == "Darwin" else "g++")
+    if path := shutil.which(given):  # first, for a path with spaces that has no quotes
+        return given, [path]
+    try:
+        words = shlex.split(given)
+    except ValueError:  # a quote that does not end
+        words = []
+    path = shutil.which(words[0]) if words else None
+    return given, [path, *words[1:]] if path else []
 
 
 @functools.cache
@@ -179,27 +196,74 @@ def _processor() -> frozenset[str]:
     return frozenset(next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), []))
 
 
-def _build(kind: str, compiler: str) -> Path:
-    """The shared library, compiled unless the cache folder has it.
+class Kernels(ctypes.CDLL):
+    """A loaded library."""
 
-    Its name ends in a digest of its content: to load a truncated one would kill the process.
+    not_kept = ""  # why the cache folder does not hold it, for users
+
+
+def _library(kind: str, compiler: list[str]) -> Kernels:
+    """The shared library out of the cache folder, compiled unless it is there.
+
+    Where that folder cannot be used, out of one that only this process knows, for as long as loading takes.
     """
     sources = sorted(_SOURCES.iterdir())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    flags = [*_FLAGS, *_KIND_FLAGS[kind]]
-    key = _digest("\0".join([version, *flags, *(path.read_text() for path in sources)]).encode())
-    folder = cache_dir()
-    for path in folder.glob(f"cpu_{kind}_{key}_*.so"):
-        if path.stem.endswith(_digest(path.read_bytes())):
-            return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".compiling-", dir=folder) as aside:
-        library = Path(aside) / "library.so"
+    version = subprocess.run([*compiler, "--version"], **_CAPTURED, timeout=60).stdout
+    flags = [*compiler[1:], *_FLAGS, *_KIND_FLAGS[kind]]
+    key = _digest("\0".join([version, *flags, *(path.read_text(encoding="utf-8") for path in sources)]).encode())
+    folder, name = cache_dir(), f"cpu_{kind}_{key}"
+    problem = ""
+    try:
+        _check_ours(folder)
+        if kept := _kept(folder, name):
+            return Kernels(str(kept))
+    except OSError as error:
+        problem = error.strerror or str(error)
+    with tempfile.TemporaryDirectory(prefix="lowbit-") as private:
+        compiled = Path(private) / "library.so"
         units = [str(path) for path in sources if path.suffix == ".cpp"]
-        command = [compiler, *flags, *units, "-o", str(library)]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
-        target = folder / f"cpu_{kind}_{key}_{_digest(library.read_bytes())}.so"
-        os.replace(library, target)
+        command = [compiler[0], *flags, *units, "-o", str(compiled)]
+        subprocess.run(command, **_CAPTURED, timeout=_TIMEOUT)
+        if not problem:
+            try:
+                return Kernels(str(_keep(compiled, folder, name)))
+            except OSError as error:
+                problem = error.strerror or str(error)
+        try:
+            library = Kernels(str(compiled))
+        except OSError as error:
+            raise OSError(f"nowhere to load a library from ({OTHER_FOLDER}): {folder}: {problem}; {error}") from error
+    library.not_kept = (
+        f"lowbit's CPU kernels cannot be kept in {folder} ({problem}), so every process compiles them again, for some "
+        f"seconds: {OTHER_FOLDER}"
+    )
+    return library
+
+
+def _check_ours(folder: Path) -> None:
+    """Create the folder where there is none; OSError where others write, since what they write would be executed."""
+    if folder.parts[:1] == ("~",):
+        raise OSError("there is no home folder")
+    folder.mkdir(mode=0o755, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid not in (0, os.getuid()):
+        raise OSError("it belongs to another user")
+    # A user's main group has nobody else in it, where umask 002 makes folders that the group may write.
+    by_others = stat.S_IWOTH if found.st_gid == os.getgid() else stat.S_IWOTH | stat.S_IWGRP
+    if found.st_mode & by_others:
+        raise OSError("others may write there")
+
+
+def _kept(folder: Path, name: str) -> Path | None:
+    """A library of this name, which ends in a digest of its content: to load a truncated one would kill the process."""
+    return next((p for p in folder.glob(f"{name}_*.so") if p.stem.endswith(_digest(p.read_bytes()))), None)
+
+
+def _keep(library: Path, folder: Path, name: str) -> Path:
+    """Copy a library into the folder: aside, then renamed."""
+    target = folder / f"{name}_{_digest(library.read_bytes())}.so"
+    with tempfile.TemporaryDirectory(prefix=".storing-", dir=folder) as aside:
+        os.replace(shutil.copy(library, aside), target)
     return target
 
 
@@ -208,7 +272,7 @@ def _digest(content: bytes) -> str:
 
 
 @functools.cache
-def load(kind: str) -> ctypes.CDLL:
+def load(kind: str) -> Kernels:
     """The kernels of one kind.
 
     Raises:
@@ -218,13 +282,16 @@ def load(kind: str) -> ctypes.CDLL:
     if missing:
         raise RuntimeError(f"the processor has no {', '.join(missing)}")
     name, compiler = cpp_compiler()
-    if compiler is None:
+    if not compiler:
         raise RuntimeError(f"no C++ compiler {name!r} (install g++, or name another in CXX)")
     try:
-        library = ctypes.CDLL(str(_build(kind, compiler)))
+        library = _library(kind, compiler)
     except subprocess.CalledProcessError as error:
-        raise RuntimeError(f"{name} failed: {error.stderr[-2000:]}") from error
-    except (OSError, subprocess.TimeoutExpired) as error:
+        said = error.stderr.strip()[:2000] or f"exit code {error.returncode}"
+        raise RuntimeError(f"{name} failed (mend what it says, or name another in CXX): {said}") from error
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"{name} took more than {error.timeout:.0f} s (try again on an idle machine)") from error
+    except OSError as error:
         raise RuntimeError(str(error)) from error
     for function, arguments in _ARGUMENTS.items():
         getattr(library, f"lowbit_{function}").argtypes = arguments
@@ -237,7 +304,9 @@ def load(kind: str) -> ctypes.CDLL:
 
 @functools.cache
 def chosen() -> tuple[str, str]:
-    """(kind of the kernels that CPU tensors take, why no better one).
+    """(kind of the kernels that CPU tensors take, why no better one and what to do about it).
+
+    What a user can mend is a warning too, once a process: slow products, a cache folder of no use.
 
     Raises:
         ValueError: $LOWBIT_CPU names no kind.
@@ -246,20 +315,46 @@ def chosen() -> tuple[str, str]:
     wanted = os.environ.get("LOWBIT_CPU", "")
     if wanted and wanted not in KINDS:
         raise ValueError(f"LOWBIT_CPU={wanted!r}, accepted: {', '.join(KINDS)}")
-    reasons = []
+    reasons = {}
     for kind in KINDS[:-1]:
         if wanted in ("", kind):
             try:
-                load(kind)
+                library = load(kind)
             except RuntimeError as error:
                 if wanted:
                     raise RuntimeError(f"LOWBIT_CPU={wanted}: {error}") from error
-                reasons.append(f"{kind}: {error}")
+                reasons[kind] = textwrap.shorten(str(error), 500)  # what a failing compiler says has many lines
             else:
-                return kind, "; ".join(reasons)
-    if not wanted:
-        logger.info("CPU kernels fall back to torch's int8 product: %s", "; ".join(reasons))
-    return "torch", "; ".join(reasons) or "LOWBIT_CPU=torch"
+                if library.not_kept:
+                    _warn_once("not kept", library.not_kept)
+                    return kind, "; ".join([*_named(reasons), library.not_kept])
+                return kind, "; ".join(_named(reasons))
+    if wanted:
+        return "torch", "LOWBIT_CPU=torch"
+    could = [reason for kind, reason in reasons.items() if _NEEDS[kind] <= _processor()]
+    if not could:
+        logger.info("CPU kernels fall back to torch's int8 product: %s", "; ".join(_named(reasons)))
+        return "torch", "; ".join(_named(reasons))
+    why = (
+        "slow products: this processor has the instructions of lowbit's CPU kernels, but "
+        f"{'; '.join(dict.fromkeys(could))}. Until that is mended (`lowbit doctor` tells) torch's int8 products run; "
+        "LOWBIT_CPU=torch asks for them"
+    )
+    _warn_once("slow", why)
+    return "torch", why
+
+
+def _named(reasons: dict[str, str]) -> list[str]:
+    return [f"{kind}: {reason}" for kind, reason in reasons.items()]
+
+
+_warned: dict[str, str] = {}
+
+
+def _warn_once(topic: str, words: str) -> None:
+    """A warning that a process sees once, also where threads come to it together."""
+    if _warned.setdefault(topic, words) is words:
+        logger.warning(words)
 
 
 @torch.compiler.assume_constant_result

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
+import shutil
 import sys
-import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -119,11 +120,14 @@ def _cpu() -> list[Check]:
 def _compiler() -> list[Check]:
     from lowbit_kernels.native import cpp_compiler
 
-    name, path = cpp_compiler()
-    if path is None:
+    name, command = cpp_compiler()
+    if not command:
         hint = "CPU kernels and lowbit.compile need a C++ compiler: install g++, or name another in CXX"
         return [Check("compiler", "note", f"no {name}", hint)]
-    return [Check("compiler", "ok", path)]
+    if shutil.which(name) is None:
+        hint = "fine for CPU kernels; lowbit.compile needs a CXX that names one program, without arguments or quotes"
+        return [Check("compiler", "note", shlex.join(command), hint)]
+    return [Check("compiler", "ok", command[0])]
 
 
 def _kernels() -> list[Check]:
@@ -131,9 +135,8 @@ def _kernels() -> list[Check]:
     from lowbit_kernels import native
 
     kind, why_no_better = native.chosen()
-    # What a failing compiler says has many lines.
-    hint = textwrap.shorten(why_no_better, 300)
-    return [Check("kernels", "note" if kind == "torch" else "ok", _cpu_path(kind), hint)]
+    fine = kind != "torch" and native.OTHER_FOLDER not in why_no_better
+    return [Check("kernels", "ok" if fine else "note", _cpu_path(kind), why_no_better)]
 
 
 def _cpu_path(kind: str) -> str:

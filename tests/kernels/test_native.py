@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import logging
 import math
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -16,6 +24,7 @@ import torch
 import lowbit
 import lowbit_kernels
 from helpers import batch, tiny
+from lowbit.cli import doctor
 from lowbit_kernels import (
     add_layernorm,
     attention,
@@ -50,7 +59,7 @@ def test_kernels_compile_where_the_processor_has_their_instructions() -> None:
     """Or everything below would be skipped, and all else run on torch's products, without a word."""
     _, compiler = native.cpp_compiler()
     for kind, needs in native._NEEDS.items():
-        if compiler is not None and needs <= native._processor():
+        if compiler and needs <= native._processor():
             assert native.load(kind) is not None
 
 
@@ -510,16 +519,79 @@ def test_threads_are_as_many_as_torchs_in_new_python_threads_too(kind: str) -> N
 # --- how kernels are found -------------------------------------------------------------------------------------------
 
 
+class Said(logging.Handler):
+    """What users are told: (level, text)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[tuple[int, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append((record.levelno, record.getMessage()))
+
+    def warnings(self) -> list[str]:
+        return [text for level, text in self.records if level >= logging.WARNING]
+
+
+@pytest.fixture
+def said() -> Iterator[Said]:
+    handler, logger = Said(), logging.getLogger("lowbit")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    yield handler
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def forget() -> None:
+    native.load.cache_clear()
+    native.chosen.cache_clear()
+    native._warned.clear()
+
+
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """Nothing compiled nor chosen yet; the cache folder."""
-    monkeypatch.setenv("LOWBIT_CACHE_DIR", str(tmp_path))
+    """Nothing compiled nor chosen yet, nobody warned; the cache folder, still to be made."""
+    folder, temporary = tmp_path / "cache", tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("LOWBIT_CACHE_DIR", str(folder))
     monkeypatch.delenv("LOWBIT_CPU", raising=False)
-    native.load.cache_clear()
-    native.chosen.cache_clear()
-    yield tmp_path
-    native.load.cache_clear()
-    native.chosen.cache_clear()
+    monkeypatch.delenv("CXX", raising=False)
+    forget()
+    yield folder
+    forget()
+    assert not list(temporary.iterdir())
+
+
+@pytest.fixture
+def stubs(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """A processor with VNNI, and kernels that any compiles in no time; where libraries were loaded from."""
+    source, loaded = tmp_path / "sources", []
+    source.mkdir()
+    names = ["start", *native._ARGUMENTS]
+    (source / "api.cpp").write_text("\n".join(f'extern "C" int lowbit_{name}() {{ return 0; }}' for name in names))
+    monkeypatch.setattr(native, "_SOURCES", source)
+    monkeypatch.setattr(native, "_FLAGS", ["-shared", "-fPIC"])
+    monkeypatch.setattr(native, "_processor", lambda: frozenset(native._NEEDS["vnni"]))
+
+    class Recorded(native.Kernels):
+        def __init__(self, path: str) -> None:
+            folder = Path(path).parent
+            loaded.append(folder)
+            assert not folder.stat().st_mode & (stat.S_IWOTH | stat.S_IWGRP)
+            super().__init__(path)
+
+    monkeypatch.setattr(native, "Kernels", Recorded)
+    return loaded
+
+
+def script(path: Path, body: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
 
 
 def test_without_a_compiler_torch_multiplies(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -537,7 +609,7 @@ def test_a_compiler_that_fails_is_named(fresh: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("CXX", "false")
     kind, why = native.chosen()
     assert kind == "torch" and ("false failed" in why or "the processor has no" in why)
-    assert not list(fresh.iterdir())
+    assert not fresh.exists() or not list(fresh.iterdir())
 
 
 def test_a_kind_that_is_none_is_refused(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -550,9 +622,298 @@ def test_a_kind_that_is_none_is_refused(fresh: Path, monkeypatch: pytest.MonkeyP
 
 @needs_native
 def test_a_damaged_library_is_compiled_again(fresh: Path) -> None:
-    _, compiler = native.cpp_compiler()
-    library = native._build(KINDS[0], compiler)
+    native.load(KINDS[0])
+    (library,) = fresh.iterdir()
     content = library.read_bytes()
+    library.unlink()  # what is mapped must not be written to
     library.write_bytes(content[:1000])
+    native.load.cache_clear()
     native.load(KINDS[0])
     assert len(library.read_bytes()) == len(content)
+
+
+def test_a_library_is_kept_and_found_again(
+    stubs: list[Path], fresh: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert native.chosen()[0] == "vnni"
+    (library,) = fresh.iterdir()
+    forget()
+    # As on a read-only file system.
+    monkeypatch.setattr(shutil, "copy", fails(errno.EROFS))
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", fails(errno.EROFS))
+    assert native.chosen()[0] == "vnni"
+    assert stubs == [fresh, fresh] and [*fresh.iterdir()] == [library] and not said.warnings()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o002, 0o022, 0o077])
+def test_a_folder_that_is_made_is_the_users_alone(umask: int, stubs: list[Path], fresh: Path, said: Said) -> None:
+    before = os.umask(umask)
+    try:
+        assert native.chosen()[0] == "vnni"
+    finally:
+        os.umask(before)
+    assert stubs == [fresh] and not said.warnings()
+
+
+CXX = {
+    "a name": ("g++", "g++", []),
+    "a launcher": ("{launcher} g++", "{launcher}", ["g++"]),
+    "options": ("g++ -DA='b c'  -DD", "g++", ["-DA=b c", "-DD"]),
+    "a path with spaces in quotes": ("'{spaced}' -DA", "{spaced}", ["-DA"]),
+    "a path with a space that is escaped": ("{escaped}", "{spaced}", []),
+    "a path with spaces": ("{spaced}", "{spaced}", []),
+}
+
+
+@pytest.mark.parametrize(("given", "program", "options"), CXX.values(), ids=CXX)
+def test_cxx_is_words_as_in_a_shell(
+    given: str, program: str, options: list[str], stubs: list[Path], said: Said, monkeypatch: Any, tmp_path: Path
+) -> None:
+    spaced = script(tmp_path / "with a space" / "c++", 'exec g++ "$@"')
+    paths = {
+        "spaced": str(spaced),
+        "escaped": str(spaced).replace(" ", "\\ "),
+        "launcher": str(script(tmp_path / "launcher", 'exec "$@"')),
+    }
+    monkeypatch.setenv("CXX", given.format(**paths))
+    path = shutil.which(program.format(**paths))
+    assert native.cpp_compiler() == (given.format(**paths), [path, *options])
+    assert native.chosen()[0] == "vnni" and not said.warnings()
+
+
+def test_options_in_cxx_make_another_library(stubs: list[Path], fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given in ("g++", "g++ -DA", "g++ -DB"):
+        monkeypatch.setenv("CXX", given)
+        native.load.cache_clear()
+        native.load("vnni")
+    assert len({path.name.split("_")[2] for path in fresh.iterdir()}) == 3
+
+
+def fails(number: int) -> Callable[..., Any]:
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return failing
+
+
+def noexec(*folders: Path) -> type:
+    """Kernels that do not load from folders where, or below where, they may not be executed."""
+
+    class Refused(native.Kernels):
+        def __init__(self, path: str) -> None:
+            if any(folder in Path(path).parents for folder in folders):
+                raise OSError(f"{path}: failed to map segment from shared object")
+            super().__init__(path)
+
+    return Refused
+
+
+def file_in_its_place(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write_text("")
+
+
+def file_in_place_of_a_parent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.write_text("")
+    monkeypatch.setenv("LOWBIT_CACHE_DIR", str(folder / "deeper" / "still"))
+
+
+def read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    real = tempfile.TemporaryDirectory
+    monkeypatch.setattr(
+        tempfile, "TemporaryDirectory", lambda **own: fails(errno.EROFS)() if own.get("dir") else real(**own)
+    )
+
+
+def full(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "copy", fails(errno.ENOSPC))
+
+
+def others_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def another_group_writes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    folder.chmod(0o775)
+    monkeypatch.setattr(os, "getgid", lambda: folder.stat().st_gid + 1)
+
+
+def another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder.mkdir()
+    owner, real = folder.stat(), Path.stat
+    values = {4: 4321}  # st_uid
+    other = os.stat_result([values.get(place, value) for place, value in enumerate(owner[:10])])
+    monkeypatch.setattr(Path, "stat", lambda self, **own: other if self == folder else real(self, **own))
+
+
+def not_executable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "Kernels", noexec(folder))
+
+
+def no_home(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOWBIT_CACHE_DIR")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+
+
+USELESS = {
+    file_in_its_place: "File exists",
+    file_in_place_of_a_parent: "Not a directory",
+    read_only: "Read-only file system",
+    full: "No space left on device",
+    others_write: "others may write there",
+    another_group_writes: "others may write there",
+    another_user: "it belongs to another user",
+    not_executable: "failed to map segment",
+    no_home: "there is no home folder",
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), USELESS.items(), ids=[make.__name__ for make in USELESS])
+def test_kernels_run_where_the_cache_folder_is_of_no_use(
+    make: Callable[..., None], reason: str, stubs: list[Path], fresh: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(fresh, monkeypatch)
+    kind, why = native.chosen()
+    assert kind == "vnni" and native.function("linears") is not None
+    assert all(fresh not in (folder, *folder.parents) for folder in stubs[-1:])
+    (warning,) = said.warnings()
+    assert reason in warning and "set LOWBIT_CACHE_DIR to a folder" in warning
+    (check,) = doctor._kernels()
+    assert (check.status, check.hint) == ("note", why) and warning in check.hint
+    forget_choice_only()
+    native.chosen()
+    assert len(said.warnings()) == 1
+
+
+def forget_choice_only() -> None:
+    native.load.cache_clear()
+    native.chosen.cache_clear()
+
+
+def test_nothing_is_loaded_that_others_may_have_written(stubs: list[Path], fresh: Path, said: Said) -> None:
+    native.chosen()
+    fresh.chmod(0o757)
+    forget()
+    assert native.chosen()[0] == "vnni"
+    assert stubs[0] == fresh and stubs[1] != fresh and len(said.warnings()) == 1
+
+
+def no_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+
+
+def open_quote(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ '-O2")
+
+
+def empty(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "")
+
+
+def says_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "false")
+
+
+def says_much(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = 'test "$1" = --version || { yes "no such option" | head -n 500 >&2; printf "\\377" >&2; exit 1; }'
+    monkeypatch.setenv("CXX", str(script(folder.parent / "compiler", body)))
+
+
+def cannot_be_started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = script(folder.parent / "compiler", "")
+    path.write_text("#!/no/such/interpreter\n")
+    monkeypatch.setenv("CXX", str(path))
+
+
+def takes_for_ever(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_TIMEOUT", 0.3)
+    monkeypatch.setenv("CXX", str(script(folder.parent / "compiler", 'test "$1" = --version || exec sleep 60')))
+
+
+def makes_no_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", str(script(folder.parent / "compiler", "exit 0")))
+
+
+def nowhere_executable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "Kernels", noexec(folder.parent))
+
+
+def nowhere_to_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", fails(errno.EROFS))
+
+
+SLOW = {
+    no_compiler: "no C++ compiler 'no-such-compiler -O2' (install g++, or name another in CXX)",
+    open_quote: "name another in CXX",
+    empty: "name another in CXX",
+    says_nothing: "false failed (mend what it says, or name another in CXX): exit code 1",
+    says_much: "failed (mend what it says, or name another in CXX): no such option",
+    cannot_be_started: "No such file or directory",
+    takes_for_ever: "try again",
+    makes_no_library: "library.so",
+    nowhere_executable: "set LOWBIT_CACHE_DIR to a folder",
+    nowhere_to_write: "Read-only file system",
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), SLOW.items(), ids=[make.__name__ for make in SLOW])
+def test_slow_products_are_never_silent(
+    make: Callable[..., None], reason: str, stubs: list[Path], fresh: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(fresh, monkeypatch)
+    assert native.chosen()[0] == "torch"
+    (warning,) = said.warnings()
+    assert warning.startswith("slow products") and reason in warning
+    assert "LOWBIT_CPU=torch" in warning and "amx" not in warning and len(warning) < 800
+    (check,) = doctor._kernels()
+    assert (check.status, check.hint) == ("note", warning)
+    forget_choice_only()
+    native.chosen()
+    assert len(said.warnings()) == 1
+
+
+def test_processors_without_the_instructions_are_no_warning(stubs: list[Path], said: Said, monkeypatch: Any) -> None:
+    monkeypatch.setattr(native, "_processor", lambda: frozenset({"avx2", "fma"}))
+    kind, why = native.chosen()
+    assert kind == "torch" and "vnni: the processor has no avx512" in why
+    assert [level for level, _ in said.records] == [logging.INFO]
+
+
+@pytest.mark.parametrize("make", SLOW, ids=lambda make: make.__name__)
+def test_who_asks_for_torchs_products_is_not_warned(
+    make: Callable[..., None], stubs: list[Path], fresh: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(fresh, monkeypatch)
+    monkeypatch.setenv("LOWBIT_CPU", "torch")
+    assert native.chosen() == ("torch", "LOWBIT_CPU=torch")
+    assert not said.records and not stubs
+
+
+def test_the_second_best_kernels_are_no_warning(stubs: list[Path], said: Said, monkeypatch: Any) -> None:
+    monkeypatch.setattr(native, "_processor", lambda: frozenset(native._NEEDS["amx"]))
+    monkeypatch.setattr(native, "_KIND_FLAGS", {"amx": ["-no-such-option"], "vnni": []})
+    kind, why = native.chosen()
+    assert kind == "vnni" and why.startswith("amx: g++ failed") and not said.records
+
+
+def test_the_warning_comes_with_the_first_use_and_once() -> None:
+    program = """
+import threading, torch, lowbit, lowbit_kernels
+from lowbit_kernels import native
+native._processor = lambda: frozenset(native._NEEDS["amx"])
+x, weight = torch.randn(2, 64), torch.randint(-1, 2, (3, 64), dtype=torch.int8)
+linear = lowbit.nn.PackedLinear.from_float(torch.nn.Linear(64, 8))
+print("so far", flush=True)
+threads = [threading.Thread(target=linear, args=(x,)) for _ in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+linear(x)
+"""
+    env = {**os.environ, "CXX": "no-such-compiler", "LOWBIT_CPU": ""}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    first, *others = result.stdout.splitlines()
+    assert (result.returncode, first, len(others)) == (0, "so far", 1)
+    assert others[0].startswith("slow products")
