@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .nn.encoder import GIVEN_STATES
+from .nn.proof import trying
 from .nn.snapshot import Snapshot, any_global_hook, is_hooked
 from .nn.stand_in import StandIn
 
@@ -64,28 +65,20 @@ def _is_library(module: nn.Module) -> bool:
     return type(module).__module__.startswith(("transformers.", "torch.nn.", "lowbit.")) and not own_forward
 
 
-@torch.no_grad()
 def _ignores_others(model: PreTrainedModel) -> bool:
     """Whether outputs stay the same to the last bit when the states of all tokens but the first become NaN."""
-    training = [module for module in model.modules() if module.training]
-    device, dtype = model.device, model.dtype
-    for module in training:
-        module.training = False
-    try:
+    states = torch.linspace(-1, 1, 6 * model.config.hidden_size, device=model.device, dtype=model.dtype).view(2, 3, -1)
+    hidden = states.clone()
+    hidden[:, 1:] = float("nan")
+    with trying(model):
         for shape in _SHAPES:
-            ids = torch.zeros(shape, dtype=torch.long, device=device)
-            states = torch.linspace(-1, 1, 6 * model.config.hidden_size, device=device, dtype=dtype).view(2, 3, -1)
-            hidden = states.clone()
-            hidden[:, 1:] = float("nan")
+            ids = torch.zeros(shape, dtype=torch.long, device=model.device)
             try:
                 seen, unseen = (_outputs(model, ids, given) for given in (states, hidden))
             except Exception:  # takes another shape of ids, or more than ids
                 continue
             return len(seen) > 0 and all(torch.equal(a, b) for a, b in zip(seen, unseen, strict=True))
-        return False
-    finally:
-        for module in training:
-            module.training = True
+    return False
 
 
 def _outputs(model: PreTrainedModel, ids: torch.Tensor, states: torch.Tensor) -> list[torch.Tensor]:

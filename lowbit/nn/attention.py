@@ -13,6 +13,7 @@ probabilities, unless a map, scores or dropout are asked for.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lowbit_kernels.varlen_attention import HEAD_DIMS
 
 NAME = "lowbit"
 
+_SCORES_AT_A_TIME = 2**21  # 8 MiB of float32
 _MASKS = (
     "accepted: [B, S] of 1 and 0 (padding); or [B, 1 or heads, S, S] of bool (True: seen) or float (added to scores)"
 )
@@ -49,9 +51,9 @@ def attention_forward(
         output_scores: return the scaled scores before mask and softmax in place of the probabilities.
 
     Returns:
-        output [B, S, H, D] and [B, H, S, P + S] probabilities (after dropout) or scores. On the GPU a float model has
-        probabilities where its forward is called with `output_attentions=True` only, None elsewhere; its output at
-        padding is finite, but not that of other implementations.
+        output [B, S, H, D] and [B, H, S, P + S] probabilities (after dropout) or scores: where the model's forward is
+        called with `output_attentions=True`, and where gradients need them, None elsewhere. On the GPU the output of a
+        float model is finite at padding, but not that of other implementations.
 
     Raises:
         ValueError: causal attention, cross-attention, a decoder's cache or grouped heads.
@@ -68,19 +70,63 @@ def attention_forward(
         attention_mask = attention_mask[:, None, None, :].bool()
     elif attention_mask is not None and not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
         raise ValueError(f"attention_mask is {attention_mask.dtype} {tuple(attention_mask.shape)}; {_MASKS}")
+    quantize: Any = quantizers["attention_probs"] if quantizers else None
+    trained = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if not (
+        trained
+        or output_scores
+        or _wants_maps(module, kwargs)
+        or (dropout and module.training)
+        or torch.compiler.is_compiling()
+        or getattr(quantize, "granularity", None) == "per_tensor"
+    ):
+        return _in_parts(query, key, value, attention_mask, scaling, quantize), None
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
-    masked = scores
-    if attention_mask is not None:
-        if attention_mask.dtype == torch.bool:  # True where a key is seen
-            masked = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-        else:
-            masked = scores + attention_mask
-    probs = nn.functional.softmax(masked, dim=-1)
+    probs = nn.functional.softmax(_masked(scores, attention_mask), dim=-1)
     probs = nn.functional.dropout(probs, p=dropout, training=module.training)
-    if quantizers:
-        probs = quantizers["attention_probs"](probs)
+    if quantize is not None:
+        probs = quantize(probs)
     output = torch.matmul(probs, value).transpose(1, 2).contiguous()
     return output, scores if output_scores else probs
+
+
+def _masked(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Scores of what is not seen become the least number; a float mask is added."""
+    if mask is None:
+        return scores
+    if mask.dtype == torch.bool:  # True where a key is seen
+        return scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores + mask
+
+
+def _in_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    quantize: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> torch.Tensor:
+    """Attention for as many sentences, or heads, at a time as have scores that fit into a cache: the same bits as all
+    at once, in little memory however long they are. [B, H, S, D] -> [B, S, H, D]."""
+    B, H, S, _ = query.shape
+    output = query.new_empty(B, S, H, value.shape[-1])
+    each = S * key.shape[2]
+    rows = max(1, min(B, _SCORES_AT_A_TIME // (H * each)))
+    heads = max(1, min(H, _SCORES_AT_A_TIME // each))
+    for row in range(0, B, rows):
+        for head in range(0, H, heads):
+            part = slice(row, row + rows), slice(head, head + heads)
+            seen = mask
+            if mask is not None:
+                row_of = part[0] if mask.shape[0] == B else slice(None)
+                seen = mask[row_of, part[1] if mask.shape[1] == H else slice(None)]
+            scores = torch.matmul(query[part], key[part].transpose(2, 3)).mul_(scaling)
+            probs = nn.functional.softmax(_masked(scores, seen), dim=-1)
+            if quantize is not None:
+                probs = quantize(probs)
+            output[part[0], :, part[1]] = torch.matmul(probs, value[part]).transpose(1, 2)
+    return output
 
 
 def attend_without_padding(
@@ -136,16 +182,20 @@ def _fits_kernel(
     kwargs: dict[str, Any],
 ) -> bool:
     """Whether `attend_without_padding` gives all that is asked for."""
-    maps = kwargs.get("output_attentions")
-    maps = getattr(getattr(module, "config", None), "output_attentions", False) if maps is None else maps
     return (
         query.is_cuda
         and not getattr(module, "quantizers", None)
-        and not (maps or output_scores or (dropout and module.training))
+        and not (_wants_maps(module, kwargs) or output_scores or (dropout and module.training))
         and (mask is None or mask.dim() == 2)
         and query.shape[-1] in HEAD_DIMS
         and query.dtype != torch.float64
     )
+
+
+def _wants_maps(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller asks for probabilities."""
+    maps = kwargs.get("output_attentions")
+    return bool(getattr(getattr(module, "config", None), "output_attentions", False) if maps is None else maps)
 
 
 def _refuse_decoders(module: nn.Module, query: torch.Tensor, key: torch.Tensor, kwargs: dict[str, Any]) -> None:
