@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 BELOW = {
     "errors": set(),
     "_files": set(),
+    "_columns": set(),
     "_fields": set(),
     "config": {"length"},  # `LengthConfig.for_budget`, when it is called
     "models": {"config", "errors"},
@@ -47,8 +48,8 @@ BELOW = {
     "compiling": {"models", "nn"},
     "exporting": {"compiling", "hf", "models", "nn"},
     "graphs": {"heads", "models", "nn"},
-    "length": {"_files", "config", "distill", "heads", "models", "nn", "unpadding"},
-    "distill": {"nn", "checkpoints", "config", "models"},
+    "length": {"_columns", "_files", "config", "distill", "heads", "models", "nn", "unpadding"},
+    "distill": {"_columns", "nn", "checkpoints", "config", "models"},
     "adapters": {"nn", "quantizers"},
     "_plugin": {"adapters", "hf", "nn"},
     "recipes": {"_files", "length", "models", "tasks"},
