@@ -19,6 +19,7 @@ BELOW = {
     "models": {"config", "errors"},
     "sentiment": set(),
     "info": set(),
+    "counting": {"nn"},
     "tasks": set(),
     "squad": {"tasks"},
     "quantizers": set(),
