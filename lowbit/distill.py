@@ -10,7 +10,7 @@ An objective is a small object called with (student outputs, teacher outputs, ba
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +19,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from . import models
+from ._columns import arguments, parameters
 from .checkpoints import read_json
 from .config import LowbitConfig
+from .nn import UnpaddedEncoder
 from .nn.attention import NAME as LOWBIT_ATTENTION
 
 logger = logging.getLogger("lowbit")
@@ -37,6 +40,10 @@ class Objective(Protocol):
         name: logged as `loss_<name>`.
         needs: what forward has to return besides: "hidden_states", "scores" (of attention before softmax, as
             `attentions`), or nothing.
+
+    It may also have a method `check(student, teacher)`, called with the two models when the trainer is made, and with
+    each student that a `model_init` makes: to raise a ValueError that says what to pass instead, before training. The
+    teacher is None where a trainer has none.
     """
 
     name: str
@@ -48,7 +55,7 @@ class Objective(Protocol):
         Args:
             student, teacher: outputs of the two models, as transformers gives them; the teacher's carry no gradient,
                 and its scores are of the heads that a student of `lowbit.slim` kept.
-            batch: what the student was called with.
+            batch: the columns that either model's forward names; with `remove_unused_columns=False` all.
         """
         ...
 
@@ -60,10 +67,35 @@ def _layer_map(student: Sequence[Any], teacher: Sequence[Any], what: str) -> lis
             f"{what}: {len(student)} student layers, {len(teacher)} teacher layers in the outputs; "
             f'scores need model.set_attn_implementation("{LOWBIT_ATTENTION}")'
         )
-    if len(teacher) % max(len(student), 1):
-        raise ValueError(f"{what}: {len(student)} student layers do not divide {len(teacher)} teacher layers evenly")
+    _refuse_uneven_layers(what, len(student), len(teacher))
     step = len(teacher) // len(student)
     return list(zip(student, teacher[step - 1 :: step], strict=True))
+
+
+def _refuse_uneven_layers(what: str, student: int, teacher: int) -> None:
+    if teacher % student:
+        fitting = ", ".join(str(layers) for layers in range(1, teacher + 1) if teacher % layers == 0)
+        raise ValueError(
+            f"{what}: {student} student layers do not divide {teacher} teacher layers evenly; take a student of "
+            f"{fitting} layers, or objectives that compare no layers: objectives=[LogitsLoss()]"
+        )
+
+
+def _need_teacher(what: str, teacher: PreTrainedModel | None) -> PreTrainedModel:
+    if teacher is None:
+        raise ValueError(f"{what} compares with a teacher, and there is none; pass teacher=..., or leave it out")
+    return teacher
+
+
+def _sizes(name: str, student: PreTrainedModel, teacher: PreTrainedModel) -> tuple[int, int] | None:
+    """A field of both configurations, None where one of them has no such number."""
+    sizes = getattr(student.config, name, None), getattr(teacher.config, name, None)
+    return sizes if isinstance(sizes[0], int) and isinstance(sizes[1], int) else None  # type: ignore[return-value]
+
+
+def _check_layers(what: str, student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    if counts := _sizes("num_hidden_layers", student, teacher):
+        _refuse_uneven_layers(what, *counts)
 
 
 @dataclass
@@ -79,6 +111,19 @@ class HiddenStateLoss:
     include_padding: bool = False
     name: str = "hidden"
     needs: tuple[str, ...] = ("hidden_states",)
+
+    def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        """Raise ValueError for another hidden size, layers that do not divide the teacher's, or no teacher."""
+        teacher = _need_teacher("HiddenStateLoss", teacher)
+        widths = _sizes("hidden_size", student, teacher)
+        if widths and widths[0] != widths[1]:
+            scores = all(map(models.has_plain_attention, (student, teacher)))
+            raise ValueError(
+                f"HiddenStateLoss: student hidden size {widths[0]}, teacher {widths[1]}; they must be equal. Pass "
+                f"objectives=[{'AttentionScoreLoss(), ' if scores else ''}LogitsLoss()], or stages without "
+                f"HiddenStateLoss, or take a student of hidden size {widths[1]}"
+            )
+        _check_layers("HiddenStateLoss", student, teacher)
 
     def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
         s_embedding, *s_layers = student.hidden_states
@@ -110,6 +155,10 @@ class AttentionScoreLoss:
     include_padding: bool = False
     name: str = "attention"
     needs: tuple[str, ...] = ("scores",)
+
+    def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        """Raise ValueError for layers that do not divide the teacher's, or no teacher."""
+        _check_layers("AttentionScoreLoss", student, _need_teacher("AttentionScoreLoss", teacher))
 
     def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
         mask = batch.get("attention_mask")
@@ -164,6 +213,28 @@ class LogitsLoss:
     problem_type: str | None = None
     name: str = "logits"
     needs: tuple[str, ...] = ()
+
+    def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
+        """Raise ValueError for another number of labels or words, a teacher without a head, or none."""
+        teacher = _need_teacher("LogitsLoss", teacher)
+        if type(teacher).__name__ in MODEL_MAPPING_NAMES.values():
+            raise ValueError(
+                f"LogitsLoss: the teacher, a {type(teacher).__name__}, has no head and returns no logits; load it as "
+                f"the student's kind ({type(student).__name__}), or pass objectives=[HiddenStateLoss()]"
+            )
+        labels = getattr(student, "num_labels", None), getattr(teacher, "num_labels", None)  # of heads that have some
+        if None not in labels and labels[0] != labels[1]:
+            raise ValueError(
+                f"LogitsLoss: student of {labels[0]} labels, teacher of {labels[1]}; equal needed. Load the student "
+                f"with num_labels={labels[1]}, or take a teacher of the student's task"
+            )
+        words = _sizes("vocab_size", student, teacher)
+        predict_words = all(model.get_output_embeddings() is not None for model in (student, teacher))
+        if words and words[0] != words[1] and predict_words:
+            raise ValueError(
+                f"LogitsLoss: the student predicts {words[0]} words, the teacher {words[1]}; equal needed. Take models "
+                "of one tokenizer, or leave LogitsLoss out"
+            )
 
     def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
         students, teachers = logits_of(student, batch), logits_of(teacher, batch)
@@ -255,6 +326,30 @@ def _check_prompt(student: Any, objectives: Sequence[Objective]) -> None:
             )
 
 
+def _compare_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Both models read the same token ids: those that the teacher does not have are refused, fewer are warned of."""
+    sizes = _sizes("vocab_size", student, teacher)
+    if sizes is None or sizes[0] == sizes[1]:
+        return
+    own, taught = sizes
+    if own > taught:
+        raise ValueError(
+            f"the student has a vocabulary of {own} tokens, the teacher of {taught}: both read the same token ids, and "
+            f"{taught} to {own - 1} are none of the teacher's. Take a student with the teacher's tokenizer; if it has "
+            f"it, and the rest of its table is spare, call teacher.resize_token_embeddings({own})"
+        )
+    logger.warning(
+        "The student has a vocabulary of %d tokens, the teacher of %d. Both read the same token ids: with tokenizers "
+        "that differ these mean other words to the teacher, and nothing can be learned from it.",
+        own,
+        taught,
+    )
+
+
+def _drops_tokens(model: nn.Module) -> bool:
+    return any(isinstance(module, UnpaddedEncoder) and module.lengths is not None for module in model.modules())
+
+
 def _slimmed(model: nn.Module) -> LowbitConfig | None:
     """The configuration of a model of `lowbit.slim`."""
     config = getattr(model.config, "quantization_config", None)
@@ -277,6 +372,9 @@ class DistillationTrainer(Trainer):
 
     The student may be a `PeftModel`: its adapters are trained; beside a trained prompt, `LogitsLoss` has to do.
 
+    Of a batch each model is called with the columns that its own forward names, the teacher without labels. A column
+    that only one of them names (`token_type_ids` of a BERT beside a DistilBERT) is kept for it, and objectives see all.
+
     Evaluation computes the ordinary task loss without the teacher. Losses are logged as loss_hidden and so on, each the
     mean over the batches in which it was active. Each is a mean over its batch: accumulation steps and ranks are
     averaged with equal weights, whatever their number of tokens. Where an objective compares scores, student and
@@ -286,7 +384,9 @@ class DistillationTrainer(Trainer):
     Raises:
         ValueError: no teacher, one that shares trainable parameters with the student, both or ill-ordered `objectives`
             and `stages`, a stage without objectives, label smoothing, reentrant checkpointing with scores, a model
-            that cannot give them, or tokens of a trained prompt to compare with the teacher's.
+            that cannot give what an objective needs, tokens of a trained prompt to compare with the teacher's, a
+            student with more token ids than the teacher, or what the objectives of any stage refuse (another hidden
+            size, layers that do not divide the teacher's, ...).
     """
 
     # Losses are per-batch means, so Trainer must divide them by the accumulation steps; it would not for models that
@@ -295,6 +395,9 @@ class DistillationTrainer(Trainer):
 
     # Subclasses that can do without a teacher say so; their objectives then get None for its outputs.
     needs_teacher = True
+
+    # Subclasses say so whose student keeps all tokens where objectives compare those of every layer.
+    lifts_lengths = False
 
     def __init__(
         self,
@@ -315,23 +418,21 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"stages end at {ends}; accepted: ascending fractions, the last one 1.0")
         if not all(objectives for _, objectives in stages):
             raise ValueError("every stage needs at least one objective")
-        self.stages = list(stages)
+        self.stages, self.teacher = list(stages), teacher
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor smooths labels, which distillation does not train on; set it to 0")
         if self._needs_scores and self._reentrant:
             raise ValueError("attention scores get no gradient under use_reentrant=True; set it to False")
         self.model_accepts_loss_kwargs = False
-        self.teacher = teacher
+        student = self.accelerator.unwrap_model(self.model)
+        if self.model_init is None:  # else it was checked when it was made
+            self._check_student(student)
+        student = _inside_peft(student)
         if teacher is not None:
-            _refuse_shared_parameters(self.model, teacher)
             teacher.to(self.args.device).eval()
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
-        student = self.accelerator.unwrap_model(self.model)
-        for _, objectives in self.stages:
-            _check_prompt(student, objectives)
-        student = _inside_peft(student)
         for model in (teacher, student):
             if model is not None:
                 self._expose_scores(model)
@@ -357,16 +458,55 @@ class DistillationTrainer(Trainer):
     def _needs_scores(self) -> bool:
         return any("scores" in objective.needs for _, objectives in self.stages for objective in objectives)
 
+    def _check_student(self, student: Any) -> None:
+        """Raise ValueError for whatever can be known before training; nothing is changed."""
+        for _, objectives in self.stages:
+            _check_prompt(student, objectives)
+        student = _inside_peft(student)
+        pair = [model for model in (student, self.teacher) if model is not None]
+        if self.teacher is not None:
+            _refuse_shared_parameters(student, self.teacher)
+            _compare_vocabularies(student, self.teacher)
+        for _, objectives in self.stages:
+            for objective in objectives:
+                if (check := getattr(objective, "check", None)) is not None:
+                    check(student, self.teacher)
+        needs = {need for _, objectives in self.stages for objective in objectives for need in objective.needs}
+        asked = self._asked_for(needs)
+        for model in pair:
+            if "scores" in needs:
+                models.describe_attention(model, "AttentionScoreLoss")
+            if lacking := asked.keys() - arguments(model, {}, asked).keys():
+                raise ValueError(
+                    f"{type(model).__name__}.forward does not take {', '.join(sorted(lacking))}, which the objectives "
+                    "need; give it **kwargs and pass them on, or pass objectives that need less"
+                )
+            if asked and _drops_tokens(model) and (model is self.teacher or not self.lifts_lengths):
+                raise ValueError(
+                    f"{' and '.join(sorted(needs))} of all tokens are compared, and the "
+                    f"{'teacher' if model is self.teacher else 'student'} drops tokens on the way; call "
+                    "lowbit.set_length(model, None), or pass objectives=[LogitsLoss()]"
+                )
+
     def _expose_scores(self, model: PreTrainedModel) -> None:
         if self._needs_scores:
-            models.describe_attention(model, "AttentionScoreLoss")
             model.set_attn_implementation(LOWBIT_ATTENTION)
 
     def call_model_init(self, trial: Any = None) -> PreTrainedModel:
         model = super().call_model_init(trial)
+        self._check_student(model)
         self._expose_scores(_inside_peft(model))  # train() builds the student again
         self._agree_on_heads(_inside_peft(model))
+        self._signature_columns = None  # this one's forward may name others
         return model
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Trainer keeps the columns that these name: the student's and the teacher's."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            names: Any = self._signature_columns  # a list of Trainer's own
+            for model in (self.model, self.teacher):
+                names += [] if model is None else parameters(model)[0]
 
     def _agree_on_heads(self, model: PreTrainedModel) -> None:
         """Ranks that slimmed by batches of their own kept other heads; they train rank 0's weights."""
@@ -396,21 +536,18 @@ class DistillationTrainer(Trainer):
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs)
+            labels = () if self.compute_loss_func is None else ("labels",)  # which are not for the model then
+            return super().compute_loss(model, self._of_student(model, inputs, labels), return_outputs)
         objectives = self.current_objectives()
         needs = {need for objective in objectives for need in objective.needs}
-        wanted = {
-            "return_dict": True,
-            "output_hidden_states": "hidden_states" in needs,
-            **({"output_attentions": True, "output_scores": True} if "scores" in needs else {}),
-        }
-        student = model(**inputs, **wanted)
+        wanted = {"return_dict": True, "output_hidden_states": False, **self._asked_for(needs)}
+        student = model(**arguments(model, inputs, wanted))
         teacher = None
         if self.teacher is not None:
             from accelerate.utils import convert_to_fp32  # no trainer is without it, but `import lowbit` may be
 
             with torch.no_grad(), self.accelerator.autocast():  # as accelerate wraps the student's own forward
-                teacher = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}, **wanted)
+                teacher = self.teacher(**arguments(self.teacher, inputs, wanted, without={"labels", *self.label_names}))
             teacher = convert_to_fp32(teacher)
             scores = student.get("attentions"), teacher.get("attentions")
             if "scores" in needs and all(scores):
@@ -419,6 +556,24 @@ class DistillationTrainer(Trainer):
         self._note(losses)
         loss = sum(value for _, value in losses)
         return (loss, student) if return_outputs else loss
+
+    @staticmethod
+    def _asked_for(needs: Collection[str]) -> dict[str, bool]:
+        """Options of forward for what objectives need."""
+        return {
+            **({"output_hidden_states": True} if "hidden_states" in needs else {}),
+            **({"output_attentions": True, "output_scores": True} if "scores" in needs else {}),
+        }
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, without the columns of the teacher: where there are no labels it calls the model itself."""
+        return super().prediction_step(model, self._of_student(model, inputs, self.label_names), *args, **kwargs)
+
+    @staticmethod
+    def _of_student(model: Any, inputs: dict[str, Any], besides: Collection[str] = ()) -> dict[str, Any]:
+        """The student's columns of a batch, and others that `Trainer` itself reads."""
+        own = arguments(model, inputs)
+        return {name: value for name, value in inputs.items() if name in own or name in besides}
 
     def _of_kept_heads(
         self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]

@@ -15,7 +15,12 @@ import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from transformers import BertForSequenceClassification, TrainingArguments
+from transformers import (
+    BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    TrainingArguments,
+)
 
 import lowbit
 from helpers import batch, end_of_process, outputs, tiny
@@ -26,6 +31,8 @@ SCHEDULES = {
     # The first stage gives the classifier no gradient, which DistributedDataParallel has to bear.
     "two stages": [(0.5, [HiddenStateLoss(), AttentionScoreLoss()]), (1.0, [LogitsLoss()])],
     "slimmed": [(1.0, [HiddenStateLoss(), AttentionScoreLoss(), LogitsLoss()])],
+    # A DistilBERT: the teacher alone reads token types.
+    "other columns": [(1.0, [HiddenStateLoss(), AttentionScoreLoss(), LogitsLoss()])],
 }
 State = dict[str, torch.Tensor]
 
@@ -41,6 +48,14 @@ def prepared(pair: bool, slimmed: bool = False) -> BertForSequenceClassification
     return (lowbit.split(model) if pair else model).train()
 
 
+def distilbert() -> DistilBertForSequenceClassification:
+    config = DistilBertConfig(
+        vocab_size=101, dim=64, n_layers=2, n_heads=4, hidden_dim=150, max_position_embeddings=40, num_labels=3,
+        dropout=0.0, attention_dropout=0.0, seq_classif_dropout=0.0,
+    )  # fmt: skip
+    return lowbit.prepare(DistilBertForSequenceClassification(config), lowbit.TernaryConfig()).train()
+
+
 def train(folder: Path, processes: int) -> tuple[dict[str, list[dict[str, float]]], dict[str, State], dict[str, State]]:
     """Loss curves, first and last weights by schedule. Batches of 8 in all, rank r of two takes 4r to 4r + 3."""
     torch.set_num_threads(1)
@@ -48,14 +63,20 @@ def train(folder: Path, processes: int) -> tuple[dict[str, list[dict[str, float]
     for name, stages in SCHEDULES.items():
         torch.manual_seed(7)
         student = prepared(pair=name == "two stages", slimmed=name == "slimmed")
+        student = distilbert() if name == "other columns" else student
         teacher = tiny(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        seen: list[torch.Tensor | None] = []
+        teacher.register_forward_pre_hook(
+            lambda _module, _args, kwargs, seen=seen: seen.append(kwargs.get("token_type_ids")), with_kwargs=True
+        )
         first[name] = {key: value.clone() for key, value in student.state_dict().items()}
         data = []
         for row in range(32):  # the same number of real tokens on both ranks
             mask = torch.ones(9, dtype=torch.long)
             mask[9 - 4 * (row % 2) :] = 0
+            ids, types = torch.randint(1, 101, (9,)), torch.randint(0, 2, (9,))
             data.append(
-                {"input_ids": torch.randint(1, 101, (9,)), "attention_mask": mask, "labels": torch.tensor(row % 3)}
+                {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "labels": torch.tensor(row % 3)}
             )
         args = TrainingArguments(
             output_dir=str(folder),
@@ -76,6 +97,12 @@ def train(folder: Path, processes: int) -> tuple[dict[str, list[dict[str, float]
         )
         assert args.world_size == processes
         trainer.train()
+        first_rank, rows = int(os.environ.get("RANK", 0)), 8 // processes
+        for step, types in enumerate(seen):
+            start = 8 * step + first_rank * rows
+            expected = torch.stack([row["token_type_ids"] for row in data[start : start + rows]])
+            assert types is not None and torch.equal(types, expected)
+        assert len(seen) == 4
         curves[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
         last[name] = trainer.accelerator.unwrap_model(trainer.model).state_dict()
     return curves, first, last

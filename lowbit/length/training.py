@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from .._columns import arguments
 from ..config import LengthConfig
 from ..distill import Batch, DistillationTrainer, LogitsLoss, Objective, logits_of
 from ..nn import UnpaddedEncoder
@@ -151,6 +152,8 @@ class LengthDropTrainer(_LengthTrainer):
             has no start and end logits.
     """
 
+    lifts_lengths = True  # of the full model
+
     def __init__(self, *args: Any, length_drop: LengthDrop | None = None, **kwargs: Any) -> None:
         self.length_drop = LengthDrop() if length_drop is None else length_drop
         self._full_logits: dict[str, torch.Tensor] = {}
@@ -181,7 +184,7 @@ class LengthDropTrainer(_LengthTrainer):
         for number, (lengths, skip) in enumerate(subs, 1):
             with _unsynchronized(self, model, number < len(subs)), _run_with(encoder, lengths, skip):
                 with self.compute_loss_context_manager(), _with_target(encoder, target) as losses:
-                    outputs = model(**{k: v for k, v in inputs.items() if k not in self.label_names}, return_dict=True)
+                    outputs = model(**arguments(student, inputs, {"return_dict": True}, without=self.label_names))
                     loss = divergence = self._divergence(full, outputs, student, inputs)
                     if losses:
                         distance = torch.stack(losses).mean()

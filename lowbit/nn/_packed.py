@@ -1,4 +1,4 @@
-"""What packed modules share: integer codes and float32 scales survive `.half()`, and bad codes are refused."""
+"""What packed modules share: codes and float32 scales survive `.half()`, bad codes and tracers of float are refused."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch._C import _get_tracing_state  # `torch.jit.is_tracing` takes twice as long, and runs in every module
 
 
 class Packed(nn.Module):
@@ -39,3 +40,21 @@ class Packed(nn.Module):
                 if bool((part & (part >> 1) & 0x55).any()):
                     return "ternary codes must be 0, 1 or 2, found 3"
         return None
+
+
+def refuse_tracing() -> None:
+    """Raise RuntimeError inside of torch.jit.trace and torch.onnx.export, which take no packed codes.
+
+    `torch.compile` and `torch.export` do.
+    """
+    if _get_tracing_state() or (torch.compiler.is_exporting() and _for_onnx()):
+        raise RuntimeError(
+            "torch.jit.trace and torch.onnx.export take no packed model: its weights are codes that only lowbit's "
+            "kernels read. For a file that runs without lowbit call lowbit.export(model, 'model.pt2'), which makes an "
+            "AOTInductor package; for ONNX or TorchScript make it a float model first: model.dequantize()"
+        )
+
+
+@torch.compiler.assume_constant_result  # or dynamo, which the exporter tries when this has raised, takes it for False
+def _for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()

@@ -14,7 +14,7 @@ from lowbit_kernels import (
 )
 
 from ..quantizers import DEFAULT_FOR_BITS, StraightThrough, weight_codes
-from ._packed import Packed
+from ._packed import Packed, refuse_tracing
 
 
 def table_codes(weight: torch.Tensor, bits: int, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,6 +138,7 @@ class PackedEmbedding(Packed):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids int64 or int32 [...] -> float [..., K]; IndexError for an id outside the table (CPU)."""
+        refuse_tracing()
         return quantized_embedding(ids, *self.table(), embedding_dim=self.embedding_dim, out_dtype=self._dtype.dtype)
 
     def table(self) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from lowbit_kernels import embedding_layernorm
 
+from ._packed import refuse_tracing
 from .embedding import PackedEmbedding
 from .proof import is_half, trying
 from .snapshot import Snapshot, any_global_hook
@@ -48,6 +49,7 @@ class FusedEmbeddings(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """ids [B, S] -> float [B, S, H]; arguments as of the modules."""
+        refuse_tracing()
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         input_ids = given.get("input_ids")
         word: Any = self.word_embeddings

@@ -37,7 +37,7 @@ from ..quantizers import (
     weight_codes,
     weight_values,
 )
-from ._packed import Packed
+from ._packed import Packed, refuse_tracing
 
 
 def activation_quantizer(config: LowbitConfig, site: str) -> ActivationQuantizer | None:
@@ -212,6 +212,7 @@ class PackedLinear(Packed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float [..., K] -> float [..., N] in x's dtype; ValueError for another K."""
+        refuse_tracing()
         _check_features(self, x)
         if self.input_quantizer is None:
             return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
