@@ -38,6 +38,7 @@ from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trit
 from . import card, checkpoints, publishing
 from ._files import exclusive, staging
 from .config import FORMAT_VERSION, BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
+from .counting import num_parameters
 from .errors import CheckpointError
 from .models import has_plain_attention, is_pooler
 from .nn import UnpaddedEncoder, attention
@@ -143,6 +144,8 @@ class LowbitQuantizer(HfQuantizer):
         self, model: PreTrainedModel
     ) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
         """What to write in place of the model's own state dict, and checksums for the file header."""
+        if getattr(model, "_hf_peft_config_loaded", False):  # what is written is the adapter alone
+            return self.given_state, {}
         state = dict(model.state_dict() if self.given_state is None else self.given_state)
         if self.quantization_config.stage == "packed" and self.quantization_config.format_version >= 2:
             for name, module in _ternary_modules(model).items():
@@ -437,6 +440,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "push_to_hub": _push_to_hub,
     "set_attn_implementation": _set_attn_implementation,
     "resize_token_embeddings": _resize_token_embeddings,
+    "num_parameters": num_parameters,
 }
 
 

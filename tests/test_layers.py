@@ -33,6 +33,7 @@ BELOW = {
         "card",
         "checkpoints",
         "config",
+        "counting",
         "errors",
         "models",
         "conversion",
