@@ -10,6 +10,7 @@ from typing import Any
 from .results import read
 
 RESULTS = Path("benchmarks/results")
+NOTES = Path("benchmarks/notes.md")  # what was measured by hand, and what was tried before
 DOCS = Path("docs")
 OWN_PAGES = ("features", "reliability", "transformers-suite")  # their scripts render them
 GPU_SUITES = ("gpu-attention", "gpu-ceilings", "gpu-linear", "gpu-model", "gpu-training")
@@ -116,16 +117,17 @@ def plot(report: Report, folder: Path) -> list[Path]:
 
 
 def page(reports: list[Report], plots: dict[str, list[Path]]) -> str:
-    """docs/benchmarks.md; GPU suites without results are said to be not measured."""
+    """docs/benchmarks.md: results, then notes; GPU suites without results are said to be not measured."""
     present = {report["suite"] for report in reports}
     missing = [suite for suite in GPU_SUITES if suite not in present]
-    intro = ["# Benchmarks", "", "Rendered from `benchmarks/results/*.json` by `python -m benchmarks.report`."]
+    sources = "`benchmarks/results/*.json` and `benchmarks/notes.md`"
+    intro = ["# Benchmarks", "", f"Rendered from {sources} by `python -m benchmarks.report`."]
     if missing:
         intro += ["", f"Not measured yet: {', '.join(missing)} (`make gpu` on a machine with a GPU)."]
     parts = ["\n".join(intro), ""]
     for report in reports:
         parts += [render(report), *(f"![{path.stem}]({path.name})\n" for path in plots.get(report["suite"], []))]
-    return "\n".join(parts)
+    return "\n".join([*parts, NOTES.read_text()])
 
 
 def committed() -> list[Report]:

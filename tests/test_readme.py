@@ -36,7 +36,12 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 }
 
-CPU = json.loads((ROOT / "benchmarks/results/cpu-encoder.json").read_text())["results"]
+# Columns of tables: the cases of one machine, and of another one by the suffix.
+CPU = {
+    case + suffix: rows
+    for suite, suffix in (("cpu-encoder", ""), ("cpu-vnni-encoder", ", no AMX"))
+    for case, rows in json.loads((ROOT / f"benchmarks/results/{suite}.json").read_text())["results"].items()
+}
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -172,14 +177,14 @@ def test_links_between_files_resolve(page: str) -> None:
 
 
 def measured(page: str) -> list[tuple[str, str, str]]:
-    """(case, runner, cell) of the tables whose columns are cases of benchmarks/results/cpu-encoder.json."""
+    """(case, runner, cell) of the tables that have cases of `CPU` among their columns."""
     found, columns = [], []
     for line in PAGES[page].splitlines():
         runner, *cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else [""]
-        if not cells or set(cells) <= set(CPU):
+        if not cells or set(cells) & set(CPU):
             columns = cells
-        elif columns and not runner.startswith("---"):
-            found += [(case, runner, cell) for case, cell in zip(columns, cells, strict=True)]
+        elif set(columns) & set(CPU) and not runner.startswith("---"):
+            found += [(case, runner, cell) for case, cell in zip(columns, cells, strict=True) if case in CPU]
     return found
 
 

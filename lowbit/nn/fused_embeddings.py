@@ -99,6 +99,8 @@ class FusedEmbeddings(StandIn):
 
     def prevented(self) -> str | None:
         """Why the embeddings are not run in one operation, None where they are; looked at as in `UnpaddedEncoder`."""
+        if torch.compiler.is_exporting():
+            return "an exported program has no operations of lowbit but its products"
         if torch.compiler.is_compiling():
             return None if self._proven else "torch.compile traces embeddings that were not looked at before"
         snapshot, reason = self._proof
