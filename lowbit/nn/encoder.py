@@ -80,7 +80,6 @@ class UnpaddedEncoder(StandIn):
         self.noted_lengths: list[torch.Tensor] | None = None
         self.replaced_attention: str | None = None
         self._proof: tuple[Snapshot, str | None] = (Snapshot(), None)
-        self._proven = False  # of what was copied, too
         # What `lowbit.compile` replaces: a layer is two parts, between them tokens are dropped.
         self.run_attention_modules: Callable[..., Any] = self._run_attention_modules
         self.run_rest_modules: Callable[..., torch.Tensor] = self._run_rest_modules
@@ -194,11 +193,8 @@ class UnpaddedEncoder(StandIn):
 
         With dropped tokens, hooks of the modules that are called do without padding.
         """
-        if torch.compiler.is_compiling():
-            return (
-                None if self._proven else "the layers have not been looked at before torch.compile traced them",
-                False,
-            )
+        if torch.compiler.is_compiling():  # a whole model is traced by its modules; see `compile_layers`
+            return None if drops else "the model is being traced", False
         self._original[0].__dict__["training"] = self.training
         snapshot, reason = self._proof
         compared = snapshot.compare()
@@ -208,7 +204,6 @@ class UnpaddedEncoder(StandIn):
             reason = Context().run(prove, self)  # where transformers is noting no hidden states of this call
             self._proof = snapshot, reason
             compared = snapshot.compare()
-            self._proven = reason is None
         if reason is not None:
             return reason, False
         if any_global_hook():

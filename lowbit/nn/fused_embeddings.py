@@ -45,7 +45,6 @@ class FusedEmbeddings(StandIn):
         self._first_type: torch.Tensor  # the id of every token where none are given
         self.register_buffer("_first_type", norm.weight.new_zeros(1, dtype=torch.long), persistent=False)
         self._proof: tuple[Snapshot, str | None] = (Snapshot(), None)
-        self._proven = False  # of what was copied, too
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """ids [B, S] -> float [B, S, H]; arguments as of the modules."""
@@ -99,10 +98,8 @@ class FusedEmbeddings(StandIn):
 
     def prevented(self) -> str | None:
         """Why the embeddings are not run in one operation, None where they are; looked at as in `UnpaddedEncoder`."""
-        if torch.compiler.is_exporting():
-            return "an exported program has no operations of lowbit but its products"
         if torch.compiler.is_compiling():
-            return None if self._proven else "torch.compile traces embeddings that were not looked at before"
+            return "the model is being traced"
         snapshot, reason = self._proof
         self._original[0].__dict__["training"] = self.training
         compared = snapshot.compare()
@@ -110,7 +107,6 @@ class FusedEmbeddings(StandIn):
             snapshot = Snapshot([self._original[0], *(module for module in self.modules() if module is not self)])
             reason = Context().run(_problem, self)
             self._proof = snapshot, reason
-            self._proven = reason is None
             compared = snapshot.compare()
         if reason is None and (compared == "mode" or snapshot.hooked or any_global_hook()):
             return "embeddings with hooks, or in train mode"
