@@ -23,6 +23,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import lowbit
+from lowbit.unpadding import restore_padding
 
 from .results import Row, reason
 
@@ -72,7 +73,11 @@ def _base(size: str, device: str, **changes: Any) -> BertModel:
 
 
 def _ternary(base: BertModel, fused: bool) -> BertModel:
-    return lowbit.quantize(copy.deepcopy(base), lowbit.TernaryConfig(), fused=fused)
+    """Packed: fused, or to be run module by module."""
+    model = lowbit.quantize(copy.deepcopy(base), lowbit.TernaryConfig(), fused=fused)
+    if not fused:
+        restore_padding(model)
+    return model
 
 
 def _run(model: torch.nn.Module) -> Runner:

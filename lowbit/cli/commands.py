@@ -32,7 +32,10 @@ TextColumn = Annotated[
 ]
 LabelColumn = Annotated[str, typer.Option(help="Column of the label: text or whole numbers.")]
 MaxLength = Annotated[int, typer.Option(min=1, help="Longer texts of files are truncated, tokens.")]
-Fused = Annotated[bool, typer.Option("--fused", help="Run a packed model with lowbit.fuse: padding is not computed.")]
+Fused = Annotated[
+    bool,
+    typer.Option("--fused", help="Refuse a model that cannot run fused, and say why."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; auto is the GPU where there is one.")]
 
 DEFAULTS = FileOptions()

@@ -39,7 +39,11 @@ class GlueOptions(Options):
 
     task: str = field(default="sst2", metadata={"help": "GLUE task", "choices": [*TASKS]})
     heldout: int = field(
-        default=0, metadata={"help": "evaluate also on N training examples of 6 words or more beyond max_train_samples"}
+        default=0,
+        metadata={
+            "help": "evaluate also on N training examples of 6 words or more beyond max_train_samples; of SST-2 these "
+            "are phrases, most of which stand inside others that are trained on"
+        },
     )
 
 
