@@ -36,11 +36,9 @@ def reads_first_token_only(model: PreTrainedModel) -> bool:
     if model.base_model is model or torch.compiler.is_compiling():  # Dynamo cannot trace how it is found out
         return False
     after = list(_after_encoder(model))
-    # Of a hook before the base model and the whole model, which is ours, neither reads the encoder's output.
-    watched = (
-        module for module in after if is_hooked(module) and module is not model and module is not model.base_model
-    )
-    if any_global_hook() or next(watched, None) is not None or model.base_model._forward_hooks:
+    # Hooks before the base model, and those of the whole model, do not see what the encoder returns.
+    watched = [module for module in after if module is not model and module is not model.base_model]
+    if any_global_hook() or model.base_model._forward_hooks or any(map(is_hooked, watched)):
         return False
     snapshot, reads = _found.get(model, (Snapshot(), False))
     if snapshot.compare() == "changed":

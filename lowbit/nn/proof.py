@@ -52,7 +52,8 @@ def prove(encoder: Any) -> str | None:
         if problem := encoder.problem():
             return str(problem)
         tensors = [*encoder.layer.parameters(), *encoder.layer.buffers()]
-        if any(tensor.is_meta for tensor in tensors):  # offloaded: what is not here is not tried
+        # Offloaded, or sharded by FSDP2: what is not here is not tried.
+        if any(tensor.is_meta or hasattr(tensor, "full_tensor") for tensor in tensors):
             return None
         if any(tensor.device.type != "cpu" or is_half(tensor) for tensor in tensors):
             encoder = copy.deepcopy(encoder).cpu().float()

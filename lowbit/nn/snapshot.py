@@ -22,7 +22,10 @@ class Snapshot:
 
     def __init__(self, modules: Iterable[nn.Module] = ()) -> None:
         self.modules = list(modules)
-        self._own = [module.__dict__ for module in self.modules] + [module._modules for module in self.modules]
+        self._own = [module.__dict__ for module in self.modules]
+        self._own += [
+            module._modules for module in self.modules if module._modules
+        ]  # no leaf grows a child that it calls
         self._were = [{**own, "training": False} if "training" in own else dict(own) for own in self._own]
         self._forward = [(kind, kind.forward) for kind in {type(module) for module in self.modules}]
         self._hooks = [hooks for module in self.modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
