@@ -150,7 +150,7 @@ class _Scores(torch.autograd.Function):
                 grad.dtype, torch.float32))  # fmt: skip
             for part, values in _parts(codes, scale, grad.dtype):
                 total += rows[:, part] @ values
-            grad_x = total.to(grad.dtype).view(*grad.shape[:-1], -1)
+            grad_x = total.to(grad.dtype).view(*grad.shape[:-1], codes.shape[1])
         if ctx.needs_input_grad[1]:
             grad_weight = (rows.T @ x.reshape(-1, x.shape[-1])).to(weight_dtype)
         if ctx.needs_input_grad[2]:
