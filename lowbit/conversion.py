@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -147,12 +147,8 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
             packed[name] = made[module]
     for name, new in packed.items():
         _check_same(name, model.get_submodule(name), new)
-    if any(isinstance(new, PackedDecoder) for new in packed.values()):
-        _swap(model, packed)
-        _forget_ties(model)
-    else:
-        _untie(model)
-        _swap(model, packed)
+    _swap(model, packed)
+    _part_ties(model, packed)
     _join_projections(model)
     _warn_of_float_decoder(model, config)
     hf.attach(model, config.replace(stage="packed"))
@@ -189,16 +185,15 @@ def split(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"split inverts the threshold of the quantizer 'twn', got {config.weight_quantizer!r}")
     embedding_bits = 1 if config.embedding_bits == 2 else config.embedding_bits
     config = config.replace(weight_bits=1, weight_quantizer="bwn", embedding_bits=embedding_bits, split=True)
-    pairs: list[tuple[QuantLinear | QuantEmbedding, nn.Parameter]] = []
-    for module in model.modules():
+    pairs: dict[str, tuple[QuantLinear | QuantEmbedding, nn.Parameter]] = {}
+    for name, module in model.named_modules():
         if isinstance(module, QuantLinear) or (isinstance(module, QuantEmbedding) and module.bits == 2):
             halves = split_ternary(module.weight.detach(), granularity=module.granularity)
-            pairs.append((module, nn.Parameter(torch.stack(halves).to(module.weight.dtype))))
-    if embedding_bits == 1:
-        _untie(model)
-    for module, weight in pairs:
+            pairs[name] = module, nn.Parameter(torch.stack(halves).to(module.weight.dtype))
+    for module, weight in pairs.values():
         module.weight = weight
         _as_pair(module)
+    _part_ties(model, pairs)
     return hf.attach(model, config)
 
 
@@ -227,14 +222,11 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
                 _as_pair(module)
     else:
         modules = _packed_like(model, config)
-    tables = [modules[name] for name in models.embeddings(model)[0] if name in modules]
-    tables += [module for module in modules.values() if isinstance(module, PackedDecoder)]
     _swap(model, modules)
     # As `convert` and `split` did. A table left in float, or not a pair, is still the decoder's too.
-    if any(isinstance(table, Packed) or table.weight.dim() == 3 for table in tables):
-        _forget_ties(model)
-        # One bias, or two: the files will say.
-        model.all_tied_weights_keys = _bias_tie(model)
+    _part_ties(model, [name for name, new in modules.items() if isinstance(new, Packed) or new.weight.dim() == 3])
+    if not getattr(model.config, "tie_word_embeddings", False):
+        model.all_tied_weights_keys.update(_bias_tie(model))  # unless the files have two
     if config.stage == "packed":
         _join_projections(model)
     _set_attention(model, config)
@@ -537,34 +529,28 @@ def _join_projections(model: PreTrainedModel) -> None:
             JointProjection(projections)
 
 
-def _untie(model: PreTrainedModel) -> None:
-    """Give a decoder that shares the word embedding's latent table, or a bias, float ones of its own."""
-    found, table = models.decoder(model), models.word_table(model)
-    if found is None:
-        return
-    name, decoder = found
-    quantized = isinstance(table, QuantEmbedding) or isinstance(decoder, QuantDecoder)
-    shares_table = quantized and getattr(table, "weight", None) is decoder.weight
-    shares_bias = isinstance(decoder, PackedDecoder) and f"{name}.bias" in model.all_tied_weights_keys
-    if not shares_table and not shares_bias:
-        return
-    if shares_table:
-        decoder.weight = nn.Parameter(decoder.weight.detach().clone())
-    if decoder.bias is not None:
-        decoder.bias = nn.Parameter(decoder.bias.detach().clone())
-    _forget_ties(model)
+def _part_ties(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """After modules of these names were replaced: what was tied to their weights is so no more.
 
-
-def _forget_ties(model: PreTrainedModel) -> None:
-    """Codes cannot be tied. But a packed decoder and its head go on to share a bias, which files have once."""
+    A table is shared by latent floats only. The configuration ties all or nothing, so whatever else was tied gets a
+    copy of its own then. But a packed decoder and its head go on to share their bias, which is once in files.
+    """
+    weights, ties = {f"{name}.weight" for name in names}, model.all_tied_weights_keys
+    parted = any(one in weights or other in weights for one, other in ties.items())
+    if not ties or (not parted and model.config.tie_word_embeddings):
+        return  # nothing, or something else: LUKE ties entities
+    kept = _bias_tie(model)
+    for one, other in ties.items():
+        shared: Any = model.get_parameter_or_buffer(one)
+        if one not in kept and shared is model.get_parameter_or_buffer(other):
+            owner, _, tensor = one.rpartition(".")
+            setattr(model.get_submodule(owner), tensor, nn.Parameter(shared.detach().clone(), shared.requires_grad))
     model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {
-        one: other for one, other in _bias_tie(model).items() if model.get_parameter(one) is model.get_parameter(other)
-    }
+    model.all_tied_weights_keys = {one: other for one, other in kept.items() if one in ties}
 
 
 def _bias_tie(model: PreTrainedModel) -> dict[str, str]:
-    """The name of a packed decoder's bias, and the one that its class ties it to, if any."""
+    """Names of a packed decoder's bias and of the one that its class ties it to, either way, if any."""
     found = models.decoder(model)
     name = None if found is None or not isinstance(found[1], PackedDecoder) else f"{found[0]}.bias"
-    return {one: other for one, other in (model._tied_weights_keys or {}).items() if one == name}
+    return {one: other for one, other in (model._tied_weights_keys or {}).items() if name in (one, other)}

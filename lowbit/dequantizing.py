@@ -11,7 +11,7 @@ from lowbit_kernels import quantized_embedding
 
 from . import hf
 from .config import LowbitConfig
-from .conversion import _swap, _untie
+from .conversion import _part_ties, _swap
 from .nn import PackedDecoder, PackedEmbedding, PackedLinear, QuantDecoder, QuantEmbedding, QuantLinear
 from .nn.embedding import table_codes
 from .quantizers import weight_codes, weight_values
@@ -51,15 +51,18 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     if offloaded is not None:
         raise ValueError(f"{offloaded} is offloaded (device_map) and cannot be dequantized; load without offloading")
     hf.own_config(model)
-    _untie(model)
     restore_padding(model)
     own, trained = model.dtype, not any(hasattr(module, "base_layer") for module in model.modules())
+    swapped = []
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear | QuantLinear | PackedDecoder | QuantDecoder):
             _swap(model, {name: _linear(module, own, trained)})
+            swapped.append(name)
         elif isinstance(module, PackedEmbedding | QuantEmbedding):
             _swap(model, {name: _embedding(module, own, trained)})
+            swapped.append(name)
         module._modules.pop("quantizers", None)  # of attention
+    _part_ties(model, swapped)
     hf.detach(model)
     model.config._attn_implementation = model.get_correct_attn_implementation(None)  # transformers' default
     if config.num_attention_heads is not None:

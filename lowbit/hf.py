@@ -479,7 +479,8 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
         checkpoints.check_config(config, recorded, type(model.config))
     # A packed decoder shares a bias with its head, unless the file has two.
     for one, other in list(model.all_tied_weights_keys.items()):
-        if _is_of_decoder(model, _bare(model, one)) and {_bare(model, one), _bare(model, other)} <= found:
+        pair = {_bare(model, one), _bare(model, other)}
+        if pair <= found and any(_is_of_decoder(model, name) for name in pair):
             del model.all_tied_weights_keys[one]
     ties = [(_bare(model, one), _bare(model, other)) for one, other in model.all_tied_weights_keys.items()]
     for one, other in ties:  # transformers writes one of them

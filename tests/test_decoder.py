@@ -9,7 +9,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -486,6 +486,59 @@ def test_two_biases_that_differ_stay_two(
     assert not caplog.records and not any(report.values())
     assert identical(outputs(loaded, inputs), outputs(model, inputs))
     assert torch.equal(loaded.cls.predictions.bias, model.cls.predictions.bias)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("verb", ["prepare", "quantize", "split"])
+def test_ties_of_other_tables_stay(verb: str, bits: int | None, tmp_path: Path) -> None:
+    """LUKE ties the table of entities to what scores them, and words to nothing."""
+    config = transformers.LukeConfig(**SIZES, entity_vocab_size=17, entity_emb_size=64)
+    model, inputs = transformers.LukeForMaskedLM(config).eval(), batch()
+    quantized = Config(output_embedding_bits=bits)
+    if verb == "split":
+        lowbit.split(lowbit.prepare(model, quantized))
+    else:
+        getattr(lowbit, verb)(model, quantized)
+    for folder in ("first", "again"):
+        model.save_pretrained(tmp_path / folder)
+        loaded, report = type(model).from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any(report.values()) and identical(outputs(loaded, inputs), outputs(model, inputs))
+        entities = loaded.luke.entity_embeddings.entity_embeddings.weight
+        assert loaded.entity_predictions.decoder.weight is entities and loaded.config.tie_word_embeddings
+        model = loaded
+
+
+class TiedTwice(transformers.BertForMaskedLM):
+    _tied_weights_keys: ClassVar = {
+        **transformers.BertForMaskedLM._tied_weights_keys,
+        "twin.weight": "cls.predictions.transform.dense.weight",
+    }
+
+    def __init__(self, config: transformers.BertConfig) -> None:
+        post_init, self.post_init = self.post_init, lambda: None  # when all is there
+        super().__init__(config)
+        self.twin = nn.Linear(64, 64)
+        del self.post_init
+        post_init()
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("verb", ["prepare", "quantize", "split"])
+def test_what_else_was_tied_gets_a_copy_where_the_words_part(verb: str, bits: int | None, tmp_path: Path) -> None:
+    """The configuration can say only that all is tied, or nothing."""
+    model, inputs = TiedTwice(transformers.BertConfig(**SIZES)).eval(), batch()
+    dense = model.cls.predictions.transform.dense.weight
+    assert model.twin.weight is dense
+    lowbit.prepare(model, Config(output_embedding_bits=bits))
+    {"prepare": lambda each: each, "quantize": lowbit.convert, "split": lowbit.split}[verb](model)
+    assert (model.twin.weight is dense) == (verb == "prepare") and torch.equal(model.twin.weight, dense)
+    for stage in (verb, "float"):
+        model.save_pretrained(tmp_path / stage)
+        loaded, report = TiedTwice.from_pretrained(tmp_path / stage, output_loading_info=True)
+        assert not any(report.values()) and identical(outputs(loaded, inputs), outputs(model, inputs))
+        assert torch.equal(loaded.twin.weight, dense)
+        if stage != "float":
+            model = loaded.dequantize()
 
 
 DECODER = "cls.predictions.decoder"
