@@ -24,11 +24,13 @@ from peft.tuners import lora, tuners_utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
+from .nn import PackedDecoder, PackedEmbedding, PackedLinear, QuantDecoder, QuantEmbedding, QuantLinear
+from .nn._packed import Packed
 from .quantizers import ActivationQuantizer
 
 LINEARS = (PackedLinear, QuantLinear)
 EMBEDDINGS = (PackedEmbedding, QuantEmbedding)
+DECODERS = (PackedDecoder, QuantDecoder)
 
 _INITIALIZATIONS = (True, False, "gaussian")  # the others read or change a float weight
 _TABLE = "embeddings.word_embeddings"  # where peft looks for a word embedding before it searches the parameters
@@ -84,7 +86,7 @@ def _quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name.replace(".base_layer", ""): module
         for name, module in model.named_modules()
-        if isinstance(module, LINEARS + EMBEDDINGS)
+        if isinstance(module, LINEARS + EMBEDDINGS + DECODERS)
     }
 
 
@@ -101,7 +103,7 @@ def _check_targets(config: Any, modules: dict[str, nn.Module]) -> None:
         if not isinstance(module, LINEARS):
             raise ValueError(
                 f"{kind}, which LoRA cannot adapt; accepted: {', '.join(kind.__name__ for kind in LINEARS)} and float "
-                "modules. Leave it out of target_modules, or quantize with embedding_bits=None"
+                f"modules. Leave it out of target_modules, or quantize with {_field(module)}=None"
             )
     if targets:
         _check_lora(config)
@@ -112,7 +114,7 @@ def _check_targets(config: Any, modules: dict[str, nn.Module]) -> None:
                 "target_modules"
             )
     for entry in getattr(config, "modules_to_save", None) or ():
-        packed = [name for name, module in modules.items() if isinstance(module, PackedLinear | PackedEmbedding)]
+        packed = [name for name, module in modules.items() if isinstance(module, Packed)]
         if found := [name for name in packed if _is_in(name, entry)]:
             raise ValueError(
                 f"modules_to_save={entry!r} holds {found[0]}, whose packed weight cannot be trained; leave it out "
@@ -125,6 +127,11 @@ def _check_targets(config: Any, modules: dict[str, nn.Module]) -> None:
                 f"trainable_token_indices changes rows of {table}, which is quantized; quantize with "
                 "embedding_bits=None"
             )
+
+
+def _field(module: nn.Module) -> str:
+    """Of LowbitConfig, that has the bits of an embedding or decoder."""
+    return "output_embedding_bits" if isinstance(module, DECODERS) else "embedding_bits"
 
 
 def _leave_out_quantizers(config: Any, model: nn.Module) -> None:

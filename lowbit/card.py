@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import models
 from .config import LengthConfig, LowbitConfig
 from .errors import check_import
+from .nn import PackedDecoder, QuantDecoder
 from .nn._packed import Packed
 
 if TYPE_CHECKING:
@@ -155,6 +157,7 @@ def _description(model: PreTrainedModel, config: LowbitConfig, parent: str | Non
             f"- linear weights: {kind}{pairs}, scales {_words(config.granularity)}",
             f"- word embedding: {_width(config.embedding_bits)}; position embedding: "
             f"{_width(config.position_embedding_bits)}",
+            *_decoder(model),
             f"- activations: {_width(config.activation_bits)}, {_words(config.activation_granularity)}; attention "
             f"{'quantized too' if config.quantize_attention and config.activation_bits else 'float'}",
         ]
@@ -167,6 +170,17 @@ def _description(model: PreTrainedModel, config: LowbitConfig, parent: str | Non
         keep = LengthConfig.from_dict(lengths)
         lines.append(f"- tokens kept by the layers ({keep.unit}): {', '.join(f'{k:g}' for k in keep.keep)}")
     return "\n".join(lines)
+
+
+def _decoder(model: PreTrainedModel) -> list[str]:
+    """What the decoder of a head that scores words is stored in: it may be most of the file."""
+    found, size = models.decoder(model), models.float_decoder_bytes(model)
+    if found is None:
+        return []
+    if isinstance(found[1], PackedDecoder | QuantDecoder):
+        return ["- decoder: 8 bits, scales per row"]
+    own = f"a table of its own of {size / 1e6:.2f} MB (`output_embedding_bits=8` stores it in 8 bits)"
+    return [f"- decoder: float, {own if size else 'the table of the word embedding'}"]
 
 
 def _words(granularity: str) -> str:

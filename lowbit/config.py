@@ -22,6 +22,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "weight_bits": (None, 2, 1),
     "embedding_bits": (None, 8, 2, 1),
     "position_embedding_bits": (None, 8),
+    "output_embedding_bits": (None, 8),
     "activation_bits": (None, 8, 4),
     "granularity": ("per_row", "per_tensor"),
     "embedding_granularity": ("per_row", "per_tensor"),
@@ -49,6 +50,8 @@ class LowbitConfig:
         weight_quantizer: name in `lowbit.quantizers.WEIGHT_QUANTIZERS`: "twn" (ternary) or "bwn" (binary).
         embedding_bits: word embedding table: 2, 1, 8 or None (float).
         position_embedding_bits: position embedding table: 8 or None (float, as released).
+        output_embedding_bits: the decoder of a head that scores words (masked language models), which is as large as
+            the word embedding: 8 or None (float). Models without one do not have it afterwards.
         activation_bits: inputs of quantized linears, and Q, K, V and attention probabilities: 8, 4 or None (float).
         granularity: scales of the linears, "per_row" or "per_tensor" (the published mode).
         embedding_granularity: scales of the embeddings, "per_row" (published) or "per_tensor".
@@ -77,6 +80,7 @@ class LowbitConfig:
     weight_quantizer: str = "twn"
     embedding_bits: int | None = 2
     position_embedding_bits: int | None = None
+    output_embedding_bits: int | None = None
     activation_bits: int | None = 8
     granularity: str = "per_row"
     embedding_granularity: str = "per_row"

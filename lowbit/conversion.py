@@ -3,6 +3,9 @@
     prepare    nn.Linear -> QuantLinear,  nn.Embedding -> QuantEmbedding,  attention gets its quantizers
     split      ternary latent weights -> pairs of binary latent weights, same function (BinaryBERT section 3.2)
     convert    QuantLinear -> PackedLinear,  QuantEmbedding -> PackedEmbedding
+
+The decoder of a masked-LM head goes the same way, QuantDecoder -> PackedDecoder, where `output_embedding_bits` asks.
+
     quantize   prepare + convert
 
 All work in place and return the model. New modules are built before the first old one is replaced, so an error
@@ -14,7 +17,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +29,8 @@ from lowbit_kernels import split_ternary
 from . import hf, models
 from .config import LowbitConfig, names
 from .errors import CheckpointError, check_import
-from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
+from .nn import PackedDecoder, PackedEmbedding, PackedLinear, QuantDecoder, QuantEmbedding, QuantLinear
+from .nn._packed import Packed
 from .nn.attention import NAME as LOWBIT_ATTENTION
 from .nn.linear import JointProjection, attention_quantizers
 from .quantizers import check_weight_quantizer
@@ -51,9 +55,10 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     """Fake-quantize a float model for training; its parameters stay float and keep their names.
 
     What is swapped: the linears of the encoder and the pooler, and the word embedding, of the architectures that
-    `lowbit.models` describes. Of any other encoder, every linear and the word embedding of the base model (other tables
-    by `position_embedding_bits`) that a forward pass calls and transformers does not keep in float32; its attention
-    stays float, and a warning says what else.
+    `lowbit.models` describes; with `output_embedding_bits` the decoder of a masked-LM head too, which stays tied to the
+    latent word embedding where it was. Of any other encoder, every linear and the word embedding of the base model
+    (other tables by `position_embedding_bits`) that a forward pass calls and transformers does not keep in float32; its
+    attention stays float, and a warning says what else.
     The configuration that the model has afterwards, `model.config.quantization_config`, says it too: in
     `modules_to_not_convert` and `quantize_attention`; `lowbit.left_in_float(model)` lists all.
 
@@ -67,7 +72,8 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     Raises:
         TypeError, ValueError: not a supported model, or a decoder; no configuration; already prepared or packed; a
             quantizer of other bits than the configuration's; a name in `modules_to_not_convert` that is none; NaN or
-            infinity in a parameter; an encoder without description that cannot be run on token ids.
+            infinity in a parameter; an encoder without description, or a head whose decoder is to be quantized, that
+            cannot be run on token ids.
     """
     current = hf.current_config(model)
     check_import(config, LowbitConfig, "config")
@@ -94,6 +100,7 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     if not models.is_known(model):
         left = [*config.modules_to_not_convert, *_kept_in_float32(model), *_not_called(model)]
         config = config.replace(modules_to_not_convert=left)
+    config = _with_decoder_as_it_is(model, config)
     modules = _quantized(model, config)
     hf.own_config(model)
     if not drops and hasattr(model.config, "length_config"):
@@ -114,7 +121,8 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
 def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
     """Pack a prepared model: 2- and 1-bit codes instead of latent floats, integer matrix products.
 
-    A decoder tied to the word embedding (masked-LM heads) keeps the latent float weight and is untied.
+    A decoder tied to the word embedding (masked-LM heads) is untied. It has 8 bits with `output_embedding_bits=8`, else
+    it keeps the latent float weight, which a warning says: it may be most of the file.
 
     Args:
         model: from `prepare`, usually trained.
@@ -133,13 +141,16 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
             made[module] = PackedLinear.from_float(module)
         elif module not in made and isinstance(module, QuantEmbedding):
             made[module] = PackedEmbedding.from_float(module, module.bits, module.granularity)
+        elif module not in made and isinstance(module, QuantDecoder):
+            made[module] = PackedDecoder.from_float(module)
         if module in made:
             packed[name] = made[module]
     for name, new in packed.items():
         _check_same(name, model.get_submodule(name), new)
-    _untie(model)
     _swap(model, packed)
+    _part_ties(model, packed)
     _join_projections(model)
+    _warn_of_float_decoder(model, config)
     hf.attach(model, config.replace(stage="packed"))
     return fuse(model) if fused else fuse_where_possible(model)
 
@@ -174,16 +185,15 @@ def split(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(f"split inverts the threshold of the quantizer 'twn', got {config.weight_quantizer!r}")
     embedding_bits = 1 if config.embedding_bits == 2 else config.embedding_bits
     config = config.replace(weight_bits=1, weight_quantizer="bwn", embedding_bits=embedding_bits, split=True)
-    pairs: list[tuple[QuantLinear | QuantEmbedding, nn.Parameter]] = []
-    for module in model.modules():
+    pairs: dict[str, tuple[QuantLinear | QuantEmbedding, nn.Parameter]] = {}
+    for name, module in model.named_modules():
         if isinstance(module, QuantLinear) or (isinstance(module, QuantEmbedding) and module.bits == 2):
             halves = split_ternary(module.weight.detach(), granularity=module.granularity)
-            pairs.append((module, nn.Parameter(torch.stack(halves).to(module.weight.dtype))))
-    if embedding_bits == 1:
-        _untie(model)
-    for module, weight in pairs:
+            pairs[name] = module, nn.Parameter(torch.stack(halves).to(module.weight.dtype))
+    for module, weight in pairs.values():
         module.weight = weight
         _as_pair(module)
+    _part_ties(model, pairs)
     return hf.attach(model, config)
 
 
@@ -212,11 +222,11 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
                 _as_pair(module)
     else:
         modules = _packed_like(model, config)
-    tables = [modules[name] for name in models.embeddings(model)[0] if name in modules]
     _swap(model, modules)
     # As `convert` and `split` did. A table left in float, or not a pair, is still the decoder's too.
-    if any(isinstance(table, PackedEmbedding) or table.weight.dim() == 3 for table in tables):
-        _forget_ties(model)
+    _part_ties(model, [name for name, new in modules.items() if isinstance(new, Packed) or new.weight.dim() == 3])
+    if not getattr(model.config, "tie_word_embeddings", False):
+        model.all_tied_weights_keys.update(_bias_tie(model))  # unless the files have two
     if config.stage == "packed":
         _join_projections(model)
     _set_attention(model, config)
@@ -230,7 +240,7 @@ def left_in_float(model: PreTrainedModel) -> dict[str, str]:
     found = {}
     for name, module in model.named_modules():
         matrices = (p for p in module.parameters(recurse=False) if p.dim() >= 2 and p.is_floating_point())
-        if not isinstance(module, QuantLinear | QuantEmbedding) and any(True for _ in matrices):
+        if not isinstance(module, QuantLinear | QuantEmbedding | QuantDecoder) and any(True for _ in matrices):
             found[name] = type(module).__name__
     return found
 
@@ -253,29 +263,64 @@ def _not_called(model: PreTrainedModel) -> list[str]:
     if not linears:
         raise ValueError(f"{type(model).__name__} (model_type {model.config.model_type!r}) has no torch.nn.Linear")
     names = [name.removeprefix(prefix) for name in (*linears, *words[0], *words[1])]
+    hint = f"describe it in lowbit.models.ARCHITECTURES[{model.config.model_type!r}]"
+    called = _called(base, names, hint)
+    return [name for name in names if name not in called]
+
+
+def _called(model: PreTrainedModel, names: list[str], hint: str) -> set[str]:
+    """Which of these modules a forward pass on token ids calls; ValueError, with a hint, where there can be none."""
     called: set[str] = set()
-    hooks = [base.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in names]
-    takes_mask = "attention_mask" in inspect.signature(base.forward).parameters
-    lengths, problem = {base.dummy_inputs["input_ids"].shape[-1]: None, **dict.fromkeys(_LENGTHS)}, None
+    hooks = [model.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in names]
+    takes_mask = "attention_mask" in inspect.signature(model.forward).parameters
+    lengths, problem = {model.dummy_inputs["input_ids"].shape[-1]: None, **dict.fromkeys(_LENGTHS)}, None
     try:
         for length in lengths:  # some take only multiples of a block, or no short ones
-            ids = base.dummy_inputs["input_ids"][:, :1].expand(-1, length).to(base.device)
+            ids = model.dummy_inputs["input_ids"][:, :1].expand(-1, length).to(model.device)
             try:
-                with _left_as_it_was(base), torch.no_grad():
-                    base.eval()
-                    base(ids, **({"attention_mask": torch.ones_like(ids)} if takes_mask else {}))
-                break
+                with _left_as_it_was(model), torch.no_grad():
+                    model.eval()
+                    model(ids, **({"attention_mask": torch.ones_like(ids)} if takes_mask else {}))
+                return called
             except Exception as error:
                 problem = problem or error
-        else:
-            raise ValueError(
-                f"{type(model).__name__} cannot be run on token ids, to see which linears it calls ({problem!r}); "
-                f"describe it in lowbit.models.ARCHITECTURES[{model.config.model_type!r}]"
-            ) from problem
     finally:
         for hook in hooks:
             hook.remove()
-    return [name for name in names if name not in called]
+    raise ValueError(
+        f"{type(model).__name__} cannot be run on token ids, to see which linears it calls ({problem!r}); {hint}"
+    ) from problem
+
+
+def _with_decoder_as_it_is(model: PreTrainedModel, config: LowbitConfig) -> LowbitConfig:
+    """The configuration without bits of a decoder that the model does not have, or reads rather than calls."""
+    found = models.decoder(model)
+    if config.output_embedding_bits is None or found is None:
+        return config.replace(output_embedding_bits=None)
+    name = found[0]
+    if config.skips(name) or _called(model, [name], f"modules_to_not_convert=[{name!r}] leaves its decoder in float"):
+        return config
+    logger.warning(
+        "%s reads the weight of its decoder %s instead of calling it, which codes would not survive: it stays float",
+        type(model).__name__,
+        name,
+    )
+    return config.replace(modules_to_not_convert=[*config.modules_to_not_convert, name])
+
+
+def _warn_of_float_decoder(model: PreTrainedModel, config: LowbitConfig) -> None:
+    """Say what is left of a packed model's size: a float decoder of its own that nobody asked for."""
+    size = models.float_decoder_bytes(model)
+    found = models.decoder(model)
+    if size and found is not None and not config.skips(found[0]):
+        logger.warning(
+            "the decoder %s stays float, a table of its own of %d bytes (%.1f MB); output_embedding_bits=8 of the "
+            "configuration stores it in 8 bits, modules_to_not_convert=[%r] says that float is meant",
+            found[0],
+            size,
+            size / 1e6,
+            found[0],
+        )
 
 
 @contextmanager
@@ -353,12 +398,20 @@ def _embedding_targets(model: PreTrainedModel, config: LowbitConfig) -> dict[str
     return {name: value for name, value in bits.items() if value is not None and not config.skips(name)}
 
 
+def _decoder_targets(model: PreTrainedModel, config: LowbitConfig) -> list[str]:
+    """Name of the decoder to quantize, if any."""
+    found = models.decoder(model)
+    return [] if config.output_embedding_bits is None or found is None or config.skips(found[0]) else [found[0]]
+
+
 def _quantized(model: PreTrainedModel, config: LowbitConfig) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
     for name, site in _linear_targets(model, config).items():
         modules[name] = QuantLinear(_expect(model, name, nn.Linear), config, site)
     for name, bits in _embedding_targets(model, config).items():
         modules[name] = QuantEmbedding(_expect(model, name, nn.Embedding), bits, config.embedding_granularity)
+    for name in _decoder_targets(model, config):
+        modules[name] = QuantDecoder(_expect(model, name, nn.Linear))
     return modules
 
 
@@ -383,6 +436,10 @@ def _packed_like(model: PreTrainedModel, config: LowbitConfig) -> dict[str, nn.M
             weight.device,
             weight.dtype,
         )
+    for name in _decoder_targets(model, config):
+        linear, weight = _expect(model, name, nn.Linear), model.get_parameter(f"{name}.weight")
+        bias = linear.bias is not None
+        modules[name] = PackedDecoder(linear.in_features, linear.out_features, bias, weight.device, weight.dtype)
     return modules
 
 
@@ -412,7 +469,7 @@ def _check_same(name: str, prepared: nn.Module, packed: nn.Module) -> None:
         return
     generator = torch.Generator().manual_seed(0)
     x: torch.Tensor
-    if isinstance(prepared, QuantLinear):
+    if isinstance(prepared, QuantLinear | QuantDecoder):
         x = torch.randn(3, prepared.in_features, generator=generator).to(weight.device, weight.dtype)
     else:
         x = torch.randint(weight.shape[-2], (8,), generator=generator).to(weight.device)
@@ -472,18 +529,28 @@ def _join_projections(model: PreTrainedModel) -> None:
             JointProjection(projections)
 
 
-def _untie(model: PreTrainedModel) -> None:
-    """Give a decoder that shares the word embedding's table its own float weight (packed codes cannot be shared)."""
-    decoder = model.get_output_embeddings()
-    table = None if decoder is None else model.get_input_embeddings()
-    if not isinstance(table, QuantEmbedding) or decoder.weight is not table.weight:
-        return
-    decoder.weight = nn.Parameter(decoder.weight.detach().clone())
-    if decoder.bias is not None:
-        decoder.bias = nn.Parameter(decoder.bias.detach().clone())
-    _forget_ties(model)
+def _part_ties(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """After modules of these names were replaced: what was tied to their weights is so no more.
 
-
-def _forget_ties(model: PreTrainedModel) -> None:
+    A table is shared by latent floats only. The configuration ties all or nothing, so whatever else was tied gets a
+    copy of its own then. But a packed decoder and its head go on to share their bias, which is once in files.
+    """
+    weights, ties = {f"{name}.weight" for name in names}, model.all_tied_weights_keys
+    parted = any(one in weights or other in weights for one, other in ties.items())
+    if not ties or (not parted and model.config.tie_word_embeddings):
+        return  # nothing, or something else: LUKE ties entities
+    kept = _bias_tie(model)
+    for one, other in ties.items():
+        shared: Any = model.get_parameter_or_buffer(one)
+        if one not in kept and shared is model.get_parameter_or_buffer(other):
+            owner, _, tensor = one.rpartition(".")
+            setattr(model.get_submodule(owner), tensor, nn.Parameter(shared.detach().clone(), shared.requires_grad))
     model.config.tie_word_embeddings = False
-    model.all_tied_weights_keys = {}
+    model.all_tied_weights_keys = {one: other for one, other in kept.items() if one in ties}
+
+
+def _bias_tie(model: PreTrainedModel) -> dict[str, str]:
+    """Names of a packed decoder's bias and of the one that its class ties it to, either way, if any."""
+    found = models.decoder(model)
+    name = None if found is None or not isinstance(found[1], PackedDecoder) else f"{found[0]}.bias"
+    return {one: other for one, other in (model._tied_weights_keys or {}).items() if name in (one, other)}

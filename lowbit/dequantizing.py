@@ -11,8 +11,8 @@ from lowbit_kernels import quantized_embedding
 
 from . import hf
 from .config import LowbitConfig
-from .conversion import _swap, _untie
-from .nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
+from .conversion import _part_ties, _swap
+from .nn import PackedDecoder, PackedEmbedding, PackedLinear, QuantDecoder, QuantEmbedding, QuantLinear
 from .nn.embedding import table_codes
 from .quantizers import weight_codes, weight_values
 from .unpadding import restore_padding
@@ -25,8 +25,9 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     """Replace lowbit's modules by `nn.Linear` and `nn.Embedding` that hold scale x code, in place.
 
     Weights are the quantized ones, not the latent ones that were trained. Activations and attention are not quantized
-    any more, so outputs move by as much as quantizing them had moved them. A fused model and one that drops tokens get
-    transformers' encoder back; lengths are forgotten. Attention is transformers' default.
+    any more, so outputs move by as much as quantizing them had moved them. A decoder that was tied to the word
+    embedding keeps a table of its own, untied: both had one latent table, but not the same bits. A fused model and one
+    that drops tokens get transformers' encoder back; lengths are forgotten. Attention is transformers' default.
 
     Adapters of peft stay where they are, and weights below them frozen; they can be merged now.
 
@@ -50,15 +51,18 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     if offloaded is not None:
         raise ValueError(f"{offloaded} is offloaded (device_map) and cannot be dequantized; load without offloading")
     hf.own_config(model)
-    _untie(model)
     restore_padding(model)
     own, trained = model.dtype, not any(hasattr(module, "base_layer") for module in model.modules())
+    swapped = []
     for name, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear | QuantLinear):
+        if isinstance(module, PackedLinear | QuantLinear | PackedDecoder | QuantDecoder):
             _swap(model, {name: _linear(module, own, trained)})
+            swapped.append(name)
         elif isinstance(module, PackedEmbedding | QuantEmbedding):
             _swap(model, {name: _embedding(module, own, trained)})
+            swapped.append(name)
         module._modules.pop("quantizers", None)  # of attention
+    _part_ties(model, swapped)
     hf.detach(model)
     model.config._attn_implementation = model.get_correct_attn_implementation(None)  # transformers' default
     if config.num_attention_heads is not None:
@@ -68,9 +72,13 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
 
 
 @torch.no_grad()
-def _linear(module: PackedLinear | QuantLinear, dtype: torch.dtype, trained: bool) -> nn.Linear:
-    if isinstance(module, PackedLinear):
+def _linear(
+    module: PackedLinear | QuantLinear | PackedDecoder | QuantDecoder, dtype: torch.dtype, trained: bool
+) -> nn.Linear:
+    if isinstance(module, PackedLinear | PackedDecoder):
         weight = module.dequantize()
+    elif isinstance(module, QuantDecoder):
+        weight = weight_values(*table_codes(module.weight, module.bits, module.granularity), torch.float32)
     else:
         weight = weight_values(*weight_codes(module.weight, module.quantizer, module.granularity), torch.float32)
     linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")

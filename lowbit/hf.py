@@ -41,7 +41,7 @@ from .config import FORMAT_VERSION, BinaryConfig, LengthConfig, LowbitConfig, Te
 from .counting import num_parameters
 from .errors import CheckpointError
 from .models import has_plain_attention, is_pooler
-from .nn import UnpaddedEncoder, attention
+from .nn import PackedDecoder, QuantDecoder, UnpaddedEncoder, attention
 from .nn._packed import Packed
 
 if TYPE_CHECKING:
@@ -324,9 +324,10 @@ def _save_as_what_it_is(save_pretrained: Callable[..., Any]) -> Callable[..., An
     def save(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         from .nn import QuantEmbedding, QuantLinear
 
+        kinds = (Packed, QuantLinear, QuantEmbedding, QuantDecoder)
         if isinstance(getattr(model, "hf_quantizer", None), HfQuantizer):
             return save_pretrained(model, *args, **kwargs)
-        parts = [n for n, each in model.named_modules() if isinstance(each, Packed | QuantLinear | QuantEmbedding)]
+        parts = [n for n, each in model.named_modules() if isinstance(each, kinds)]
         base = model.base_model
         if parts and base is not model and isinstance(getattr(base, "hf_quantizer", None), LowbitQuantizer):
             outside = [name for name in parts if not name.startswith(f"{model.base_model_prefix}.")]
@@ -360,7 +361,7 @@ def _take_over(model: PreTrainedModel, base: PreTrainedModel) -> None:
     for name in names:
         if hasattr(base.config, name):
             setattr(model.config, name, copy.deepcopy(getattr(base.config, name)))
-    attach(model, base.config.quantization_config)
+    attach(model, base.config.quantization_config.replace(output_embedding_bits=None))  # a float head
 
 
 def _push_to_hub(model: PreTrainedModel, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
@@ -425,10 +426,13 @@ def _resize_token_embeddings(model: PreTrainedModel, *args: Any, **kwargs: Any) 
     Raises:
         ValueError: the table is quantized.
     """
-    table = model.get_input_embeddings()
-    if not isinstance(table, torch.nn.Embedding) and (args or kwargs):
+    table, decoder = model.get_input_embeddings(), model.get_output_embeddings()
+    quantized = "word embedding" if not isinstance(table, torch.nn.Embedding) else ""
+    if isinstance(decoder, PackedDecoder | QuantDecoder) and not quantized:
+        quantized, table = "decoder", decoder
+    if quantized and (args or kwargs):
         raise ValueError(
-            f"the word embedding is quantized ({type(table).__name__}) and cannot be resized; resize the float model "
+            f"the {quantized} is quantized ({type(table).__name__}) and cannot be resized; resize the float model "
             "before quantizing it, or call model.dequantize() first"
         )
     return type(model).resize_token_embeddings(model, *args, **kwargs)
@@ -477,6 +481,11 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
     config = Path(files[0]).parent / "config.json"
     if config.is_file():
         checkpoints.check_config(config, recorded, type(model.config))
+    # A packed decoder shares a bias with its head, unless the file has two.
+    for one, other in list(model.all_tied_weights_keys.items()):
+        pair = {_bare(model, one), _bare(model, other)}
+        if pair <= found and any(_is_of_decoder(model, name) for name in pair):
+            del model.all_tied_weights_keys[one]
     ties = [(_bare(model, one), _bare(model, other)) for one, other in model.all_tied_weights_keys.items()]
     for one, other in ties:  # transformers writes one of them
         found |= {one, other} if found & {one, other} else set()
@@ -487,6 +496,12 @@ def _verify_files(model: PreTrainedModel, files: list[str]) -> None:
             f"{files[0]}: holds no pooler, the model that was saved has none, and the one of {type(model).__name__} is "
             "quantized, so that it cannot be initialized; "
             f"{'pass add_pooling_layer=False' if can_do_without else 'load the class that was saved'}"
+        )
+    if missing and all(_is_of_decoder(model, name) for name in missing):
+        raise CheckpointError(
+            f"{files[0]}: holds no {missing[0]}: the model that was saved has no such decoder, and the one of "
+            f"{type(model).__name__} is quantized (output_embedding_bits), so that it cannot be initialized; load the "
+            "class that was saved"
         )
     if missing:
         raise CheckpointError(
@@ -503,6 +518,14 @@ def _verify_modules(model: PreTrainedModel) -> None:
 
 def _packed_modules(model: PreTrainedModel) -> dict[str, Packed]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+
+
+def _is_of_decoder(model: PreTrainedModel, bare: str) -> bool:
+    """Whether a tensor, by its bare name, is a packed decoder's."""
+    packed = _packed_modules(model).items()
+    return any(
+        bare.rpartition(".")[0] == _bare(model, name) for name, each in packed if isinstance(each, PackedDecoder)
+    )
 
 
 def _ternary_modules(model: PreTrainedModel) -> dict[str, Packed]:

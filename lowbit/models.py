@@ -6,7 +6,8 @@ attention stays as it is, and `slim`, `fuse`, `set_length` and `compile`, which 
 
 Left in float by default, as the TernaryBERT releases do: everything outside of the base model (task heads, with all of
 their linears: `classifier.dense`, `pre_classifier`, `lm_head`, ...), LayerNorm, biases, and the tables of positions and
-token types (`LowbitConfig.position_embedding_bits` quantizes those of positions). `lowbit.left_in_float` lists what is.
+token types (`LowbitConfig.position_embedding_bits` quantizes those of positions, `output_embedding_bits` the decoder of
+a head that scores words). `lowbit.left_in_float` lists what is.
 
 A further architecture is one entry, made before `prepare` and before `from_pretrained`:
 
@@ -342,6 +343,33 @@ def embeddings(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     return [f"{prefix}{architecture.word_embeddings}"], [] if position is None else [f"{prefix}{position}"]
 
 
+def decoder(model: PreTrainedModel) -> tuple[str, Any] | None:
+    """(full name, module) of the linear by which a head scores words, of a model of any stage; None where none does.
+
+    transformers calls it the output embedding. It has as many rows as there are words.
+    """
+    found: Any = model.get_output_embeddings()
+    words = {getattr(model.config, "vocab_size", None), getattr(word_table(model), "num_embeddings", None)}
+    if getattr(found, "out_features", None) not in words - {None}:
+        return None  # of DeBERTa's newer head this is another linear: it reads the word embedding
+    return next(((name, module) for name, module in model.named_modules() if module is found), None)
+
+
+def float_decoder_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a decoder's float weight; 0 where there is none, or where it is the word embedding's too."""
+    found, table = decoder(model), word_table(model)
+    weight = None if found is None else found[1]._parameters.get("weight")
+    return 0 if weight is None or weight is getattr(table, "weight", None) else weight.nbytes
+
+
+def word_table(model: PreTrainedModel) -> Any:
+    """The word embedding of a model of any stage; None in models of characters."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def is_pooler(model: PreTrainedModel, name: str) -> bool:
     """Whether a module or tensor, by its name in the base model, belongs to the pooler's linear."""
     pooler = describe(model).pooler if is_known(model) else "pooler"
@@ -359,10 +387,7 @@ def every_linear(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
 
 def every_embedding(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """What `embeddings` are of a float model that is not in `ARCHITECTURES`."""
-    try:
-        words = model.base_model.get_input_embeddings()
-    except NotImplementedError:  # of models of characters
-        words = None
+    words = word_table(model.base_model)
     tables = list(_inside(model, nn.Embedding))
     return [name for name, table in tables if table is words], [name for name, table in tables if table is not words]
 

@@ -26,7 +26,7 @@ BELOW = {
     "nn": {"config", "models", "quantizers", "nn"},
     "checkpoints": {"_fields", "config", "errors"},
     "loading": {"checkpoints", "errors"},
-    "card": {"config", "errors", "nn"},
+    "card": {"config", "errors", "models", "nn"},
     "publishing": {"card"},
     "hf": {
         "_files",
@@ -65,6 +65,7 @@ BELOW = {
         "info",
         "length",
         "loading",
+        "models",
         "nn",
         "quantizers",
         "recipes",

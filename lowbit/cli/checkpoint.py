@@ -59,6 +59,7 @@ class Checkpoint:
         config: its `LowbitConfig` as in config.json, None without.
         checksums: tensors whose CRC-32 was compared; 0 in files without.
         damaged: tensors that do not match.
+        float_decoder: name of a packed model's decoder that is float and has a table of its own; None where none has.
     """
 
     path: str
@@ -70,6 +71,7 @@ class Checkpoint:
     checksums: int
     damaged: tuple[str, ...]
     modules: tuple[Module, ...]
+    float_decoder: str | None = None
 
     def parts(self) -> dict[str, int]:
         """Bytes by part and kind, the largest first."""
@@ -100,12 +102,13 @@ def read(folder: Path) -> Checkpoint:
     if quantization:
         ours = quantization.get("quant_method") == "lowbit"
         stage = quantization.get("stage", "float") if ours else str(quantization.get("quant_method"))
-    built = _quantized_modules(folder, quantization) if stage in ("prepared", "packed") else {}
+    built, decoder = _quantized_modules(folder, quantization) if stage in ("prepared", "packed") else ({}, None)
     modules, damaged, checked = [], [], 0
     for name, tensors, problems, compared in _grouped(files):
         modules.append(_module(name, tensors, built.get(name)))
         damaged += problems
         checked += compared
+    own_table = any(each.name == decoder and each.kind == "float" and len(each.shape) == 2 for each in modules)
     if missing := built.keys() - {module.name for module in modules}:
         raise CheckpointError(f"{folder}: no tensors of {sorted(missing)[0]}, which config.json describes")
     return Checkpoint(
@@ -118,6 +121,7 @@ def read(folder: Path) -> Checkpoint:
         checksums=checked,
         damaged=tuple(damaged),
         modules=tuple(modules),
+        float_decoder=decoder if own_table and stage == "packed" else None,
     )
 
 
@@ -152,13 +156,18 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdigit() else (0, 0, part) for part in name.split(".")]
 
 
-def _quantized_modules(folder: Path, quantization: dict[str, Any]) -> dict[str, nn.Module]:
-    """The lowbit modules that a model of the checkpoint has, without weights."""
+def _quantized_modules(folder: Path, quantization: dict[str, Any]) -> tuple[dict[str, nn.Module], str | None]:
+    """The lowbit modules that a model of the checkpoint has, without weights, and the name of its decoder.
+
+    Not those whose weight another module has in the file.
+    """
     import transformers
 
     from ..config import LowbitConfig
     from ..conversion import build
-    from ..nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
+    from ..models import decoder
+    from ..nn import QuantDecoder, QuantEmbedding, QuantLinear
+    from ..nn._packed import Packed
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
@@ -167,8 +176,13 @@ def _quantized_modules(folder: Path, quantization: dict[str, Any]) -> dict[str, 
             build(model, LowbitConfig.from_dict(quantization))
     except (TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{folder}/config.json: {error}") from error
-    kinds = (PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear)
-    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    kinds = (Packed, QuantLinear, QuantEmbedding, QuantDecoder)
+    found: dict[str, nn.Module] = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and f"{name}.weight" not in model.all_tied_weights_keys
+    }
+    return found, None if (scores := decoder(model)) is None else scores[0]
 
 
 def _module(name: str, tensors: dict[str, torch.Tensor], built: nn.Module | None) -> Module:

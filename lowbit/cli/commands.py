@@ -54,6 +54,12 @@ class EmbeddingBits(StrEnum):
     eight, two, one, none = "8", "2", "1", "none"
 
 
+class DecoderBits(StrEnum):
+    """Of the decoder of a head that scores words."""
+
+    eight, none = "8", "none"
+
+
 class ActivationBits(StrEnum):
     """Of activations."""
 
@@ -91,6 +97,9 @@ def quantize(
     embedding_bits: Annotated[
         EmbeddingBits | None, typer.Option(help="Of the word embedding. Without: as the weights.")
     ] = None,
+    output_embedding_bits: Annotated[
+        DecoderBits | None, typer.Option(help="Of the decoder of a masked language model. Without: float.")
+    ] = None,
     activation_bits: Annotated[ActivationBits | None, typer.Option(help="Of activations. Without: 8.")] = None,
     keep: Annotated[
         list[str] | None,
@@ -112,16 +121,22 @@ def quantize(
 
         given, started = loading.load_model(model), time.perf_counter()
         before = weights.disk_mb(loading.model_folder(model))
-        chosen = {"bits": bits, "embedding_bits": embedding_bits, "activation_bits": activation_bits, "keep": keep}
+        chosen = {
+            "embedding_bits": embedding_bits,
+            "output_embedding_bits": output_embedding_bits,
+            "activation_bits": activation_bits,
+        }
         stage = getattr(getattr(given.config, "quantization_config", None), "stage", "float")
         if stage == "prepared":
-            if named := [f"--{name.replace('_', '-')}" for name, value in chosen.items() if value]:
+            if named := [
+                f"--{name.replace('_', '-')}" for name, value in {"bits": bits, **chosen, "keep": keep}.items() if value
+            ]:
                 raise typer.BadParameter(f"{', '.join(named)}: {model} is prepared and has bits of its own")
             lowbit.convert(given)
         else:
             kind = lowbit.BinaryConfig if bits == Bits.binary else lowbit.TernaryConfig
             fields: dict[str, Any] = {"modules_to_not_convert": keep or []}
-            for name, value in (("embedding_bits", embedding_bits), ("activation_bits", activation_bits)):
+            for name, value in chosen.items():
                 if value is not None:
                     fields[name] = None if value == "none" else int(value)
             lowbit.quantize(given, kind(**fields))
@@ -588,6 +603,11 @@ def _info_tables(found: Any) -> list[Any]:
     lines = [head, _table(rows, {key: key for key in rows[0]}) if rows else "no tensors", "", *bars, ""]
     if found.config and found.stage in ("prepared", "packed"):
         lines.append("bits: " + _wea(found.config) + " (weights-embedding-activations)")
+    if found.float_decoder:
+        size = next(module.bytes for module in found.modules if module.name == found.float_decoder)
+        lines.append(
+            f"decoder: {found.float_decoder}, float, {size / 1e6:.2f} MB; output_embedding_bits=8 stores it in 8 bits"
+        )
     if found.length_config:
         lines.append(f"lengths: keep {found.length_config.get('keep')}, {found.length_config.get('unit')}")
     return [*lines, sums if found.checksums else "checksums: none in these files"]

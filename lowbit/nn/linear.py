@@ -113,7 +113,7 @@ class QuantLinear(nn.Module):
         Raises:
             ValueError: another K.
         """
-        _check_features(self, x)
+        check_features(self, x)
         x = autocast(x)
         codes, scale = weight_codes(self.weight, self.quantizer, self.granularity)
         if self.input_quantizer is None:
@@ -213,7 +213,7 @@ class PackedLinear(Packed):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """float [..., K] -> float [..., N] in x's dtype; ValueError for another K."""
         refuse_tracing()
-        _check_features(self, x)
+        check_features(self, x)
         if self.input_quantizer is None:
             return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
         if self.joint is not None and self.joint.covers(self, x):
@@ -232,7 +232,8 @@ class PackedLinear(Packed):
         return f"{self.in_features}, {self.out_features}, {self.layout}, bias={self.bias is not None}"
 
 
-def _check_features(linear: QuantLinear | PackedLinear, x: torch.Tensor) -> None:
+def check_features(linear: Any, x: torch.Tensor) -> None:
+    """Raise ValueError unless a linear of `in_features` can read x."""
     if x.shape[-1] != linear.in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected [..., {linear.in_features}]")
 
