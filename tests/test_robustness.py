@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertLMHeadModel
 
 import lowbit
-from helpers import HEADS, batch, identical, outputs, tiny, tiny_config
+from helpers import HEADS, batch, identical, outputs, outputs_by_module, tiny, tiny_config
 from lowbit.nn import PackedEmbedding, PackedLinear, QuantEmbedding, QuantLinear
 from lowbit.quantizers import WEIGHT_QUANTIZERS, twn, weight_codes
 
@@ -76,8 +76,7 @@ def test_gradients_go_straight_through_packed_linears() -> None:
     embeddings = torch.randn(3, 11, 64, requires_grad=True)
     mask = inputs["attention_mask"]
     logits = model(inputs_embeds=embeddings, attention_mask=mask).logits
-    with torch.no_grad():
-        expected = model(inputs_embeds=embeddings, attention_mask=mask).logits
+    expected = outputs_by_module(model, {"inputs_embeds": embeddings, "attention_mask": mask})[0]
     assert torch.equal(logits, expected)
     logits.square().sum().backward()
     assert embeddings.grad is not None and embeddings.grad.norm() > 0
@@ -86,12 +85,10 @@ def test_gradients_go_straight_through_packed_linears() -> None:
             assert parameter.grad is not None, name
 
 
-@pytest.mark.parametrize("activation", [None, "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("clip", [None, 0.7])
-def test_the_gradient_is_that_of_the_dequantized_linear(activation: str | None, clip: float | None) -> None:
+def test_the_gradient_is_that_of_the_dequantized_linear(clip: float | None) -> None:
     config = lowbit.TernaryConfig(activation_clip=clip)
     linear = PackedLinear.from_float(torch.nn.Linear(50, 20), config)
-    linear.activation = activation
     x = torch.randn(4, 3, 50, requires_grad=True)
     weights = torch.randn(4, 3, 20)
     (linear(x) * weights).sum().backward()
@@ -101,8 +98,6 @@ def test_the_gradient_is_that_of_the_dequantized_linear(activation: str | None, 
     clipped = wide if clip is None else torch.where(wide.abs() < clip, wide, wide.detach())
     bias = linear.bias.detach().double().requires_grad_()
     y = (seen + (clipped - clipped.detach())) @ linear.dequantize().double().t() + bias
-    if activation:
-        y = torch.nn.functional.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
     (y * weights.double()).sum().backward()
     torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(linear.bias.grad.double(), bias.grad, rtol=1e-4, atol=1e-5)
@@ -359,7 +354,7 @@ def test_conversion_changes_no_bit_in_half_precision(hidden_act: str, dtype: tor
     prepared = lowbit.prepare(tiny(hidden_act=hidden_act).to(dtype), lowbit.TernaryConfig())
     packed = lowbit.convert(copy.deepcopy(prepared))
     inputs = batch()
-    assert all(map(torch.equal, outputs(packed, inputs), outputs(prepared, inputs)))
+    assert all(map(torch.equal, outputs_by_module(packed, inputs), outputs(prepared, inputs)))
 
 
 def test_double_precision_runs() -> None:
