@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .nn.encoder import GIVEN_STATES
+from . import models
 from .nn.proof import trying
 from .nn.snapshot import Snapshot, any_global_hook, is_hooked
 from .nn.stand_in import StandIn
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SHAPES = ((2, 3), (1, 2, 3))  # of ids: [B, S], or [B, choices, S]
+
+_FIRST_TOKEN_HEADS = ("ForSequenceClassification", "ForMultipleChoice", "ForNextSentencePrediction")
 
 _found: WeakKeyDictionary[nn.Module, tuple[Snapshot, bool]] = WeakKeyDictionary()
 
@@ -31,10 +33,13 @@ def reads_first_token_only(model: PreTrainedModel) -> bool:
     after modules were replaced or settings changed. A hook on what comes after the encoder sees all tokens.
 
     Args:
-        model: whose encoder is an `UnpaddedEncoder`.
+        model: of an architecture that `lowbit.models` describes. One on the meta device, which cannot run, is judged by
+            its class.
     """
     if model.base_model is model or torch.compiler.is_compiling():  # Dynamo cannot trace how it is found out
         return False
+    if model.device.type == "meta":
+        return type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
     after = list(_after_encoder(model))
     # Hooks before the base model, and those of the whole model, do not see what the encoder returns.
     watched = [module for module in after if module is not model and module is not model.base_model]
@@ -65,21 +70,33 @@ def _is_library(module: nn.Module) -> bool:
 
 def _ignores_others(model: PreTrainedModel) -> bool:
     """Whether outputs stay the same to the last bit when the states of all tokens but the first become NaN."""
-    states = torch.linspace(-1, 1, 6 * model.config.hidden_size, device=model.device, dtype=model.dtype).view(2, 3, -1)
-    hidden = states.clone()
-    hidden[:, 1:] = float("nan")
+    encoder = model.base_model.get_submodule(models.describe(model).layers.rpartition(".")[0])
     with trying(model):
         for shape in _SHAPES:
             ids = torch.zeros(shape, dtype=torch.long, device=model.device)
             try:
-                seen, unseen = (_outputs(model, ids, given) for given in (states, hidden))
+                seen, unseen = (_outputs(model, encoder, ids, value) for value in (1.0, float("nan")))
             except Exception:  # takes another shape of ids, or more than ids
                 continue
             return len(seen) > 0 and all(torch.equal(a, b) for a, b in zip(seen, unseen, strict=True))
     return False
 
 
-def _outputs(model: PreTrainedModel, ids: torch.Tensor, states: torch.Tensor) -> list[torch.Tensor]:
-    GIVEN_STATES.set(states)
-    outputs: Any = model.forward(ids, return_dict=True, output_hidden_states=False, output_attentions=False)
-    return [value for value in outputs.values() if torch.is_tensor(value)]
+def _outputs(model: PreTrainedModel, encoder: nn.Module, ids: torch.Tensor, value: float) -> list[torch.Tensor]:
+    """The model's outputs where layers do nothing, and `value` replaces all states but those of first tokens."""
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+    def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        states = hidden_states.clone()
+        states[:, 1:] = value
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
+
+    own = encoder.__dict__.get("forward")
+    encoder.__dict__["forward"] = forward
+    try:
+        outputs: Any = model.forward(ids, return_dict=True, output_hidden_states=False, output_attentions=False)
+    finally:
+        del encoder.__dict__["forward"]
+        if own is not None:
+            encoder.__dict__["forward"] = own
+    return [tensor for tensor in outputs.values() if torch.is_tensor(tensor)]

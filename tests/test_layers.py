@@ -44,7 +44,7 @@ BELOW = {
     },
     "dequantizing": {"config", "models", "nn", "quantizers", "hf", "conversion", "unpadding"},
     "conversion": {"config", "errors", "models", "nn", "quantizers", "hf", "slimming", "unpadding"},
-    "heads": {"nn"},
+    "heads": {"models", "nn"},
     "unpadding": {"config", "errors", "heads", "models", "nn", "hf"},
     "slimming": {"config", "models", "hf"},
     "compiling": {"models", "nn"},

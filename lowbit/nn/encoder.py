@@ -15,7 +15,7 @@ and where they do something else than `proof` can reproduce; with dropped tokens
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextvars import Context, ContextVar
+from contextvars import Context
 from typing import Any, Protocol
 
 import torch
@@ -31,9 +31,6 @@ from .pruning import Keep, Kept, Survivors, drop, gathered, importance_loss, pla
 from .sequences import Sequences, additive, with_first_tokens, with_padding, without_padding
 from .snapshot import Snapshot, any_global_hook, is_hooked
 from .stand_in import StandIn
-
-# What encoders of this context return in place of running their layers, None: they run.
-GIVEN_STATES: ContextVar[torch.Tensor | None] = ContextVar("given_states", default=None)
 
 
 class SoftMask(Protocol):
@@ -139,8 +136,6 @@ class UnpaddedEncoder(StandIn):
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
         compiling = torch.compiler.is_compiling()
-        if not compiling and (given := GIVEN_STATES.get()) is not None:
-            return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=given)
         drops = self.lengths is not None or self.soft_mask is not None
         prevented, by_modules = self._look(drops)
         obstacle = self._obstacle(hidden_states, attention_mask, kwargs) or prevented
