@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .nn.encoder import GIVEN_STATES
+from .nn.encoder import GIVEN_STATES, UnpaddedEncoder
+from .nn.proof import trying
 from .nn.snapshot import Snapshot, any_global_hook, is_hooked
 from .nn.stand_in import StandIn
 
@@ -39,7 +40,9 @@ def reads_first_token_only(model: PreTrainedModel) -> bool:
     watched = (
         module for module in after if is_hooked(module) and module is not model and module is not model.base_model
     )
-    if any_global_hook() or next(watched, None) is not None or model.base_model._forward_hooks:
+    encoder = next(module for module in model.base_model.modules() if isinstance(module, UnpaddedEncoder))
+    seen = model.base_model._forward_hooks or is_hooked(encoder) or "forward" in encoder.__dict__
+    if any_global_hook() or next(watched, None) is not None or seen:
         return False
     snapshot, reads = _found.get(model, (Snapshot(), False))
     if snapshot.compare() == "changed":
@@ -64,14 +67,10 @@ def _is_library(module: nn.Module) -> bool:
     return type(module).__module__.startswith(("transformers.", "torch.nn.", "lowbit.")) and not own_forward
 
 
-@torch.no_grad()
 def _ignores_others(model: PreTrainedModel) -> bool:
     """Whether outputs stay the same to the last bit when the states of all tokens but the first become NaN."""
-    training = [module for module in model.modules() if module.training]
     device, dtype = model.device, model.dtype
-    for module in training:
-        module.training = False
-    try:
+    with trying(model):  # hooks of the embeddings would see ids that nobody gave
         for shape in _SHAPES:
             ids = torch.zeros(shape, dtype=torch.long, device=device)
             states = torch.linspace(-1, 1, 6 * model.config.hidden_size, device=device, dtype=dtype).view(2, 3, -1)
@@ -83,9 +82,6 @@ def _ignores_others(model: PreTrainedModel) -> bool:
                 continue
             return len(seen) > 0 and all(torch.equal(a, b) for a, b in zip(seen, unseen, strict=True))
         return False
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _outputs(model: PreTrainedModel, ids: torch.Tensor, states: torch.Tensor) -> list[torch.Tensor]:

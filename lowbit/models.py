@@ -363,6 +363,12 @@ def every_embedding(model: PreTrainedModel) -> tuple[list[str], list[str]]:
         words = model.base_model.get_input_embeddings()
     except NotImplementedError:  # of models of characters
         words = None
+    except AttributeError as error:
+        found = ", ".join(repr(name) for name, _ in _encoders(model)) or "nowhere"
+        raise ValueError(
+            f"{type(model).__name__} has no word embedding where its class says ({error}); encoders are at {found}: "
+            f"keep the encoder at {model.base_model_prefix!r}, or give the class another base_model_prefix"
+        ) from error
     tables = list(_inside(model, nn.Embedding))
     return [name for name, table in tables if table is words], [name for name, table in tables if table is not words]
 

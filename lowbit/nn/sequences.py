@@ -43,6 +43,11 @@ def without_padding(
     return rows[places], Sequences(cu_seqlens, int(host.diff().max()), host, number_late > 0), places
 
 
+def has_gaps(mask: torch.Tensor | None) -> bool:
+    """Whether there is padding before a token of the same row, in a mask [B, S] or None."""
+    return mask is not None and bool((mask[:, 1:].bool() & ~mask[:, :-1].bool()).any())
+
+
 def with_padding(tokens: torch.Tensor, places: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
     """Inverse of `without_padding`: [T, H] -> [B, S, H], zeros at padding."""
     if places is None:
