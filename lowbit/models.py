@@ -361,14 +361,16 @@ def every_embedding(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """What `embeddings` are of a float model that is not in `ARCHITECTURES`."""
     try:
         words = model.base_model.get_input_embeddings()
-    except NotImplementedError:  # of models of characters
-        words = None
-    except AttributeError as error:
-        found = ", ".join(repr(name) for name, _ in _encoders(model)) or "nowhere"
-        raise ValueError(
-            f"{type(model).__name__} has no word embedding where its class says ({error}); encoders are at {found}: "
-            f"keep the encoder at {model.base_model_prefix!r}, or give the class another base_model_prefix"
-        ) from error
+    except (AttributeError, NotImplementedError) as error:
+        prefix = model.base_model_prefix
+        found = [name for name, each in _encoders(model.base_model) if each.base_model_prefix == prefix]
+        if not found and isinstance(error, NotImplementedError):  # of models of characters
+            words = None
+        else:
+            raise ValueError(
+                f"{type(model).__name__} has no word embedding where its class says ({error}); encoders are at "
+                f"{found or 'no place'}: keep the encoder at {prefix!r}, or give the class another base_model_prefix"
+            ) from error
     tables = list(_inside(model, nn.Embedding))
     return [name for name, table in tables if table is words], [name for name, table in tables if table is not words]
 

@@ -169,7 +169,7 @@ def restore_padding(model: PreTrainedModel) -> None:
     if any(isinstance(module, PackedEncoder) for module in stand_ins):
         model.base_model.requires_grad_(True)
     _put_back_all(model, stand_ins)
-    for module, hook in ((model.base_model, _tell_encoder), (model, _read_first_token_only)):
+    for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
         for key in [key for key, other in module._forward_pre_hooks.items() if other is hook]:
             del module._forward_pre_hooks[key]
             module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -246,7 +246,7 @@ def _without_padding(model: PreTrainedModel) -> None:
     """Padding masks as they come, and what the encoder has to know of head and batch."""
     if models.has_plain_attention(model):
         model.set_attn_implementation(lowbit_attention.NAME)
-    for module, hook in ((model.base_model, _tell_encoder), (model, _read_first_token_only)):
+    for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
         if hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -258,23 +258,13 @@ def _read_first_token_only(model: PreTrainedModel, args: tuple[Any, ...], kwargs
     return args, kwargs
 
 
-def _tell_encoder(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Base model -> encoder: the tokens of the first segment, where they are to be kept; the padding mask as it came,
-    where the base model makes another one of it for attention of its own."""
-    encoder = encoder_of(base)
-    lengths = getattr(encoder, "lengths", None)
+def _protect(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Base model -> encoder: the tokens of the first segment, where they are to be kept."""
+    lengths = getattr(encoder_of(base), "lengths", None)
     if lengths is not None and "first_segment" in lengths.protect and "protected_tokens" not in kwargs:
-        token_type_ids = _argument(base, "token_type_ids", args, kwargs)
+        place = [*inspect.signature(type(base).forward).parameters].index("token_type_ids") - 1  # without self
+        token_type_ids = args[place] if len(args) > place else kwargs.get("token_type_ids")
         if token_type_ids is None:
             raise ValueError("LengthConfig(protect=('first_segment',)) needs token_type_ids; the call has none")
         kwargs = {**kwargs, "protected_tokens": token_type_ids == 0}
-    if isinstance(encoder, UnpaddedEncoder) and encoder.architecture.own_attention:
-        mask = _argument(base, "attention_mask", args, kwargs)
-        if mask is None or mask.dim() == 2:
-            kwargs = {**kwargs, "padding_mask": mask}
     return args, kwargs
-
-
-def _argument(base: PreTrainedModel, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    place = [*inspect.signature(type(base).forward).parameters].index(name) - 1  # without self
-    return args[place] if len(args) > place else kwargs.get(name)

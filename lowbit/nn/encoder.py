@@ -28,7 +28,7 @@ from ..config import LengthConfig
 from ..models import Architecture
 from .proof import attention_options, prove
 from .pruning import Keep, Kept, Survivors, drop, gathered, importance_loss, plan
-from .sequences import Sequences, additive, has_gaps, with_first_tokens, with_padding, without_padding
+from .sequences import Sequences, additive, has_gaps, of_padding, with_first_tokens, with_padding, without_padding
 from .snapshot import Snapshot, any_global_hook, is_hooked
 from .stand_in import StandIn
 
@@ -126,10 +126,9 @@ class UnpaddedEncoder(StandIn):
 
         Args:
             hidden_states: [B, S, H].
-            attention_mask: [B, S] or None.
+            attention_mask: [B, S] or None; what the model's own attention adds to scores, where it has one.
             first_token_only: the caller reads hidden_states[:, 0] only, what else is returned may be anything.
             protected_tokens: bool [B, S], tokens to keep as long as there is room, or None.
-            padding_mask: [B, S] or None, what `attention_mask` was made of, where that is another one.
 
         Returns:
             transformers' output with last_hidden_state [B, S, H].
@@ -145,7 +144,7 @@ class UnpaddedEncoder(StandIn):
             return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=given)
         drops = self.lengths is not None or self.soft_mask is not None
         prevented, by_modules = self._look(drops)
-        mask = kwargs.pop("padding_mask", attention_mask)
+        mask = of_padding(attention_mask) if self.architecture.own_attention else attention_mask
         obstacle = self._obstacle(hidden_states, mask, kwargs) or prevented
         if drops and obstacle:
             raise ValueError(
