@@ -56,6 +56,10 @@ ONCE = {
     "and a NotImplementedError": Program(
         "RoFormer", "ForMaskedLM", "ternary", (("other name", 858), ("quantize", 116)), 120
     ),
+    "a head on a packed body could be slimmed, to no end": Program(
+        "XLMRoberta", "ForSequenceClassification", "4 bits",
+        (("quantize", 655), ("shared body", 27), ("slim", 773)), 622,
+    ),
     "MPNet counted distances without the padding inside": Program(
         "MPNet", "ForQuestionAnswering", "no words", (("quantize", 26),), 854
     ),
