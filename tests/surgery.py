@@ -764,7 +764,7 @@ def shared_body(pair: Pair, rng: random.Random) -> None:
 
 def composite(pair: Pair, rng: random.Random) -> None:
     """An encoder-decoder made of the body."""
-    if pair.family not in ("Bert", "Roberta") or pair.stage == "float" or pair.any("refused", "must"):
+    if pair.family not in ("Bert", "Roberta") or pair.stage == "float" or pair.float_twin:
         raise Unfit
     decoder = transformers.BertLMHeadModel(transformers.BertConfig(**SIZES, is_decoder=True, add_cross_attention=True))
     both = transformers.EncoderDecoderModel(encoder=pair.model.base_model, decoder=decoder)
