@@ -63,7 +63,7 @@ aoti: $(VENV)/.installed  ## an AOTInductor package of a packed model, run in a 
 bench: $(VENV)/.installed-bench  ## CPU benchmarks against float32, torch int8 and onnxruntime
 	$(OFFLINE) $(BIN)/python -m benchmarks.cpu --results $(RESULTS)
 
-soak: $(VENV)/.installed  ## damaged checkpoints, fuzzed ops, load, concurrency, interruption; writes docs/reliability.md (about ten minutes)
+soak: $(VENV)/.installed  ## damaged checkpoints, fuzzed ops, surgery, load, concurrency, interruption; writes docs/reliability.md (about 15 minutes)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 
 gpu:  ## the GPU run with the current python: correctness, then attention, models and linears against every peer installed

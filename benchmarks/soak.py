@@ -1,9 +1,10 @@
-"""Reliability under damage, strange input, load, concurrency and interruption; `make soak` runs all of it.
+"""Reliability under damage, strange input, surgery, load, concurrency and interruption; `make soak` runs all of it.
 
     python -m benchmarks.soak                          every part that has not been run yet, then the report
     python -m benchmarks.soak checkpoints --again      one part, from the start
     python -m benchmarks.soak checkpoints --case 1234  one damaged checkpoint, shown
     python -m benchmarks.soak ops --case 17            one case of every kind of op
+    python -m benchmarks.soak surgery --case 17        one program of edits and verbs, shown
 
 Parts write what they have to `soak-output/`, so a run that is cut off goes on where it was. The report is
 `benchmarks/results/reliability.json`, and docs/reliability.md rendered from it. Ends with 1 if anything failed.
@@ -38,7 +39,7 @@ from tqdm.auto import tqdm
 
 import lowbit
 
-from . import soak_checkpoints, soak_damage, soak_ops, soak_running
+from . import soak_checkpoints, soak_damage, soak_ops, soak_running, soak_surgery
 from .report import render
 from .results import Row, read, write
 
@@ -121,6 +122,11 @@ def op_case(name: str, case: int) -> random.Random:
     return random.Random(f"{SEED} {name} {case}")
 
 
+def surgery() -> dict[str, Any]:
+    with _bar(soak_surgery.PROGRAMS, "surgery") as bar:
+        return soak_surgery.programs(soak_surgery.PROGRAMS, SEED, bar.update)
+
+
 def atheris() -> dict[str, Any]:
     """libFuzzer in processes of its own; none of its runs is among the mutated checkpoints."""
     if importlib.util.find_spec("atheris") is None:
@@ -158,6 +164,7 @@ def resume() -> dict[str, Any]:
 PARTS: dict[str, Part] = {
     "checkpoints": checkpoints,
     "ops": ops,
+    "surgery": surgery,
     "atheris": atheris,
     "requests": requests,
     "concurrency": concurrency,
@@ -182,8 +189,9 @@ def failed(outcome: dict[str, str]) -> bool:
 def tables(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Row]]:
     """The report's results, from what the parts wrote."""
     makers = {
-        "checkpoints": _checkpoint_tables, "ops": _ops_tables, "atheris": _atheris_tables,
-        "requests": _request_tables, "concurrency": _concurrency_tables, "resume": _resume_tables,
+        "checkpoints": _checkpoint_tables, "ops": _ops_tables, "surgery": _surgery_tables,
+        "atheris": _atheris_tables, "requests": _request_tables, "concurrency": _concurrency_tables,
+        "resume": _resume_tables,
     }  # fmt: skip
     results: dict[str, dict[str, Row]] = {}
     for name, part in parts.items():
@@ -227,6 +235,17 @@ def _ops_tables(part: dict[str, Any]) -> dict[str, dict[str, Row]]:
     for name, row in part["rows"].items():
         rows[name] = {"cases": sum(row.values()), **{key: row.get(key, 0) for key in columns}}
     return {"op": rows}
+
+
+def _surgery_tables(part: dict[str, Any]) -> dict[str, dict[str, Row]]:
+    failed = len(part["failures"])
+    rows: dict[str, Row] = {
+        kind: {"times": sum(row.values()), **{outcome: row.get(outcome, 0) for outcome in soak_surgery.OUTCOMES}}
+        for kind, row in part["rows"].items()
+    }
+    programs: dict[str, Row] = {name: {"programs": count} for name, count in part["families"].items()}
+    return {"surgery": {"programs": {"run": part["programs"], "failed": failed}}, "surgery, by model": programs,
+            "surgery, by step": rows}  # fmt: skip
 
 
 def _atheris_tables(part: dict[str, Any]) -> dict[str, dict[str, Row]]:
@@ -303,12 +322,21 @@ is within the rounding of float32, integers bit for bit; "refused" is a TypeErro
 outside of its table) with a message; inputs are never changed. Each kind was also drawn by hypothesis, HYPOTHESIS
 examples. Other devices than the CPU and meta: not measured.
 
+**Surgery**: random programs of what users do to models (heads, activations, norms, tables and layers replaced, hooks,
+pruning, shared parts, ...), of lowbit's verbs, of saving, loading and copying, and of calls with masks of every kind.
+The same program is done to a twin that takes no fast path and is neither saved nor copied; where nothing is quantized
+it stays transformers' float model. After each step both compute the same, up to rounding, and hooks have seen the same
+("equal"); or both refuse the call, or the verb was refused by one clear error that left the model as it was, to the
+last bit ("refused"). "random": dropout was on; "dropped": lengths drop tokens, and sentences are compared with
+themselves alone; "unfit": the model has no such part; "end": the file cannot say what was done, as with transformers'
+own models.
+
 **Under load** every answer of the threads equals the single thread's for the same request, bit for bit; memory may
 grow by 1 % (at least 2 MB) from the second to the last quarter of the run. **Two processes that save to one folder**
 leave one of the two checkpoints, whole; who loads meanwhile gets either model or an error. **Training that is
 killed** (SIGKILL) and resumed ends in the weights of a run left alone, bit for bit, on the CPU.
 
-Case n of the checkpoints, and of each kind of op, is made of the seed and n alone: `python -m benchmarks.soak
+Case n of the checkpoints, of each kind of op and of surgery is made of the seed and n alone: `python -m benchmarks.soak
 checkpoints --case n` shows it again.
 
 """
@@ -396,12 +424,15 @@ def main() -> None:
     parser.add_argument("part", nargs="?", choices=list(PARTS), help="default: all, and the report")
     parser.add_argument("--again", action="store_true", help="forget what earlier runs found")
     parser.add_argument("--report", action="store_true", help="write the report of what has been run, and run nothing")
-    parser.add_argument("--case", type=int, help="show one case of checkpoints or ops")
+    parser.add_argument("--case", type=int, help="show one case of checkpoints, ops or surgery")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that workers and temporary folders go too
     if options.case is not None:
         if options.part == "checkpoints":
             show_checkpoint(options.case)
+        elif options.part == "surgery":
+            print(soak_surgery.surgery().draw(SEED, options.case))
+            print(soak_surgery.run(options.case, SEED))
         else:
             for name in soak_ops.CASES:
                 print(name, soak_ops.run(name, op_case(name, options.case).randint))

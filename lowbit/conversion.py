@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +134,8 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
     config = _expect_prepared(model, "convert")
     if fused:
         check_fusable(model, config.replace(stage="packed"))
+        with _all_or_nothing(model):  # layers that cannot be fused show when they are packed
+            return fuse(convert(model))
     packed: dict[str, nn.Module] = {}
     made: dict[nn.Module, Any] = {}  # a module may be in several places
     for name, module in model.named_modules(remove_duplicate=False):
@@ -152,12 +154,13 @@ def convert(model: PreTrainedModel, fused: bool = False) -> PreTrainedModel:
     _join_projections(model)
     _warn_of_float_decoder(model, config)
     hf.attach(model, config.replace(stage="packed"))
-    return fuse(model) if fused else fuse_where_possible(model)
+    return fuse_where_possible(model)
 
 
 def quantize(model: PreTrainedModel, config: LowbitConfig, fused: bool = False) -> PreTrainedModel:
     """Post-training quantization: `convert(prepare(model, config), fused)`; arguments and errors are theirs."""
-    return convert(prepare(model, config), fused)
+    with _all_or_nothing(model):
+        return convert(prepare(model, config), fused)
 
 
 def split(model: PreTrainedModel) -> PreTrainedModel:
@@ -326,21 +329,46 @@ def _warn_of_float_decoder(model: PreTrainedModel, config: LowbitConfig) -> None
 @contextmanager
 def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Undoes what a forward pass changes: modes, settings, modules (BigBird replaces its attention), configuration."""
-    tables: list[dict[str, Any]] = []
-    for module in model.modules():
-        tables += [module.__dict__, module._modules, module._parameters, module._buffers]  # type: ignore[list-item]
-    tables.append(model.config.__dict__)
-    were = [dict(table) for table in tables]
+    put_back = _remember(model)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         yield
     finally:
-        for table, was in zip(tables, were, strict=True):
-            table.clear()
-            table.update(was)
+        put_back()
         with torch.no_grad():
             for buffer, was_buffer in buffers:
                 buffer.copy_(was_buffer)
+
+
+@contextmanager
+def _all_or_nothing(model: PreTrainedModel) -> Iterator[None]:
+    """What raises an error leaves the model as it was: modules, hooks, settings, configuration; no value changes."""
+    put_back = _remember(model)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        raise
+
+
+def _remember(model: PreTrainedModel) -> Callable[[], None]:
+    """What puts a model's modules, hooks, settings and configuration back, as they are now."""
+    tables: list[dict[Any, Any]] = []
+    for module in model.modules():
+        own = module.__dict__
+        tables += [
+            own,
+            *(own[name] for name in ("_modules", "_parameters", "_buffers", *_HOOKS) if own[name] is not None),
+        ]
+    tables.append(model.config.__dict__)
+    were = [dict(table) for table in tables]
+
+    def put_back() -> None:
+        for table, was in zip(tables, were, strict=True):
+            table.clear()
+            table.update(was)
+
+    return put_back
 
 
 def _as_pair(module: Any) -> None:
@@ -482,7 +510,7 @@ def _check_same(name: str, prepared: nn.Module, packed: nn.Module) -> None:
 
 _HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook",
+    "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
 )  # fmt: skip
 
 
@@ -491,7 +519,7 @@ def _swap(model: PreTrainedModel, modules: dict[str, nn.Module]) -> None:
     for name, module in modules.items():
         old = model.get_submodule(name)
         module.train(old.training)
-        module.__dict__.update({hooks: old.__dict__[hooks] for hooks in _HOOKS})
+        module.__dict__.update({hooks: old.__dict__[hooks] for hooks in (*_HOOKS, "_is_full_backward_hook")})
         if hasattr(old, "_hf_hook"):  # of accelerate, where a device map spreads the model
             from accelerate.hooks import add_hook_to_module
 

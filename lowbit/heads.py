@@ -43,7 +43,9 @@ def reads_first_token_only(model: PreTrainedModel) -> bool:
     after = list(_after_encoder(model))
     # Hooks before the base model, and those of the whole model, do not see what the encoder returns.
     watched = [module for module in after if module is not model and module is not model.base_model]
-    if any_global_hook() or model.base_model._forward_hooks or any(map(is_hooked, watched)):
+    encoder = _encoder(model)
+    seen = model.base_model._forward_hooks or is_hooked(encoder) or "forward" in encoder.__dict__
+    if any_global_hook() or seen or any(map(is_hooked, watched)):
         return False
     snapshot, reads = _found.get(model, (Snapshot(), False))
     if snapshot.compare() == "changed":
@@ -63,6 +65,10 @@ def _after_encoder(model: PreTrainedModel) -> Iterator[nn.Module]:
             waiting.extend(module.children())
 
 
+def _encoder(model: PreTrainedModel) -> nn.Module:
+    return model.base_model.get_submodule(models.describe(model).layers.rpartition(".")[0])
+
+
 def _is_library(module: nn.Module) -> bool:
     own_forward = "forward" in module.__dict__
     return type(module).__module__.startswith(("transformers.", "torch.nn.", "lowbit.")) and not own_forward
@@ -70,7 +76,7 @@ def _is_library(module: nn.Module) -> bool:
 
 def _ignores_others(model: PreTrainedModel) -> bool:
     """Whether outputs stay the same to the last bit when the states of all tokens but the first become NaN."""
-    encoder = model.base_model.get_submodule(models.describe(model).layers.rpartition(".")[0])
+    encoder = _encoder(model)
     with trying(model):
         for shape in _SHAPES:
             ids = torch.zeros(shape, dtype=torch.long, device=model.device)

@@ -211,11 +211,19 @@ def current_config(model: PreTrainedModel) -> LowbitConfig:
 
 
 def own_config(model: PreTrainedModel) -> None:
-    """Give the model a configuration of its own: a teacher built from the same object must not change with it."""
+    """Give the model a configuration of its own: a teacher built from the same object must not change with it.
+
+    All layers get it: one that was copied (`copy.deepcopy`), or taken from another model, has brought its own along,
+    which no change of the model's attention would reach.
+    """
+    from .models import is_known, layers
+
     old, new = model.config, copy.deepcopy(model.config)
+    inside = {part for _, layer in layers(model) for part in layer.modules()} if is_known(model) else set()
     for module in model.modules():
         for each in (module, *getattr(module, "_original", ())):  # what a `StandIn` stands in for
-            if each.__dict__.get("config") is old:
+            own = each.__dict__.get("config")
+            if own is old or (module in inside and type(own) is type(old)):
                 each.config = new
 
 
@@ -346,7 +354,10 @@ def _save_as_what_it_is(save_pretrained: Callable[..., Any]) -> Callable[..., An
             del model.config.quantization_config
             if hasattr(model.config, "length_config"):
                 del model.config.length_config
-        return save_pretrained(model, *args, **kwargs)
+        if model.config._attn_implementation != attention.NAME:
+            return save_pretrained(model, *args, **kwargs)
+        with _attention_by_any_name(model):  # made from such a configuration, too
+            return save_pretrained(model, *args, **kwargs)
 
     return save
 

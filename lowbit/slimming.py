@@ -41,9 +41,10 @@ def slim(
         TypeError, ValueError: not a supported float model, already slimmed, a width outside (0, 1], batches without
             labels or that are no mappings, or an empty dataloader.
     """
-    config = hf.current_config(model)
     models.describe_attention(model, "slim")
     models.check_single(model)
+    # Of a head on a body that another model shares, the body says what it is.
+    config = hf.current_config(model.base_model)
     if config.stage != "float" or config.num_attention_heads is not None:
         state = "slimmed" if config.stage == "float" else config.stage
         raise ValueError(f"slim takes a float model of full width, this one is already {state}")

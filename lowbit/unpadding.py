@@ -24,6 +24,7 @@ from .heads import reads_first_token_only
 from .nn import FusedEmbeddings, PackedEncoder, PackedLinear, QuantLinear, UnpaddedEncoder
 from .nn import attention as lowbit_attention
 from .nn import packed_encoder as lowbit_packed_encoder
+from .nn.fused_embeddings import has_weights
 from .nn.stand_in import StandIn
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
 
     Args:
         model: packed, with 8- or 4-bit activations quantized per token, no clip, and no linear left in float; of an
-            architecture that `lowbit.models` describes, with attention by transformers' interface, or MPNet's (whose
-            relative positions then count the tokens that are no padding).
+            architecture that `lowbit.models` describes, with attention by transformers' interface, or MPNet's.
 
     Raises:
         ValueError: not packed; a configuration that cannot be fused; or layers that compute something else than those
@@ -94,7 +94,9 @@ def _put_packed_encoder(model: PreTrainedModel) -> None:
     fused.lengths = getattr(encoder, "lengths", None)
     fused.replaced_attention = getattr(encoder, "replaced_attention", None)
     if architecture.embeddings is not None:
-        _put(model, architecture.embeddings, FusedEmbeddings(model.base_model.get_submodule(architecture.embeddings)))
+        embeddings = model.base_model.get_submodule(architecture.embeddings)
+        if has_weights(embeddings):
+            _put(model, architecture.embeddings, FusedEmbeddings(embeddings))
     _put(model, _path(model), fused)
     _without_padding(model)
 
@@ -244,8 +246,6 @@ def _without_padding(model: PreTrainedModel) -> None:
     """Padding masks as they come, and what the encoder has to know of head and batch."""
     if models.has_plain_attention(model):
         model.set_attn_implementation(lowbit_attention.NAME)
-    else:  # transformers would not set it: of such a model it decides about the mask only
-        model.config._attn_implementation = lowbit_attention.NAME
     for module, hook in ((model.base_model, _protect), (model, _read_first_token_only)):
         if hook not in module._forward_pre_hooks.values():
             module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -262,7 +262,7 @@ def _protect(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
     """Base model -> encoder: the tokens of the first segment, where they are to be kept."""
     lengths = getattr(encoder_of(base), "lengths", None)
     if lengths is not None and "first_segment" in lengths.protect and "protected_tokens" not in kwargs:
-        place = [*inspect.signature(base.forward).parameters].index("token_type_ids")
+        place = [*inspect.signature(type(base).forward).parameters].index("token_type_ids") - 1  # without self
         token_type_ids = args[place] if len(args) > place else kwargs.get("token_type_ids")
         if token_type_ids is None:
             raise ValueError("LengthConfig(protect=('first_segment',)) needs token_type_ids; the call has none")

@@ -28,7 +28,7 @@ from ..config import LengthConfig
 from ..models import Architecture
 from .proof import attention_options, prove
 from .pruning import Keep, Kept, Survivors, drop, gathered, importance_loss, plan
-from .sequences import Sequences, additive, with_first_tokens, with_padding, without_padding
+from .sequences import Sequences, additive, has_gaps, of_padding, with_first_tokens, with_padding, without_padding
 from .snapshot import Snapshot, any_global_hook, is_hooked
 from .stand_in import StandIn
 
@@ -122,7 +122,7 @@ class UnpaddedEncoder(StandIn):
 
         Args:
             hidden_states: [B, S, H].
-            attention_mask: [B, S] or None.
+            attention_mask: [B, S] or None; what the model's own attention adds to scores, where it has one.
             first_token_only: the caller reads hidden_states[:, 0] only, what else is returned may be anything.
             protected_tokens: bool [B, S], tokens to keep as long as there is room, or None.
 
@@ -138,23 +138,26 @@ class UnpaddedEncoder(StandIn):
         compiling = torch.compiler.is_compiling()
         drops = self.lengths is not None or self.soft_mask is not None
         prevented, by_modules = self._look(drops)
-        obstacle = self._obstacle(hidden_states, attention_mask, kwargs) or prevented
+        mask = of_padding(attention_mask) if self.architecture.own_attention else attention_mask
+        obstacle = self._obstacle(hidden_states, mask, kwargs) or prevented
         if drops and obstacle:
             raise ValueError(
                 f"{obstacle}, which a model that drops tokens cannot give; lowbit.set_length(model, None) keeps all"
             )
         fast = None if obstacle or by_modules else self._fast(hidden_states)
         # How many tokens are padding is not known while the whole model is traced (torch.compile, torch.export).
-        traced = compiling and attention_mask is not None
+        traced = compiling and mask is not None
         if obstacle or (not drops and (traced or fast is None)):
             return self._by_layer(hidden_states, attention_mask, **kwargs)
-        tokens, sequences, places = without_padding(hidden_states, attention_mask)
+        tokens, sequences, places = without_padding(hidden_states, mask)
         if sequences.begin_with_padding:  # a head that reads the first place of a row reads padding, then
             if drops:
                 raise ValueError(
                     "rows of the batch begin with padding, where heads read the first token, which a model that drops "
                     "tokens cannot give; pad on the right (tokenizer.padding_side = 'right')"
                 )
+            return self._by_layer(hidden_states, attention_mask, **kwargs)
+        if self.architecture.position_bias is not None and has_gaps(mask):  # where two tokens are no neighbours
             return self._by_layer(hidden_states, attention_mask, **kwargs)
         protected = None
         if protected_tokens is not None and self.lengths is not None:

@@ -54,14 +54,14 @@ class FusedEmbeddings(StandIn):
         word: Any = self.word_embeddings
         position: Any = self.position_embeddings
         norm: Any = self.LayerNorm
-        trained = torch.is_grad_enabled() and any(p.requires_grad for p in (norm.weight, position.weight))
         if (
             input_ids is None
             or given.get("inputs_embeds") is not None
             or not given.keys() <= _ARGUMENTS
             or self.training
-            or trained
             or not isinstance(word, PackedEmbedding)
+            or not has_weights(self)
+            or (torch.is_grad_enabled() and any(p.requires_grad for p in (norm.weight, position.weight)))
             or norm.weight.device != input_ids.device
             or norm.weight.dtype == torch.float64
             or self.prevented() is not None
@@ -120,6 +120,12 @@ class FusedEmbeddings(StandIn):
             return own[:, past : past + input_ids.shape[1]]
         real = input_ids.ne(padding).long()
         return (real.cumsum(1) + past) * real + padding
+
+
+def has_weights(embeddings: nn.Module) -> bool:
+    """Whether positions and norm have the tensors that one operation reads, whatever else they are."""
+    parts = (getattr(embeddings, name, None) for name in ("position_embeddings", "LayerNorm"))
+    return all(torch.is_tensor(getattr(part, "weight", None)) for part in parts)
 
 
 def _problem(embeddings: FusedEmbeddings) -> str | None:

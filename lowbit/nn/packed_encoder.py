@@ -83,7 +83,7 @@ def gelu_of(activation: nn.Module) -> str | None:
         return None
     x = torch.linspace(-6, 6, 1001, device="cpu")
     with torch.no_grad():
-        y = activation(x)
+        y = activation.forward(x)  # no hooks: x is not the model's
     names = {"gelu": "none", "gelu_tanh": "tanh"}
     return next((n for n, kind in names.items() if torch.equal(y, nn.functional.gelu(x, approximate=kind))), None)
 

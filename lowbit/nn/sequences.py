@@ -43,6 +43,21 @@ def without_padding(
     return rows[places], Sequences(cu_seqlens, int(host.diff().max()), host, number_late > 0), places
 
 
+def has_gaps(mask: torch.Tensor | None) -> bool:
+    """Whether there is padding before a token of the same row, in a mask [B, S] or None."""
+    return mask is not None and bool((mask[:, 1:].bool() & ~mask[:, :-1].bool()).any())
+
+
+def of_padding(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The padding mask [B, S] of a mask that is added to scores, [B, 1, S, S]; a mask that hides more, as it came."""
+    if mask is None or mask.dim() != 4 or mask.shape[1] != 1 or not mask.is_floating_point():
+        return mask
+    keys = mask[:, :, :1]
+    seen = keys == 0
+    hidden = keys == torch.finfo(mask.dtype).min
+    return seen[:, 0, 0] if bool((seen | hidden).all() & (mask == keys).all()) else mask
+
+
 def with_padding(tokens: torch.Tensor, places: torch.Tensor | None, shape: torch.Size) -> torch.Tensor:
     """Inverse of `without_padding`: [T, H] -> [B, S, H], zeros at padding."""
     if places is None:
