@@ -329,6 +329,7 @@ def _warn_of_float_decoder(model: PreTrainedModel, config: LowbitConfig) -> None
 @contextmanager
 def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Undoes what a forward pass changes: modes, settings, modules (BigBird replaces its attention), configuration."""
+    models.check(model)
     put_back = _remember(model)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
