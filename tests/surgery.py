@@ -59,7 +59,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "Albert": {**SIZES, "embedding_size": 32, "classifier_dropout_prob": 0.0},
     "DebertaV2": {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
     "BigBird": {**SIZES, "attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1},
-    "Nystromformer": {**SIZES, "segment_means_seq_len": 64, "num_landmarks": 64},
+    "Nystromformer": {**SIZES, "segment_means_seq_len": 64, "num_landmarks": 8},
     "MegatronBert": SIZES,
     "Ernie": SIZES,
     "RoFormer": {**SIZES, "embedding_size": 64},
@@ -185,6 +185,7 @@ def draw_call(pair: Pair, rng: random.Random, ids_seed: int) -> Call:
     padding = getattr(config, "pad_token_id", None) or 0
     ids = torch.randint(2, 200, (rows, length), generator=generator)
     real, side = torch.ones(rows, length, dtype=torch.bool), rng.choice(["none", "right", "left", "inside", "empty"])
+    side = "none" if pair.family == "Nystromformer" else side  # which fails on padding itself
     for row in range(rows) if side != "none" else ():
         number = rng.randint(0, length - 1)
         real[row, slice(length - number, None) if side in ("right", "empty") else slice(0, number)] = False
@@ -379,6 +380,8 @@ def compare(pair: Pair, number: int) -> str:
         if len(ours) != len(theirs):
             raise Failure(f"{shown}{len(ours)} hooks, the twin has {len(theirs)}")
         for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            if pair.lengths and not call.real.any():
+                continue  # no token, nothing to run
             if len(one.seen) != len(other.seen):
                 raise Failure(f"{shown}hook {place} was called {len(one.seen)} times, {len(other.seen)} expected")
             for n, (mine, its) in enumerate(zip(one.seen, other.seen, strict=True)):
@@ -791,7 +794,8 @@ VERBS: dict[str, Callable[[Pair, random.Random], None]] = {
 WAYS: tuple[tuple[str, ...], ...] = (
     *[("quantize",)] * 8, ("quantize fused",), ("prepare",), ("prepare", "convert"), ("prepare", "split", "convert"),
     ("slim", "quantize"), ("slim",), ("keep all",), ("keep all", "quantize"), ("quantize", "keep all"),
-    ("quantize", "drop"), ("drop",), (), ("quantize", "fuse"), ("quantize", "reload"), ("quantize", "deepcopy"),
+    ("quantize", "drop"), ("quantize", "drop", "reload fewer layers"), ("quantize", "shared body", "reload"),
+    ("drop",), (), ("quantize", "fuse"), ("quantize", "reload"), ("quantize", "deepcopy"),
 )  # fmt: skip
 _LATER = [*VERBS, *["reload"] * 3, *["fuse"] * 3]
 

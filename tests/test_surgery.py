@@ -60,6 +60,10 @@ ONCE = {
         "XLMRoberta", "ForSequenceClassification", "4 bits",
         (("quantize", 655), ("shared body", 27), ("slim", 773)), 622,
     ),
+    "a head on a packed body was another after it could not be saved": Program(
+        "Camembert", "ForMultipleChoice", "4 bits",
+        (("linear shared", 457), ("quantize", 498), ("shared body", 176), ("reload", 388)), 340,
+    ),
     "MPNet counted distances without the padding inside": Program(
         "MPNet", "ForQuestionAnswering", "no words", (("quantize", 26),), 854
     ),
