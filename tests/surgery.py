@@ -518,7 +518,7 @@ def prepare(pair: Pair, rng: random.Random) -> None:
 
 def convert(pair: Pair, rng: random.Random, fused: bool = False) -> None:
     unfit = pair.stage != "prepared" or fused
-    if not attempt(pair, lambda model: lowbit.convert(model, fused), unfit or bool(pair.edits)):
+    if not attempt(pair, lambda model: lowbit.convert(model, fused), unfit or bool(pair.edits) or pair.shared):
         return
     pair.stage = "packed"
     if pair.float_twin:
@@ -554,7 +554,7 @@ def quantize_fused(pair: Pair, rng: random.Random) -> None:
 def fuse(pair: Pair, rng: random.Random) -> None:
     fusable = pair.stage == "packed" and pair.family in KNOWN and pair.config.activation_bits is not None
     fusable &= pair.config.weight_bits is not None
-    attempt(pair, lambda model: lowbit.fuse(model), not fusable or bool(pair.edits))
+    attempt(pair, lambda model: lowbit.fuse(model), not fusable or bool(pair.edits) or pair.shared)
 
 
 def split(pair: Pair, rng: random.Random) -> None:
@@ -585,6 +585,8 @@ def set_length(*keep: float) -> Callable[[Pair, random.Random], None]:
 
 
 def dequantize(pair: Pair, rng: random.Random) -> None:
+    if pair.shared:
+        raise Unfit  # the twin, which is not saved, does not know that its body is packed
     if not attempt(pair, lambda model: model.dequantize(), True):
         return
     if pair.stage == "float":
@@ -748,17 +750,17 @@ def new_of_config(pair: Pair, rng: random.Random) -> None:
 def shared_body(pair: Pair, rng: random.Random) -> None:
     """Go on with a tagger that has the same body."""
     prefix = pair.model.base_model_prefix
-    if pair.model.base_model is pair.model or pair.any("refused", "must"):
+    if pair.model.base_model is pair.model or pair.any("refused", "must") or pair.float_twin:
         raise Unfit
     kind = getattr(transformers, f"{pair.family}ForTokenClassification")
-    own_config = rng.random() < 0.5
-    if own_config and pair.slim:
-        raise Unfit
+    own_config = rng.random() < 0.5 and not pair.slim and not pair.edits  # which may have changed the configuration
     others = []
     for model in (pair.model, pair.twin):
         torch.manual_seed(5)
         config = config_of(pair.family, "ForTokenClassification") if own_config else model.config
         other = kind(config).to(model.dtype)
+        if (getattr(other.base_model, "pooler", None) is None) != (getattr(model.base_model, "pooler", None) is None):
+            raise Unfit
         setattr(other, prefix, getattr(model, prefix))
         others.append(other.eval())
     pair.model, pair.twin = others

@@ -64,6 +64,14 @@ ONCE = {
         "Camembert", "ForMultipleChoice", "4 bits",
         (("linear shared", 457), ("quantize", 498), ("shared body", 176), ("reload", 388)), 340,
     ),
+    "fuse failed and the model dropped no tokens any more": Program(
+        "DistilBert", "Model", "float attention",
+        (("norm own", 389), ("quantize", 420), ("drop", 585), ("fuse", 859)), 404,
+    ),
+    "dequantize lost a forward that was put over the encoder's": Program(
+        "Electra", "ForMultipleChoice", "4 bits", (("quantize", 25), ("own forward of encoder", 938),
+        ("dequantize", 370), ("train", 123)), 764,
+    ),
     "MPNet counted distances without the padding inside": Program(
         "MPNet", "ForQuestionAnswering", "no words", (("quantize", 26),), 854
     ),
