@@ -15,7 +15,7 @@ from .conversion import _part_ties, _swap
 from .nn import PackedDecoder, PackedEmbedding, PackedLinear, QuantDecoder, QuantEmbedding, QuantLinear
 from .nn.embedding import table_codes
 from .quantizers import weight_codes, weight_values
-from .unpadding import restore_padding
+from .unpadding import check_own_forward, restore_padding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +42,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
         The same model, float.
 
     Raises:
-        ValueError: the model is float already, or weights are offloaded.
+        ValueError: the model is float already, weights are offloaded, or a `forward` was put over that of the encoder.
     """
     config = hf.current_config(model)
     if config.stage == "float":
@@ -50,6 +50,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     offloaded = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
     if offloaded is not None:
         raise ValueError(f"{offloaded} is offloaded (device_map) and cannot be dequantized; load without offloading")
+    check_own_forward(model)
     hf.own_config(model)
     restore_padding(model)
     own, trained = model.dtype, not any(hasattr(module, "base_layer") for module in model.modules())

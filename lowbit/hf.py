@@ -219,7 +219,8 @@ def own_config(model: PreTrainedModel) -> None:
     from .models import is_known, layers
 
     old, new = model.config, copy.deepcopy(model.config)
-    inside = {part for _, layer in layers(model) for part in layer.modules()} if is_known(model) else set()
+    owns_body = is_known(model) and model.base_model.config is old  # not one that another model shares with it
+    inside = {part for _, layer in layers(model) for part in layer.modules()} if owns_body else set()
     for module in model.modules():
         for each in (module, *getattr(module, "_original", ())):  # what a `StandIn` stands in for
             own = each.__dict__.get("config")
@@ -340,8 +341,15 @@ def _save_as_what_it_is(save_pretrained: Callable[..., Any]) -> Callable[..., An
         if parts and base is not model and isinstance(getattr(base, "hf_quantizer", None), LowbitQuantizer):
             outside = [name for name in parts if not name.startswith(f"{model.base_model_prefix}.")]
             if not outside:
+                were = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
                 _take_over(model, base)
-                return model.save_pretrained(*args, **kwargs)
+                try:
+                    return model.save_pretrained(*args, **kwargs)
+                except BaseException:
+                    for now, was in were:
+                        now.clear()
+                        now.update(was)
+                    raise
         if parts:
             raise ValueError(
                 f"{type(model).__name__} holds modules that lowbit quantized ({parts[0]}, {len(parts)} in all) and is "

@@ -129,6 +129,8 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
             raise TypeError(f"config must be a LengthConfig or None, got {type(config).__name__}")
         _check_length(model, config)
     if isinstance(encoder, UnpaddedEncoder):
+        if config is None and not isinstance(encoder, PackedEncoder):
+            check_own_forward(model)
         encoder.lengths = config
         _without_padding(model)
         if isinstance(encoder, PackedEncoder):
@@ -175,6 +177,15 @@ def restore_padding(model: PreTrainedModel) -> None:
             module._forward_pre_hooks_with_kwargs.pop(key, None)
     if hasattr(model.config, "length_config"):
         del model.config.length_config
+
+
+def check_own_forward(model: PreTrainedModel) -> None:
+    """Raise ValueError where a user put a `forward` over that of an encoder or embeddings that are to be replaced."""
+    for name, module in model.named_modules():
+        if isinstance(module, StandIn) and "forward" in module.__dict__ and not hasattr(module, "_hf_hook"):
+            raise ValueError(
+                f"{name} has a forward of its own, which would be lost; take it out (`del`), or use a hook"
+            )
 
 
 def _put_back_all(model: PreTrainedModel, stand_ins: Sequence[StandIn]) -> None:

@@ -59,7 +59,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "Albert": {**SIZES, "embedding_size": 32, "classifier_dropout_prob": 0.0},
     "DebertaV2": {**SIZES, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
     "BigBird": {**SIZES, "attention_type": "block_sparse", "block_size": 2, "num_random_blocks": 1},
-    "Nystromformer": {**SIZES, "segment_means_seq_len": 64, "num_landmarks": 64},
+    "Nystromformer": {**SIZES, "segment_means_seq_len": 64, "num_landmarks": 8},
     "MegatronBert": SIZES,
     "Ernie": SIZES,
     "RoFormer": {**SIZES, "embedding_size": 64},
@@ -185,6 +185,7 @@ def draw_call(pair: Pair, rng: random.Random, ids_seed: int) -> Call:
     padding = getattr(config, "pad_token_id", None) or 0
     ids = torch.randint(2, 200, (rows, length), generator=generator)
     real, side = torch.ones(rows, length, dtype=torch.bool), rng.choice(["none", "right", "left", "inside", "empty"])
+    side = "none" if pair.family == "Nystromformer" else side  # which fails on padding itself
     for row in range(rows) if side != "none" else ():
         number = rng.randint(0, length - 1)
         real[row, slice(length - number, None) if side in ("right", "empty") else slice(0, number)] = False
@@ -379,6 +380,8 @@ def compare(pair: Pair, number: int) -> str:
         if len(ours) != len(theirs):
             raise Failure(f"{shown}{len(ours)} hooks, the twin has {len(theirs)}")
         for place, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+            if pair.lengths and not call.real.any():
+                continue  # no token, nothing to run
             if len(one.seen) != len(other.seen):
                 raise Failure(f"{shown}hook {place} was called {len(one.seen)} times, {len(other.seen)} expected")
             for n, (mine, its) in enumerate(zip(one.seen, other.seen, strict=True)):
@@ -515,7 +518,7 @@ def prepare(pair: Pair, rng: random.Random) -> None:
 
 def convert(pair: Pair, rng: random.Random, fused: bool = False) -> None:
     unfit = pair.stage != "prepared" or fused
-    if not attempt(pair, lambda model: lowbit.convert(model, fused), unfit or bool(pair.edits)):
+    if not attempt(pair, lambda model: lowbit.convert(model, fused), unfit or bool(pair.edits) or pair.shared):
         return
     pair.stage = "packed"
     if pair.float_twin:
@@ -551,7 +554,7 @@ def quantize_fused(pair: Pair, rng: random.Random) -> None:
 def fuse(pair: Pair, rng: random.Random) -> None:
     fusable = pair.stage == "packed" and pair.family in KNOWN and pair.config.activation_bits is not None
     fusable &= pair.config.weight_bits is not None
-    attempt(pair, lambda model: lowbit.fuse(model), not fusable or bool(pair.edits))
+    attempt(pair, lambda model: lowbit.fuse(model), not fusable or bool(pair.edits) or pair.shared)
 
 
 def split(pair: Pair, rng: random.Random) -> None:
@@ -582,6 +585,8 @@ def set_length(*keep: float) -> Callable[[Pair, random.Random], None]:
 
 
 def dequantize(pair: Pair, rng: random.Random) -> None:
+    if pair.shared:
+        raise Unfit  # the twin, which is not saved, does not know that its body is packed
     if not attempt(pair, lambda model: model.dequantize(), True):
         return
     if pair.stage == "float":
@@ -745,17 +750,17 @@ def new_of_config(pair: Pair, rng: random.Random) -> None:
 def shared_body(pair: Pair, rng: random.Random) -> None:
     """Go on with a tagger that has the same body."""
     prefix = pair.model.base_model_prefix
-    if pair.model.base_model is pair.model or pair.any("refused", "must"):
+    if pair.model.base_model is pair.model or pair.any("refused", "must") or pair.float_twin:
         raise Unfit
     kind = getattr(transformers, f"{pair.family}ForTokenClassification")
-    own_config = rng.random() < 0.5
-    if own_config and pair.slim:
-        raise Unfit
+    own_config = rng.random() < 0.5 and not pair.slim and not pair.edits  # which may have changed the configuration
     others = []
     for model in (pair.model, pair.twin):
         torch.manual_seed(5)
         config = config_of(pair.family, "ForTokenClassification") if own_config else model.config
         other = kind(config).to(model.dtype)
+        if (getattr(other.base_model, "pooler", None) is None) != (getattr(model.base_model, "pooler", None) is None):
+            raise Unfit
         setattr(other, prefix, getattr(model, prefix))
         others.append(other.eval())
     pair.model, pair.twin = others
@@ -791,7 +796,8 @@ VERBS: dict[str, Callable[[Pair, random.Random], None]] = {
 WAYS: tuple[tuple[str, ...], ...] = (
     *[("quantize",)] * 8, ("quantize fused",), ("prepare",), ("prepare", "convert"), ("prepare", "split", "convert"),
     ("slim", "quantize"), ("slim",), ("keep all",), ("keep all", "quantize"), ("quantize", "keep all"),
-    ("quantize", "drop"), ("drop",), (), ("quantize", "fuse"), ("quantize", "reload"), ("quantize", "deepcopy"),
+    ("quantize", "drop"), ("quantize", "drop", "reload fewer layers"), ("quantize", "shared body", "reload"),
+    ("drop",), (), ("quantize", "fuse"), ("quantize", "reload"), ("quantize", "deepcopy"),
 )  # fmt: skip
 _LATER = [*VERBS, *["reload"] * 3, *["fuse"] * 3]
 

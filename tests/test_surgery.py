@@ -60,6 +60,18 @@ ONCE = {
         "XLMRoberta", "ForSequenceClassification", "4 bits",
         (("quantize", 655), ("shared body", 27), ("slim", 773)), 622,
     ),
+    "a head on a packed body was another after it could not be saved": Program(
+        "Camembert", "ForMultipleChoice", "4 bits",
+        (("linear shared", 457), ("quantize", 498), ("shared body", 176), ("reload", 388)), 340,
+    ),
+    "fuse failed and the model dropped no tokens any more": Program(
+        "DistilBert", "Model", "float attention",
+        (("norm own", 389), ("quantize", 420), ("drop", 585), ("fuse", 859)), 404,
+    ),
+    "dequantize lost a forward that was put over the encoder's": Program(
+        "Electra", "ForMultipleChoice", "4 bits", (("quantize", 25), ("own forward of encoder", 938),
+        ("dequantize", 370), ("train", 123)), 764,
+    ),
     "MPNet counted distances without the padding inside": Program(
         "MPNet", "ForQuestionAnswering", "no words", (("quantize", 26),), 854
     ),

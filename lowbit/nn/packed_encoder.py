@@ -103,10 +103,11 @@ class PackedEncoder(UnpaddedEncoder):
     _replaced = (*UnpaddedEncoder._replaced, "run_attention", "run_rest", "run")
 
     def __init__(self, encoder: nn.Module, architecture: Architecture, model_config: Any) -> None:
-        super().__init__(encoder, architecture, model_config)
-        settings = settings_of(architecture, self.layer[0])
-        if isinstance(settings, str):
+        layers: Any = encoder.layer
+        settings = settings_of(architecture, layers[0])
+        if isinstance(settings, str):  # before the encoder's tables are ours, too
             raise ValueError(f"layer.0: {settings}")
+        super().__init__(encoder, architecture, model_config)
         self.settings = settings
         self._found: Found | None = None
         # What `lowbit.compile` and `lowbit.compile_for` replace.
