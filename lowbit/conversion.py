@@ -329,7 +329,6 @@ def _warn_of_float_decoder(model: PreTrainedModel, config: LowbitConfig) -> None
 @contextmanager
 def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Undoes what a forward pass changes: modes, settings, modules (BigBird replaces its attention), configuration."""
-    models.check(model)
     put_back = _remember(model)
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
@@ -344,6 +343,7 @@ def _left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def _all_or_nothing(model: PreTrainedModel) -> Iterator[None]:
     """What raises an error leaves the model as it was: modules, hooks, settings, configuration; no value changes."""
+    models.check(model)
     put_back = _remember(model)
     try:
         yield

@@ -122,7 +122,8 @@ def test_quantized_attention_with_a_prefix_is_the_formula(bits: int) -> None:
     module = model.bert.encoder.layer[0].attention.self
     query, key, value = torch.randn(2, 4, 3, 16), torch.randn(2, 4, 7, 16), torch.randn(2, 4, 7, 16)
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])
-    got, probs = attention.attention_forward(module, query, key, value, mask)
+    got, probs = attention.attention_forward(module, query, key, value, mask, output_attentions=True)
+    assert torch.equal(attention.attention_forward(module, query, key, value, mask)[0], got)  # in parts, without a map
     q, k, v = (module.quantizers[site](x) for site, x in (("query", query), ("key", key), ("value", value)))
     scores = torch.einsum("bhqd,bhkd->bhqk", q, k) / 4 + torch.where(mask.bool(), 0.0, -torch.inf)[:, None, None]
     expected = module.quantizers["attention_probs"](scores.softmax(-1))
