@@ -13,7 +13,6 @@ probabilities, unless a map, scores or dropout are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,8 +63,6 @@ def attention_forward(
     if key.shape == query.shape and _fits_kernel(module, query, attention_mask, dropout, output_scores, kwargs):
         return attend_without_padding(query, key, value, attention_mask, scaling), None
     quantizers = getattr(module, "quantizers", {})
-    if quantizers:
-        query, key, value = quantizers["query"](query), quantizers["key"](key), quantizers["value"](value)
     if attention_mask is not None and attention_mask.dim() == 2:
         attention_mask = attention_mask[:, None, None, :].bool()
     elif attention_mask is not None and not (attention_mask.dtype == torch.bool or attention_mask.is_floating_point()):
@@ -80,7 +77,9 @@ def attention_forward(
         or torch.compiler.is_compiling()
         or getattr(quantize, "granularity", None) == "per_tensor"
     ):
-        return _in_parts(query, key, value, attention_mask, scaling, quantize), None
+        return _in_parts(query, key, value, attention_mask, scaling, quantizers), None
+    if quantizers:
+        query, key, value = quantizers["query"](query), quantizers["key"](key), quantizers["value"](value)
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     probs = nn.functional.softmax(_masked(scores, attention_mask), dim=-1)
     probs = nn.functional.dropout(probs, p=dropout, training=module.training)
@@ -105,7 +104,7 @@ def _in_parts(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     scaling: float,
-    quantize: Callable[[torch.Tensor], torch.Tensor] | None,
+    quantizers: Any,
 ) -> torch.Tensor:
     """Attention for as many sentences, or heads, at a time as have scores that fit into a cache: the same bits as all
     at once, in little memory however long they are. [B, H, S, D] -> [B, S, H, D]."""
@@ -121,11 +120,13 @@ def _in_parts(
             if mask is not None:
                 row_of = part[0] if mask.shape[0] == B else slice(None)
                 seen = mask[row_of, part[1] if mask.shape[1] == H else slice(None)]
-            scores = torch.matmul(query[part], key[part].transpose(2, 3)).mul_(scaling)
-            probs = nn.functional.softmax(_masked(scores, seen), dim=-1)
-            if quantize is not None:
-                probs = quantize(probs)
-            output[part[0], :, part[1]] = torch.matmul(probs, value[part]).transpose(1, 2)
+            q, k, v = query[part], key[part], value[part]
+            if quantizers:
+                q, k, v = quantizers["query"](q), quantizers["key"](k), quantizers["value"](v)
+            probs = nn.functional.softmax(_masked(torch.matmul(q, k.transpose(2, 3)).mul_(scaling), seen), dim=-1)
+            if quantizers:
+                probs = quantizers["attention_probs"](probs)
+            output[part[0], :, part[1]] = torch.matmul(probs, v).transpose(1, 2)
     return output
 
 
