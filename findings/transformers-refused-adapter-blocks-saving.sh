@@ -30,7 +30,7 @@ except Exception as error:
     print("save_pretrained:", type(error).__name__)
 PYTHON
 cat > "$folder/expected" <<'TEXT'
-refused: ValueError
+refused: NoMatchingPeftModuleError
 parameters of an adapter: 0
 save_pretrained: UnboundLocalError
 TEXT
