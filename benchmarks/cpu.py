@@ -35,7 +35,7 @@ from transformers import BertConfig, BertModel
 
 import lowbit
 import lowbit_kernels
-from lowbit.unpadding import restore_padding
+from lowbit.stages.unpadding import restore_padding
 
 from . import gpu_attention
 from .gpu_model import keep_per_layer

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit._files import write_text
+from lowbit.files.atomic import write_text
 
 from .results import Row, read, write
 

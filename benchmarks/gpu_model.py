@@ -23,7 +23,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 import lowbit
-from lowbit.unpadding import restore_padding
+from lowbit.stages.unpadding import restore_padding
 
 from .results import Row, reason
 

@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, Trai
 
 import lowbit
 from examples._common import default_model
-from lowbit.tasks import compute_metrics, get_task, load_task
+from lowbit.data.tasks import compute_metrics, get_task, load_task
 
 from . import cpu, results
 

@@ -23,7 +23,7 @@ from typing import Any
 import atheris
 
 _MEASURED = ["lowbit"] if "loader" in sys.argv else ["lowbit_kernels"]
-with atheris.instrument_imports(include=_MEASURED, exclude=["lowbit._plugin"], enable_loader_override=False):
+with atheris.instrument_imports(include=_MEASURED, exclude=["lowbit._register"], enable_loader_override=False):
     import torch
 
     import lowbit

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from lowbit import checkpoints
+from lowbit.files import records
 
 Damage = Callable[[Path, random.Random], None]  # changes a copied checkpoint in place
 
@@ -567,7 +567,7 @@ def rewrite_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], No
     tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
     where = {name: file for file in files for name in load_file(file)}
     change(tensors)
-    checksums = json.dumps({name: checkpoints._checksum(tensor) for name, tensor in tensors.items()})
+    checksums = json.dumps({name: records._checksum(tensor) for name, tensor in tensors.items()})
     for file in files:
         own = {name: tensor.contiguous() for name, tensor in tensors.items() if where.get(name) == file}
         save_file(own, file, metadata={**metadata_of(file), "lowbit.checksums": checksums})

@@ -160,7 +160,7 @@ def suite(runs: int) -> dict[str, Any]:
     from .cpu import machine
 
     rows = {name: medians([imported(module) for _ in range(runs)]) for name, module in tqdm(IMPORTS.items(), "imports")}
-    for module in (*IMPORTS.values(), "lowbit.conversion", "lowbit.nn"):
+    for module in (*IMPORTS.values(), "lowbit.stages.prepare", "lowbit.nn"):
         importlib.import_module(module)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 from transformers.models import bert
 
 import lowbit
-from lowbit._files import write_text
+from lowbit.files.atomic import write_text
 
 from .results import Row, read, write
 

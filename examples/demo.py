@@ -21,10 +21,10 @@ from pathlib import Path
 
 import lowbit
 from _common import default_model, run_example
-from lowbit import sentiment
+from lowbit.data import sentiment
+from lowbit.data.tasks import Task, tokenize
 from lowbit.recipes.measure import measure, table
 from lowbit.recipes.stages import Run, distill, fine_tune, load_teacher, start, training_batches
-from lowbit.tasks import Task, tokenize
 
 TASK = Task(("sentence",), ("negative", "positive"), ("accuracy",), max_length=40)
 MODELS = {"float": "teacher", "ternary 2-2-8": "ternary-packed", "binary 1-1-8": "binary-packed"}

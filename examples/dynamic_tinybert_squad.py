@@ -37,12 +37,12 @@ from transformers import (
 
 from _common import Options, print_step_times, run_example
 from lowbit import models
+from lowbit.data.squad import ask_elsewhere, best_answers, featurize, load_squad, score_answers
 from lowbit.recipes.data import offline_if_local
 from lowbit.recipes.lengths import adaptive_stages, check_lengths, choose_lengths, compare
 from lowbit.recipes.measure import measure, table
 from lowbit.recipes.options import LengthOptions
 from lowbit.recipes.stages import Run, distill, fine_tune, start
-from lowbit.squad import ask_elsewhere, best_answers, featurize, load_squad, score_answers
 
 
 @dataclass

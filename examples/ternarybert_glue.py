@@ -10,10 +10,10 @@ run the same command again.
 from __future__ import annotations
 
 from _common import GlueOptions, print_step_times, run_example
+from lowbit.data.tasks import tokenize
 from lowbit.recipes.data import load_glue, offline_if_local
 from lowbit.recipes.measure import measure, table
 from lowbit.recipes.stages import Run, load_teacher, start, teacher_stage, ternary_stages
-from lowbit.tasks import tokenize
 
 
 def open_run(options: GlueOptions) -> Run:

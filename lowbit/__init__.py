@@ -13,24 +13,28 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import _plugin
+from . import _register
 
 if TYPE_CHECKING:
-    from . import card, nn
-    from .checkpoints import verify
-    from .compiling import compile
+    from . import nn
     from .config import BinaryConfig, LengthConfig, LowbitConfig, TernaryConfig
-    from .conversion import convert, left_in_float, prepare, quantize, split
-    from .distill import AttentionScoreLoss, DistillationTrainer, HiddenStateLoss, LogitsLoss, TaskLoss
+    from .deploy.compiling import compile
+    from .deploy.exporting import export
+    from .deploy.graphs import compile_for
+    from .distill.objectives import AttentionScoreLoss, HiddenStateLoss, LogitsLoss, TaskLoss
+    from .distill.trainer import DistillationTrainer
+    from .elastic.slim import slim
     from .errors import CheckpointError
-    from .exporting import export
-    from .graphs import compile_for
+    from .files import card
+    from .files.loading import from_pretrained
+    from .files.records import verify
     from .info import backend
     from .length.soft import LearnedThresholds, SoftExtract
     from .length.training import LengthDrop, LengthDropTrainer, SoftLengthTrainer
-    from .loading import from_pretrained
-    from .slimming import slim
-    from .unpadding import fuse, set_length
+    from .stages.convert import convert, quantize
+    from .stages.prepare import left_in_float, prepare
+    from .stages.split import split
+    from .stages.unpadding import fuse, set_length
 
 __version__ = "0.1.0"
 
@@ -39,32 +43,34 @@ _HOME = {
     "LengthConfig": "config",
     "LowbitConfig": "config",
     "TernaryConfig": "config",
-    "compile": "compiling",
-    "compile_for": "graphs",
-    "convert": "conversion",
-    "fuse": "unpadding",
-    "left_in_float": "conversion",
-    "prepare": "conversion",
-    "quantize": "conversion",
-    "split": "conversion",
-    "AttentionScoreLoss": "distill",
-    "DistillationTrainer": "distill",
-    "HiddenStateLoss": "distill",
-    "LogitsLoss": "distill",
-    "TaskLoss": "distill",
+    "compile": "deploy.compiling",
+    "compile_for": "deploy.graphs",
+    "convert": "stages.convert",
+    "fuse": "stages.unpadding",
+    "left_in_float": "stages.prepare",
+    "prepare": "stages.prepare",
+    "quantize": "stages.convert",
+    "split": "stages.split",
+    "AttentionScoreLoss": "distill.objectives",
+    "DistillationTrainer": "distill.trainer",
+    "HiddenStateLoss": "distill.objectives",
+    "LogitsLoss": "distill.objectives",
+    "TaskLoss": "distill.objectives",
     "CheckpointError": "errors",
-    "export": "exporting",
+    "export": "deploy.exporting",
     "backend": "info",
     "LearnedThresholds": "length.soft",
     "SoftExtract": "length.soft",
     "LengthDrop": "length.training",
     "LengthDropTrainer": "length.training",
     "SoftLengthTrainer": "length.training",
-    "from_pretrained": "loading",
-    "set_length": "unpadding",
-    "slim": "slimming",
-    "verify": "checkpoints",
+    "from_pretrained": "files.loading",
+    "set_length": "stages.unpadding",
+    "slim": "elastic.slim",
+    "verify": "files.records",
 }
+
+_MODULES = {"card": ".files.card", "nn": ".nn"}
 
 __all__ = [
     "AttentionScoreLoss",
@@ -102,8 +108,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("card", "nn"):
-        return importlib.import_module(f".{name}", __name__)
+    if name in _MODULES:
+        return importlib.import_module(_MODULES[name], __name__)
     if name not in _HOME:
         raise AttributeError(f"module 'lowbit' has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
@@ -115,4 +121,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-_plugin.install()
+_register.install()

@@ -9,11 +9,7 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass, field
-from os import PathLike
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .length.front import Front
+from typing import Any
 
 FORMAT_VERSION = 2  # of ternary weights in files: 1 had 2 bits each, 2 has 1.6
 
@@ -253,10 +249,3 @@ class LengthConfig:
         if unknown := sorted(set(values) - {f.name for f in dataclasses.fields(cls)}):
             raise ValueError(f"length_config has fields this lowbit does not know: {', '.join(unknown)}")
         return cls(**values)
-
-    @classmethod
-    def for_budget(cls, budget: str, front: Front | str | PathLike[str]) -> LengthConfig:
-        """The best configuration of a search that costs at most the full model's cost over `budget` ("2x")."""
-        from .length.front import Front
-
-        return (front if isinstance(front, Front) else Front.load(front)).for_budget(budget)

@@ -12,7 +12,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
 from transformers.models import bert as bert_package
 
-from lowbit import sentiment
+from lowbit.data import sentiment
 
 HEADS = {
     "BertModel": {},

@@ -31,7 +31,8 @@ import transformers
 from torch import nn
 
 import lowbit
-from lowbit import conversion, unpadding
+from lowbit.stages import convert as convert_module
+from lowbit.stages import unpadding
 from surgery_edits import EDITS, Unfit, watches, without_watches
 from surgery_edits import layers as layers_of
 
@@ -152,7 +153,7 @@ def config_of(family: str, head: str) -> Any:
 def no_stand_ins() -> Iterator[None]:
     """Packed models keep transformers' encoder and embeddings."""
     with (
-        mock.patch.object(conversion, "fuse_where_possible", lambda model: model),
+        mock.patch.object(convert_module, "fuse_where_possible", lambda model: model),
         mock.patch.object(unpadding, "fuse_where_possible", lambda model: model),
     ):
         yield

@@ -247,7 +247,7 @@ def test_a_head_that_reads_another_token_gets_all() -> None:
         inputs = batch(model)
         everything = outputs(model, inputs)[0]
         lowbit.set_length(model, lowbit.LengthConfig((1.0, 1.0)))
-        assert lowbit.heads.reads_first_token_only(model) is cheap
+        assert lowbit.nn.unpadded.heads.reads_first_token_only(model) is cheap
         # Padding ends as zeros, which the last token of a padded row would read.
         assert torch.allclose(outputs(model, inputs)[0][1:], everything[1:], rtol=0, atol=1e-5)
 

@@ -22,7 +22,7 @@ from transformers.models import bert as bert_package
 import lowbit
 import lowbit_kernels
 from helpers import HEADS, batch, identical, outputs, outputs_by_module, tiny
-from lowbit._files import staging
+from lowbit.files.atomic import staging
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 

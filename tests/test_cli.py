@@ -640,7 +640,7 @@ def test_an_interrupted_run_says_how_to_go_on(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowbit.tasks.tokenize", interrupted)
+    monkeypatch.setattr("lowbit.data.tasks.tokenize", interrupted)
     arguments = [setup[1], *([tmp_path / "run"] if resumes else []), "--task", "sst2", "--data-dir", setup[0]]
     text = call(command, *arguments, code=130)
     assert "interrupted" in text and ("run the same command again" in text) == resumes

@@ -22,7 +22,7 @@ from transformers import (
 
 import lowbit
 from helpers import HEADS, SIZES, tiny
-from lowbit.counting import num_parameters
+from lowbit.nn.counting import num_parameters
 
 EXCLUDED = [False, True]
 CONFIGS = {

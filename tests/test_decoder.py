@@ -700,7 +700,7 @@ def test_it_is_traced() -> None:
 
 
 def test_a_packed_model_is_exported() -> None:
-    from lowbit.exporting import program
+    from lowbit.deploy.exporting import program
 
     model, inputs = lowbit.quantize(tiny(), EIGHT), batch()
     inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])

@@ -15,9 +15,9 @@ from accelerate import cpu_offload
 
 import lowbit
 from helpers import HEADS, batch, identical, outputs, outputs_by_module, tiny
-from lowbit.graphs import Graphs, Shape, nearest, shapes
+from lowbit.deploy.graphs import Graphs, Shape, nearest, shapes
 from lowbit.nn import PackedEncoder
-from lowbit.nn.sequences import Sequences, with_padding, without_padding
+from lowbit.nn.unpadded.sequences import Sequences, with_padding, without_padding
 
 CONFIGS = {
     "ternary": lowbit.TernaryConfig(),

@@ -17,11 +17,12 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 import lowbit
 from helpers import batch, tiny, tiny_task
-from lowbit import DistillationTrainer, LengthConfig, LengthDrop, LengthDropTrainer, sentiment
+from lowbit import DistillationTrainer, LengthConfig, LengthDrop, LengthDropTrainer
+from lowbit.data import sentiment
+from lowbit.data.squad import ask_elsewhere, featurize
 from lowbit.length import Front, observed_lengths
 from lowbit.recipes import RecipeError, lengths, stages
-from lowbit.squad import ask_elsewhere, featurize
-from lowbit.unpadding import encoder_of
+from lowbit.stages.unpadding import encoder_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

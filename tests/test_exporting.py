@@ -14,7 +14,7 @@ import torch
 import lowbit
 import lowbit_kernels
 from helpers import batch, outputs_by_module, tiny
-from lowbit import exporting
+from lowbit.deploy import exporting
 from lowbit_kernels import embedding, linear_cpu
 from lowbit_kernels.decompositions import TABLE
 

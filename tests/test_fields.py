@@ -28,7 +28,7 @@ from transformers import (
 import lowbit
 from benchmarks.soak_damage import STRANGE
 from helpers import SIZES, batch, identical, outputs, tiny
-from lowbit._fields import first_that_matters
+from lowbit.files.fields import first_that_matters
 
 MODELS = {
     "bert": tiny,

@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification
 import lowbit
 from benchmarks import soak_checkpoints as soak
 from benchmarks import soak_damage
-from lowbit._files import write_text
-from lowbit.checkpoints import _crc32
+from lowbit.files.atomic import write_text
+from lowbit.files.records import _crc32
 
 Logits = dict[str, torch.Tensor]
 
@@ -43,7 +43,7 @@ def test_damage_is_refused_or_harmless(kind: str, bases: tuple[Path, Logits]) ->
 
 def test_wrong_loads_are_noticed(bases: tuple[Path, Logits], monkeypatch: pytest.MonkeyPatch) -> None:
     root, expected = bases
-    monkeypatch.setattr("lowbit.checkpoints.checksums_of", lambda file, header: ({}, lambda tensor: 0))
+    monkeypatch.setattr("lowbit.files.records.checksums_of", lambda file, header: ({}, lambda tensor: 0))
     first = list(soak_damage.KINDS).index("header: names swapped")
     verdicts = {
         soak.run(root, first + turn * len(soak_damage.KINDS), 0, expected, lambda _: None)["verdict"]

@@ -99,7 +99,7 @@ DROPS = {
     "both": "drop('lowbit', 'lowbit_kernels')",
     "lowbit": "drop('lowbit')",
     "kernels": "drop('lowbit_kernels'); import lowbit_kernels.linear, lowbit_kernels.encoder_cpu",
-    "the plug-in": "drop('lowbit.hf'); import lowbit.hf",
+    "the plug-in": "drop('lowbit.plugin'); import lowbit.plugin",
     "shared part of the kernels": "drop('lowbit_kernels._ops', 'lowbit_kernels.linear'); import lowbit_kernels.linear",
     "the package itself": "del sys.modules['lowbit']",
     "reload of a package": "importlib.reload(lowbit)",
@@ -213,7 +213,7 @@ except RuntimeError as error:
 
 
 FINDERS = (
-    "[finder for finder in sys.meta_path if type(finder).__module__ == 'lowbit._plugin' and finder.trigger != 'peft']"
+    "[finder for finder in sys.meta_path if type(finder).__module__ == 'lowbit._register' and finder.trigger != 'peft']"
 )
 DROP = "[sys.modules.pop(name) for name in [*sys.modules] if name.split('.')[0] == 'lowbit']"
 REGISTERED = """
@@ -227,7 +227,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as quantizers
     "again",
     [
         f"{DROP}; import lowbit; {DROP}; import lowbit",
-        "importlib.reload(lowbit._plugin); importlib.reload(lowbit)",
+        "importlib.reload(lowbit._register); importlib.reload(lowbit)",
     ],
 )
 def test_transformers_is_watched_once_and_registers_the_last_import(again: str) -> None:

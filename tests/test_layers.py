@@ -9,75 +9,47 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# module -> lowbit modules it may import (docs/architecture.md)
+# room (a folder, or a file on top) -> rooms it may import (docs/architecture.md)
 BELOW = {
     "errors": set(),
-    "_files": set(),
-    "_columns": set(),
-    "_fields": set(),
-    "config": {"length"},  # `LengthConfig.for_budget`, when it is called
-    "models": {"config", "errors"},
-    "sentiment": set(),
     "info": set(),
-    "counting": {"nn"},
-    "tasks": set(),
-    "squad": {"tasks"},
+    "config": set(),
     "quantizers": set(),
-    "nn": {"config", "models", "quantizers", "nn"},
-    "checkpoints": {"_fields", "config", "errors"},
-    "loading": {"checkpoints", "errors"},
-    "card": {"config", "errors", "models", "nn"},
-    "publishing": {"card"},
-    "hf": {
-        "_files",
-        "card",
-        "checkpoints",
-        "config",
-        "counting",
-        "errors",
-        "models",
-        "conversion",
-        "dequantizing",
-        "nn",
-        "publishing",
-        "unpadding",
-    },
-    "dequantizing": {"config", "models", "nn", "quantizers", "hf", "conversion", "unpadding"},
-    "conversion": {"config", "errors", "models", "nn", "quantizers", "hf", "slimming", "unpadding"},
-    "heads": {"models", "nn"},
-    "unpadding": {"config", "errors", "heads", "models", "nn", "hf"},
-    "slimming": {"config", "models", "hf"},
-    "compiling": {"models", "nn"},
-    "exporting": {"compiling", "hf", "models", "nn"},
-    "graphs": {"heads", "models", "nn"},
-    "length": {"_columns", "_files", "config", "distill", "heads", "models", "nn", "unpadding"},
-    "distill": {"_columns", "nn", "checkpoints", "config", "models"},
+    "architectures": set(),
+    "models": {"architectures", "config", "errors"},
+    "nn": {"config", "models", "quantizers"},
+    "files": {"config", "errors", "models", "nn"},
+    "data": set(),
+    "elastic": {"config", "files", "models"},
+    "stages": {"config", "elastic", "errors", "files", "models", "nn", "quantizers"},
+    "deploy": {"files", "models", "nn"},
+    "distill": {"config", "files", "models", "nn"},
+    "length": {"config", "distill", "files", "models", "nn", "stages"},
     "adapters": {"nn", "quantizers"},
-    "_plugin": {"adapters", "hf", "nn"},
-    "recipes": {"_files", "length", "models", "tasks"},
+    "plugin": {"config", "errors", "files", "models", "nn", "stages"},
+    "_register": {"adapters", "nn", "plugin"},
+    "recipes": {"data", "files", "length", "models"},
     "cli": {
         "__init__",
-        "card",
-        "checkpoints",
         "config",
-        "conversion",
+        "data",
         "errors",
+        "files",
         "info",
         "length",
-        "loading",
         "models",
         "nn",
         "quantizers",
         "recipes",
-        "tasks",
+        "stages",
     },
     "__main__": {"cli"},
     "__init__": None,  # names everything
 }
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute names of the modules a file imports, relative ones resolved."""
+def imports(path: Path, whole: bool = False) -> set[str]:
+    """Absolute names of the modules a file imports, relative ones resolved; `whole`: with the names taken from them."""
     package = list(path.relative_to(ROOT / "kernels" if "kernels" in path.parts else ROOT).with_suffix("").parts)
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -87,7 +59,8 @@ def imports(path: Path) -> set[str]:
             base = ".".join(package[: len(package) - node.level]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
             # `from . import hf` names submodules, `from .hf import attach` names a module's content
-            found |= {f"{module}.{alias.name}" for alias in node.names} if node.module is None else {module}
+            inside = whole or node.module is None
+            found |= {f"{module}.{alias.name}" for alias in node.names} if inside else {module}
     return found
 
 
@@ -97,14 +70,66 @@ def test_kernels_import_only_torch_triton_and_the_standard_library(path: Path) -
     assert {name.split(".")[0] for name in imports(path)} <= allowed
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lowbit").rglob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "lowbit").rglob("*.py")), ids=lambda p: "/".join(p.parts[-2:]))
 def test_lowbit_imports_only_what_is_below(path: Path) -> None:
-    parts = path.relative_to(ROOT / "lowbit").with_suffix("").parts
-    module = parts[0]
+    room = path.relative_to(ROOT / "lowbit").with_suffix("").parts[0]
     used = {name.split(".")[1] for name in imports(path) if name.startswith("lowbit.")}
     used = {name if name in BELOW else "__init__" for name in used}  # `from .. import __version__`
-    if BELOW[module] is not None:
-        assert used - {module} <= BELOW[module]
+    if BELOW[room] is not None:
+        assert used - {room} <= BELOW[room]
+
+
+def files() -> dict[str, Path]:
+    """Module -> file, of both packages; a folder is its `__init__`."""
+    found = {}
+    for root, package in ((ROOT, "lowbit"), (ROOT / "kernels", "lowbit_kernels")):
+        for path in (root / package).rglob("*.py"):
+            found[".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")] = path
+    return found
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    """Function-level imports too: what two files need of each other belongs into a third."""
+    modules = files()
+    graph: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        if module in ("lowbit", "lowbit_kernels"):  # they name everything
+            graph[module] = set()
+            continue
+        # `lowbit.nn.PackedLinear`, imported from `lowbit.nn`, is what that folder names
+        graph[module] = {name for name in names_of(path) if name in modules} - {module}
+    assert not circle(graph), " -> ".join(circle(graph))
+
+
+def names_of(path: Path) -> set[str]:
+    """Modules that a file's imports run: those it names, and submodules taken `from` a folder."""
+    modules, found = files(), set()
+    for name in imports(path, whole=True):
+        found.add(name if name in modules else name.rpartition(".")[0])
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """A way from a module back to it, or nothing."""
+    done: set[str] = set()
+
+    def walk(module: str, way: list[str]) -> list[str]:
+        if module in way:
+            return [*way[way.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(graph[module]):
+            if found := walk(other, [*way, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := walk(module, []))), [])
+
+
+def test_a_circle_would_be_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_kernels_folder_is_not_a_package() -> None:

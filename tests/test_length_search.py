@@ -298,9 +298,8 @@ def test_budget_picks_the_best_that_is_cheap_enough(tmp_path: Path) -> None:
     for budget, cost in {"1x": 100, "1.5x": 50, "2x": 50, "2.01x": 40, "2.5x": 40}.items():
         expected = next(point.config for point in front().points if point.cost == cost)
         assert front().for_budget(budget) == expected
-        assert LengthConfig.for_budget(budget, front()) == expected
-        assert LengthConfig.for_budget(budget, tmp_path / "front.json") == expected
-        assert LengthConfig.for_budget(budget, str(tmp_path / "front.json")) == expected
+        assert Front.load(tmp_path / "front.json").for_budget(budget) == expected
+        assert Front.load(str(tmp_path / "front.json")).for_budget(budget) == expected
 
 
 @pytest.mark.parametrize("budget", ["2", "x", "0.5x", "0x", "-2x", "2 x", "2xx", "nanx", "1e3x", "", 2, None])
@@ -327,7 +326,7 @@ def test_file_that_is_no_front_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "front.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"front\.json is not a front"):
-        LengthConfig.for_budget("2x", path)
+        Front.load(path)
 
 
 def test_plot_writes_a_picture(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from helpers import batch, end_of_process, outputs, tiny
 from lowbit import LearnedThresholds, LengthConfig, LengthDrop, LogitsLoss, SoftExtract, TaskLoss
 from lowbit.length.soft import ranks
 from lowbit.nn import UnpaddedEncoder
-from lowbit.nn.pruning import importance_loss
-from lowbit.nn.sequences import Sequences
+from lowbit.nn.unpadded.pruning import importance_loss
+from lowbit.nn.unpadded.sequences import Sequences
 
 LAYERS = 3
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -427,7 +427,7 @@ def test_importance_is_compared_with_where_the_full_model_answers(
         targets.append(target)
         return importance_loss(importance, target, sequences)
 
-    monkeypatch.setattr("lowbit.nn.encoder.importance_loss", note)
+    monkeypatch.setattr("lowbit.nn.unpadded.encoder.importance_loss", note)
     both = dataclasses.replace(drop, ratio=(0.0, 0.4, 0.3))
     drop_trainer(tmp_path, again, data, both, arguments={"max_steps": 1}).train()
     assert len(targets) == 2

@@ -15,8 +15,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import lowbit
 from helpers import HEADS, batch, outputs, tiny, tiny_config
 from lowbit.nn import PackedEncoder, UnpaddedEncoder
-from lowbit.nn.pruning import plan
-from lowbit.nn.sequences import Sequences
+from lowbit.nn.unpadded.pruning import plan
+from lowbit.nn.unpadded.sequences import Sequences
 from lowbit_kernels import attention, attention_eager
 
 LAYERS = 4

@@ -23,7 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trai
 
 import lowbit
 from helpers import batch, identical, minilm_folder, outputs, tiny
-from lowbit import sentiment
+from lowbit.data import sentiment
 from lowbit.nn import attention
 
 HEADS = {"BertForSequenceClassification": "SEQ_CLS", "BertModel": "FEATURE_EXTRACTION"}

@@ -29,7 +29,8 @@ import torch
 from transformers import BertForSequenceClassification, BertModel, BertTokenizerFast
 
 from helpers import minilm_folder, tiny_config
-from lowbit import models, quantizers, sentiment
+from lowbit import models, quantizers
+from lowbit.data import sentiment
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

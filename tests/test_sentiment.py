@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lowbit import sentiment
+from lowbit.data import sentiment
 
 
 def test_deterministic_distinct_and_balanced() -> None:

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2Model
 
 import lowbit
 from helpers import HEADS, batch, identical, outputs, tiny
-from lowbit import slimming
+from lowbit.elastic.slim import resize
 
 LINEARS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 
@@ -140,7 +140,7 @@ def test_every_head_slims_copies_and_survives_saving(head: str, tmp_path: Path) 
 def test_resize_needs_no_data() -> None:
     with torch.device("meta"):
         model = type(tiny())(tiny().config)
-    slimming.resize(model, num_attention_heads=3, intermediate_size=10)
+    resize(model, num_attention_heads=3, intermediate_size=10)
     shapes = {name: parameter.shape for name, parameter in model.bert.encoder.layer[1].named_parameters()}
     assert shapes["attention.self.value.weight"] == (48, 64)
     assert shapes["attention.output.dense.weight"] == (64, 48)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import BertTokenizerFast
 
 from helpers import minilm_folder
-from lowbit.squad import (
+from lowbit.data.squad import (
     Answer,
     ask_elsewhere,
     best_answers,

@@ -100,7 +100,7 @@ def test_a_program_is_what_it_prints() -> None:
 
 def test_a_fault_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a packed encoder that forgets the attention mask."""
-    from lowbit.nn import encoder
+    from lowbit.nn.unpadded import encoder
 
     monkeypatch.setattr(encoder, "without_padding", lambda states, mask: _without_padding(states, None))
     failing = next(p for case in range(200) if surgery.failure(p := surgery.draw(SEED, case)) is not None)
@@ -109,6 +109,6 @@ def test_a_fault_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _without_padding(states: torch.Tensor, mask: None) -> object:
-    from lowbit.nn.sequences import without_padding
+    from lowbit.nn.unpadded.sequences import without_padding
 
     return without_padding(states, mask)

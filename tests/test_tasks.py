@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowbit.tasks import TASKS, compute_metrics, get_task, load_task, tokenize
+from lowbit.data.tasks import TASKS, compute_metrics, get_task, load_task, tokenize
 
 ROWS = [{"sentence": f"\"quoted {i}'", "label": i % 2, "idx": i} for i in range(5)]
 

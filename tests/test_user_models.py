@@ -20,9 +20,9 @@ from torch.nn.utils import parametrizations, prune
 
 import lowbit
 from helpers import identical, outputs, outputs_by_module
-from lowbit.heads import reads_first_token_only
-from lowbit.hf import current_config
+from lowbit.files.stage import current_config
 from lowbit.nn import PackedEncoder
+from lowbit.nn.unpadded.heads import reads_first_token_only
 
 SIZES = {
     "vocab_size": 200,

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..checkpoints import read_json
 from ..errors import CheckpointError
-from ..loading import class_of
+from ..files.loading import class_of
+from ..files.records import read_json
 from .weights import tensor_names, weight_files
 
 if TYPE_CHECKING:

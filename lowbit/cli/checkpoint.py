@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints import checksums_of
 from ..errors import CheckpointError
+from ..files.records import checksums_of
 from .weights import pickled, weight_files
 
 if TYPE_CHECKING:
@@ -164,10 +164,10 @@ def _quantized_modules(folder: Path, quantization: dict[str, Any]) -> tuple[dict
     import transformers
 
     from ..config import LowbitConfig
-    from ..conversion import build
     from ..models import decoder
     from ..nn import QuantDecoder, QuantEmbedding, QuantLinear
     from ..nn._packed import Packed
+    from ..stages.build import build
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder)

@@ -15,8 +15,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..data.tasks import TASKS
 from ..recipes.options import FileOptions
-from ..tasks import TASKS
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else to stdout.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Write into OUT even if it holds files.")]
@@ -244,10 +244,9 @@ def evaluate(
     require("datasets", "sklearn")
     offline_if_local(model, data_dir, _text(file))
     with _progress_to_stderr():
-        from lowbit.recipes.measure import evaluate as score
-        from lowbit.recipes.stages import Run
-        from lowbit.tasks import get_task, load_task, tokenize
-
+        from ..data.tasks import get_task, load_task, tokenize
+        from ..recipes.measure import evaluate as score
+        from ..recipes.stages import Run
         from . import loading
 
         known = get_task(task) if task else None
@@ -299,8 +298,8 @@ def bench(
     """
     with _progress_to_stderr():
         import lowbit
-        from lowbit.recipes.measure import latencies
 
+        from ..recipes.measure import latencies
         from . import loading
 
         models = {model: _placed(loading.load_model(model), device, fused)}
@@ -388,10 +387,9 @@ def distill(
     require("accelerate", "datasets", "sklearn")
     offline_if_local(model, data_dir, _text(train_file))
     with _progress_to_stderr():
-        from lowbit.recipes import stages
-        from lowbit.recipes.measure import measure
-        from lowbit.tasks import tokenize
-
+        from ..data.tasks import tokenize
+        from ..recipes import stages
+        from ..recipes.measure import measure
         from . import loading
 
         loading.quiet()
@@ -435,8 +433,7 @@ def _write_card(folder: Path, task: str, teacher: str, results: dict[str, dict[s
         name: {key: round(value / 100, 4) for key, value in row.items() if not key.endswith(("_ms", "_mb"))}
         for name, row in results.items()
     }
-    from lowbit.card import model_card
-
+    from ..files.card import model_card
     from . import loading
 
     model = loading.load_model(str(folder))
@@ -479,11 +476,11 @@ def search_length(
     offline_if_local(model, data_dir, _text(file))
     with _progress_to_stderr():
         import lowbit
-        from lowbit.length.front import times_less
-        from lowbit.recipes import lengths, stages
-        from lowbit.recipes.measure import evaluate as metrics
-        from lowbit.tasks import get_task, load_task, tokenize
 
+        from ..data.tasks import get_task, load_task, tokenize
+        from ..length.front import times_less
+        from ..recipes import lengths, stages
+        from ..recipes.measure import evaluate as metrics
         from . import loading
 
         for name in budget or ():

@@ -10,7 +10,7 @@ import functools
 import json
 from pathlib import Path
 
-from ..checkpoints import check_inside, read_json
+from ..files.records import check_inside, read_json
 from .weights import SAFETENSORS
 
 TOKENIZER_FILES = (

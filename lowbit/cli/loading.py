@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ..checkpoints import read_json
+from ..files.records import read_json
 from . import copying
 from .architectures import float_class
 from .folders import TOKENIZER_FILES, folder_of, part_of

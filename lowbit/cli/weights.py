@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..checkpoints import shards
 from ..errors import CheckpointError
+from ..files.records import shards
 
 # In the order in which transformers looks for them.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")

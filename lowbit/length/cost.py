@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from .. import models
-from .._files import write_text
 from ..config import LengthConfig
-from ..heads import reads_first_token_only
+from ..files.atomic import write_text
 from ..nn import UnpaddedEncoder
-from ..unpadding import encoder_of, set_length
+from ..nn.unpadded.heads import reads_first_token_only
+from ..stages.unpadding import encoder_of, set_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -10,8 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
 
-from .._files import write_text
 from ..config import LengthConfig
+from ..files.atomic import write_text
 
 
 class FrontPoint(NamedTuple):

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from .. import models
-from .._files import write_text
 from ..config import LengthConfig
-from ..heads import reads_first_token_only
+from ..files.atomic import write_text
+from ..nn.unpadded.heads import reads_first_token_only
 from .front import Front, FrontPoint
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..config import LengthConfig
-from ..nn.sequences import Sequences
+from ..nn.unpadded.sequences import Sequences
 
 
 class SoftLengths(nn.Module, ABC):

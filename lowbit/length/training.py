@@ -22,11 +22,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from .._columns import arguments
 from ..config import LengthConfig
-from ..distill import Batch, DistillationTrainer, LogitsLoss, Objective, logits_of
+from ..distill.columns import arguments
+from ..distill.objectives import Batch, LogitsLoss, Objective, logits_of
+from ..distill.trainer import DistillationTrainer
 from ..nn import UnpaddedEncoder
-from ..unpadding import encoder_of, set_length, unpadded_encoder
+from ..stages.unpadding import encoder_of, set_length, unpadded_encoder
 from .soft import SoftLengths
 
 SOFT_FILE = "soft_lengths.safetensors"

@@ -2,10 +2,10 @@
 
 from .decoder import PackedDecoder, QuantDecoder
 from .embedding import PackedEmbedding, QuantEmbedding
-from .encoder import UnpaddedEncoder
-from .fused_embeddings import FusedEmbeddings
 from .linear import PackedLinear, QuantLinear
-from .packed_encoder import PackedEncoder
+from .unpadded.encoder import UnpaddedEncoder
+from .unpadded.fused_embeddings import FusedEmbeddings
+from .unpadded.packed_encoder import PackedEncoder
 
 __all__ = [
     "FusedEmbeddings",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..tasks import Task, get_task, load_task, read_split
+from ..data.tasks import Task, get_task, load_task, read_split
 from . import RecipeError, require
 
 if TYPE_CHECKING:

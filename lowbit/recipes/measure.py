@@ -16,8 +16,8 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 import lowbit
 import lowbit_kernels
 
+from ..data.tasks import compute_metrics
 from ..models import longest
-from ..tasks import compute_metrics
 from . import RecipeError, require
 from .stages import Run
 

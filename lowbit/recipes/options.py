@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..tasks import TASKS
+from ..data.tasks import TASKS
 
 
 @dataclass

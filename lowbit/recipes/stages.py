@@ -28,8 +28,8 @@ from transformers import (
 
 import lowbit
 
-from .._files import write_text
-from ..tasks import Task
+from ..data.tasks import Task
+from ..files.atomic import write_text
 from . import RecipeError, log, require
 from .data import check_order, labels_of
 

@@ -24,8 +24,8 @@ from torch import nn
 from lowbit_kernels import AttentionOutput, attention, attention_eager
 from lowbit_kernels.varlen_attention import HEAD_DIMS
 
-from ..config import LengthConfig
-from ..models import Architecture
+from ...config import LengthConfig
+from ...models import Architecture
 from .proof import attention_options, prove
 from .pruning import Keep, Kept, Survivors, drop, gathered, importance_loss, plan
 from .sequences import Sequences, additive, has_gaps, of_padding, with_first_tokens, with_padding, without_padding

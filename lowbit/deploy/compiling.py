@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lowbit_kernels.native import cpp_compiler
 
-from . import models
-from .nn import UnpaddedEncoder
+from .. import models
+from ..nn import UnpaddedEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,11 +18,11 @@ from torch import nn
 from lowbit_kernels import add_layernorm, encoder_cpu, joint_linear, quantize_per_token
 from lowbit_kernels.varlen_attention import HEAD_DIMS
 
-from ..config import LowbitConfig
-from ..models import Architecture
-from ..quantizers import ActivationQuantizer
+from ...config import LowbitConfig
+from ...models import Architecture
+from ...quantizers import ActivationQuantizer
+from ..linear import PackedLinear
 from .encoder import UnpaddedEncoder, after, run_attention
-from .linear import PackedLinear
 from .proof import attention_options
 from .pruning import Keep, Kept, drop, gathered
 from .sequences import Sequences

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from . import hf, models
+from .. import models
+from ..files import saving
+from ..files.stage import current_config, own_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +46,7 @@ def slim(
     models.describe_attention(model, "slim")
     models.check_single(model)
     # Of a head on a body that another model shares, the body says what it is.
-    config = hf.current_config(model.base_model)
+    config = current_config(model.base_model)
     if config.stage != "float" or config.num_attention_heads is not None:
         state = "slimmed" if config.stage == "float" else config.stage
         raise ValueError(f"slim takes a float model of full width, this one is already {state}")
@@ -55,7 +57,7 @@ def slim(
     neurons = max(1, round(width * models.intermediate_size(model)))
     kept = [(_top(head, heads), _top(neuron, neurons)) for head, neuron in importance]
     old = [_linears(model, layer) for _, layer in models.layers(model)]
-    hf.own_config(model)
+    own_config(model)
     resize(model, heads, neurons)
     for before, (_, layer), (head, neuron) in zip(old, models.layers(model), kept, strict=True):
         head_size = before["projections"][0].out_features // model.config.num_attention_heads
@@ -66,7 +68,8 @@ def slim(
         _copy(before["attention_output"][0], after["attention_output"][0], columns=columns)
         _copy(before["ffn_input"][0], after["ffn_input"][0], rows=neuron)
         _copy(before["ffn_output"][0], after["ffn_output"][0], columns=neuron)
-    return hf.attach(model, config.replace(num_attention_heads=heads, kept_heads=[head.tolist() for head, _ in kept]))
+    kept_heads = [head.tolist() for head, _ in kept]
+    return saving.attach(model, config.replace(num_attention_heads=heads, kept_heads=kept_heads))
 
 
 def resize(model: PreTrainedModel, num_attention_heads: int, intermediate_size: int) -> None:

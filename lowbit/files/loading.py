@@ -10,8 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoints import read_json, verify
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from .records import read_json, verify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import hf, models
+from .. import models
+from ..files.stage import current_config
+from ..nn import UnpaddedEncoder
 from .compiling import check_compiler
-from .nn import UnpaddedEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -104,7 +105,7 @@ def export(model: PreTrainedModel, path: str | os.PathLike[str], **options: Any)
 
 def _check(model: PreTrainedModel) -> None:
     models.describe(model)
-    stage = hf.current_config(model).stage
+    stage = current_config(model).stage
     if stage != "packed":
         raise ValueError(f"lowbit.export takes a packed model, this one is {stage}; call lowbit.convert or quantize")
     if model.device.type != "cpu":

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import Architecture
-from ..quantizers import ActivationQuantizer
+from ...models import Architecture
+from ...quantizers import ActivationQuantizer
 from .sequences import Sequences
 
 _SITES = ("query", "key", "value", "attention_probs")

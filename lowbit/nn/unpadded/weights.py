@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..models import Architecture
+from ...models import Architecture
 
 
 class Product(NamedTuple):

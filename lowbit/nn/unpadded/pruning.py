@@ -15,7 +15,7 @@ import torch
 
 from lowbit_kernels import gather_tokens, kept_cu_seqlens, select_tokens
 
-from ..config import LengthConfig
+from ...config import LengthConfig
 from .sequences import Sequences
 
 

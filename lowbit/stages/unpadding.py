@@ -17,15 +17,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from . import hf, models
-from .config import LengthConfig, LowbitConfig
-from .errors import check_import
-from .heads import reads_first_token_only
-from .nn import FusedEmbeddings, PackedEncoder, PackedLinear, QuantLinear, UnpaddedEncoder
-from .nn import attention as lowbit_attention
-from .nn import packed_encoder as lowbit_packed_encoder
-from .nn.fused_embeddings import has_weights
-from .nn.stand_in import StandIn
+from .. import models
+from ..config import LengthConfig, LowbitConfig
+from ..errors import check_import
+from ..files.stage import current_config, own_config
+from ..nn import FusedEmbeddings, PackedEncoder, PackedLinear, QuantLinear, UnpaddedEncoder
+from ..nn import attention as lowbit_attention
+from ..nn.unpadded import packed_encoder as lowbit_packed_encoder
+from ..nn.unpadded.fused_embeddings import has_weights
+from ..nn.unpadded.heads import reads_first_token_only
+from ..nn.unpadded.stand_in import StandIn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,7 +84,7 @@ def fuse_where_possible(model: PreTrainedModel) -> PreTrainedModel:
 
 def _put_packed_encoder(model: PreTrainedModel) -> None:
     """Put lowbit's encoder and embeddings in place where they are not; ValueError where they cannot be."""
-    config = hf.current_config(model)
+    config = current_config(model)
     architecture = models.describe_attention(model, "fuse", bias=True)
     encoder = encoder_of(model)
     check_fusable(model, config)
@@ -137,7 +138,7 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
             encoder.run = encoder._run  # CUDA graphs were captured with the lengths before
         elif config is None:
             _put_back_all(model, [encoder])
-            quantized = hf.current_config(model).stage != "float"
+            quantized = current_config(model).stage != "float"
             model.set_attn_implementation(lowbit_attention.NAME if quantized else encoder.replaced_attention)
     elif config is not None:
         unpadded_encoder(model).lengths = config
@@ -153,11 +154,11 @@ def unpadded_encoder(model: PreTrainedModel) -> UnpaddedEncoder:
     encoder = encoder_of(model)
     if isinstance(encoder, UnpaddedEncoder):
         return encoder
-    check_quantized_attention(hf.current_config(model))
+    check_quantized_attention(current_config(model))
     unpadded = UnpaddedEncoder(encoder, models.describe_attention(model, "an encoder without padding"), model.config)
     unpadded.replaced_attention = model.config._attn_implementation
     _put(model, _path(model), unpadded)
-    hf.own_config(model)
+    own_config(model)
     _without_padding(model)
     return unpadded
 
@@ -224,7 +225,7 @@ def _check_length(model: PreTrainedModel, config: LengthConfig) -> None:
     if "first_segment" in config.protect and getattr(model.config, "type_vocab_size", 1) < 2:
         raise ValueError(f"LengthConfig(protect=('first_segment',)) needs token types, which {head} does not have")
     check_encoder(model)
-    check_quantized_attention(hf.current_config(model))
+    check_quantized_attention(current_config(model))
 
 
 def check_encoder(model: PreTrainedModel) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from .nn import PackedEmbedding, QuantEmbedding, QuantLinear
-from .nn._packed import Packed
+from . import PackedEmbedding, QuantEmbedding, QuantLinear
+from ._packed import Packed
 
 
 def num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:

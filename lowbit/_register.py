@@ -32,7 +32,7 @@ def install() -> None:
 
 
 def _register_with_transformers() -> None:
-    from . import hf  # noqa: F401 (importing registers)
+    from . import plugin  # noqa: F401 (importing registers)
     from .nn import attention  # noqa: F401
 
 

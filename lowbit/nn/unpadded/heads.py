@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from . import models
-from .nn.proof import trying
-from .nn.snapshot import Snapshot, any_global_hook, is_hooked
-from .nn.stand_in import StandIn
+from ... import models
+from .proof import trying
+from .snapshot import Snapshot, any_global_hook, is_hooked
+from .stand_in import StandIn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -9,12 +9,13 @@ from torch import nn
 
 from lowbit_kernels import quantized_embedding
 
-from . import hf
-from .config import LowbitConfig
-from .conversion import _part_ties, _swap
-from .nn import PackedDecoder, PackedEmbedding, PackedLinear, QuantDecoder, QuantEmbedding, QuantLinear
-from .nn.embedding import table_codes
-from .quantizers import weight_codes, weight_values
+from ..config import LowbitConfig
+from ..files import saving
+from ..files.stage import current_config, own_config
+from ..nn import PackedDecoder, PackedEmbedding, PackedLinear, QuantDecoder, QuantEmbedding, QuantLinear
+from ..nn.embedding import table_codes
+from ..quantizers import weight_codes, weight_values
+from .swap import part_ties, swap
 from .unpadding import check_own_forward, restore_padding
 
 if TYPE_CHECKING:
@@ -44,31 +45,31 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     Raises:
         ValueError: the model is float already, weights are offloaded, or a `forward` was put over that of the encoder.
     """
-    config = hf.current_config(model)
+    config = current_config(model)
     if config.stage == "float":
         raise ValueError("the model is float already; dequantize takes a prepared or packed one")
     offloaded = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
     if offloaded is not None:
         raise ValueError(f"{offloaded} is offloaded (device_map) and cannot be dequantized; load without offloading")
     check_own_forward(model)
-    hf.own_config(model)
+    own_config(model)
     restore_padding(model)
     own, trained = model.dtype, not any(hasattr(module, "base_layer") for module in model.modules())
     swapped = []
     for name, module in list(model.named_modules()):
         if isinstance(module, PackedLinear | QuantLinear | PackedDecoder | QuantDecoder):
-            _swap(model, {name: _linear(module, own, trained)})
+            swap(model, {name: _linear(module, own, trained)})
             swapped.append(name)
         elif isinstance(module, PackedEmbedding | QuantEmbedding):
-            _swap(model, {name: _embedding(module, own, trained)})
+            swap(model, {name: _embedding(module, own, trained)})
             swapped.append(name)
         module._modules.pop("quantizers", None)  # of attention
-    _part_ties(model, swapped)
-    hf.detach(model)
+    part_ties(model, swapped)
+    saving.detach(model)
     model.config._attn_implementation = model.get_correct_attn_implementation(None)  # transformers' default
     if config.num_attention_heads is not None:
         heads, kept = config.num_attention_heads, config.kept_heads
-        hf.attach(model, LowbitConfig(stage="float", num_attention_heads=heads, kept_heads=kept))
+        saving.attach(model, LowbitConfig(stage="float", num_attention_heads=heads, kept_heads=kept))
     return model if dtype is None else model.to(dtype)
 
 

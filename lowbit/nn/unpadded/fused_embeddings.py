@@ -12,8 +12,8 @@ from torch import nn
 
 from lowbit_kernels import embedding_layernorm
 
-from ._packed import refuse_tracing
-from .embedding import PackedEmbedding
+from .._packed import refuse_tracing
+from ..embedding import PackedEmbedding
 from .proof import is_half, trying
 from .snapshot import Snapshot, any_global_hook
 from .stand_in import StandIn

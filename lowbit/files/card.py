@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import models
-from .config import LengthConfig, LowbitConfig
-from .errors import check_import
-from .nn import PackedDecoder, QuantDecoder
-from .nn._packed import Packed
+from .. import models
+from ..config import LengthConfig, LowbitConfig
+from ..errors import check_import
+from ..nn import PackedDecoder, QuantDecoder
+from ..nn._packed import Packed
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard

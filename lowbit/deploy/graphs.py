@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from . import models
-from .heads import reads_first_token_only
-from .nn import PackedEncoder
-from .nn.sequences import Sequences
+from .. import models
+from ..nn import PackedEncoder
+from ..nn.unpadded.heads import reads_first_token_only
+from ..nn.unpadded.sequences import Sequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

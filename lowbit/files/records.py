@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ._fields import first_that_matters
-from .config import LengthConfig, LowbitConfig
-from .errors import CheckpointError
+from ..config import LengthConfig, LowbitConfig
+from ..errors import CheckpointError
+from .fields import first_that_matters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

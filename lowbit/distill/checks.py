@@ -1,0 +1,77 @@
+"""What is looked at before training: whether student, teacher and objectives fit together."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import LowbitConfig
+from ..nn import UnpaddedEncoder
+from .objectives import AttentionScoreLoss, HiddenStateLoss, Objective, sizes_of
+
+logger = logging.getLogger("lowbit")
+
+
+def refuse_shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
+    """`prepare` works in place: a teacher that is the same model would follow its student."""
+    taught = {id(parameter) for parameter in teacher.parameters()}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad and id(parameter) in taught:
+            raise ValueError(
+                f"student and teacher share the trainable parameter {name}; "
+                "give each its own: student = lowbit.prepare(copy.deepcopy(teacher), ...)"
+            )
+
+
+def inside_peft(model: Any) -> PreTrainedModel:
+    """The model of transformers in a `PeftModel`; another one is itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_prompt(student: Any, objectives: Sequence[Objective]) -> None:
+    """Raise ValueError where a student whose prompt is trained has other tokens or keys than its teacher."""
+    config = getattr(student, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning:
+        return
+    prefix = config.peft_type == "PREFIX_TUNING"
+    for objective in objectives:
+        if isinstance(objective, AttentionScoreLoss if prefix else HiddenStateLoss | AttentionScoreLoss):
+            raise ValueError(
+                f"{type(objective).__name__} compares token by token, and the student's {config.num_virtual_tokens} "
+                f"virtual tokens ({type(config).__name__}) are none of the teacher's; accepted: "
+                "objectives=[lowbit.LogitsLoss()]"
+            )
+
+
+def compare_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    """Both models read the same token ids: those that the teacher does not have are refused, fewer are warned of."""
+    sizes = sizes_of("vocab_size", student, teacher)
+    if sizes is None or sizes[0] == sizes[1]:
+        return
+    own, taught = sizes
+    if own > taught:
+        raise ValueError(
+            f"the student has a vocabulary of {own} tokens, the teacher of {taught}: both read the same token ids, and "
+            f"{taught} to {own - 1} are none of the teacher's. Take a student with the teacher's tokenizer; if it has "
+            f"it, and the rest of its table is spare, call teacher.resize_token_embeddings({own})"
+        )
+    logger.warning(
+        "The student has a vocabulary of %d tokens, the teacher of %d. Both read the same token ids: with tokenizers "
+        "that differ these mean other words to the teacher, and nothing can be learned from it.",
+        own,
+        taught,
+    )
+
+
+def drops_tokens(model: nn.Module) -> bool:
+    return any(isinstance(module, UnpaddedEncoder) and module.lengths is not None for module in model.modules())
+
+
+def slimmed(model: nn.Module) -> LowbitConfig | None:
+    """The configuration of a model of `lowbit.slim`."""
+    config = getattr(model.config, "quantization_config", None)
+    return config if isinstance(config, LowbitConfig) and config.num_attention_heads is not None else None

@@ -1,0 +1,271 @@
+"""Distillation-aware training: `transformers.Trainer` with a teacher and a list of objectives, summed and logged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Trainer
+
+from .. import models
+from ..files.records import read_json
+from ..nn.attention import NAME as LOWBIT_ATTENTION
+from .checks import check_prompt, compare_vocabularies, drops_tokens, inside_peft, refuse_shared_parameters, slimmed
+from .columns import arguments, parameters
+from .objectives import AttentionScoreLoss, HiddenStateLoss, LogitsLoss, Objective, TaskLoss
+
+logger = logging.getLogger("lowbit")
+
+
+class DistillationTrainer(Trainer):
+    """`transformers.Trainer` whose loss is a sum of objectives between the model (student) and a teacher.
+
+    Args:
+        teacher: float model of the same task; moved to the training device, put in eval mode, run without gradients,
+            under autocast where training is. What it returns is float32, as of the student.
+        objectives: summed all the time (joint schedule); default: hidden, attention and logits; without attention for
+            models whose attention does not give its scores (it does in the architectures that `lowbit.models`
+            describes, but for MPNet).
+        stages: instead of `objectives`, a schedule [(end, objectives), ...] with `end` the fraction of all steps at
+            which the stage ends, ascending, the last one 1.0. BinaryBERT's two stages are
+            `[(0.5, [HiddenStateLoss(), AttentionScoreLoss()]), (1.0, [LogitsLoss()])]`.
+        *args, **kwargs: `Trainer`'s own.
+
+    The student may be a `PeftModel`: its adapters are trained; beside a trained prompt, `LogitsLoss` has to do.
+
+    Of a batch each model is called with the columns that its own forward names, the teacher without labels. A column
+    that only one of them names (`token_type_ids` of a BERT beside a DistilBERT) is kept for it, and objectives see all.
+
+    Evaluation computes the ordinary task loss without the teacher. Losses are logged as loss_hidden and so on, each the
+    mean over the batches in which it was active. Each is a mean over its batch: accumulation steps and ranks are
+    averaged with equal weights, whatever their number of tokens. Where an objective compares scores, student and
+    teacher are switched to the "lowbit" attention and stay so. Resume, multi-GPU, mixed precision and checkpoints are
+    `Trainer`'s.
+
+    Raises:
+        ValueError: no teacher, one that shares trainable parameters with the student, both or ill-ordered `objectives`
+            and `stages`, a stage without objectives, label smoothing, reentrant checkpointing with scores, a model
+            that cannot give what an objective needs, tokens of a trained prompt to compare with the teacher's, a
+            student with more token ids than the teacher, or what the objectives of any stage refuse (another hidden
+            size, layers that do not divide the teacher's, ...).
+    """
+
+    # Losses are per-batch means, so Trainer must divide them by the accumulation steps; it would not for models that
+    # take **kwargs, as BERT does. `model_accepts_loss_kwargs` below says the same to transformers before 5.19.
+    loss_is_scaled_for_ga = False
+
+    # Subclasses that can do without a teacher say so; their objectives then get None for its outputs.
+    needs_teacher = True
+
+    # Subclasses say so whose student keeps all tokens where objectives compare those of every layer.
+    lifts_lengths = False
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: PreTrainedModel | None,
+        objectives: Sequence[Objective] | None = None,
+        stages: Sequence[tuple[float, Sequence[Objective]]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(teacher, PreTrainedModel) and (teacher is not None or self.needs_teacher):
+            raise ValueError(f"teacher must be a transformers model, got {type(teacher).__name__}")
+        if objectives is not None and stages is not None:
+            raise ValueError("pass objectives (joint) or stages (a schedule), not both")
+        if stages is None:
+            stages = [(1.0, self._default_objectives(teacher) if objectives is None else objectives)]
+        ends = [end for end, _ in stages]
+        if not ends or ends != sorted(set(ends)) or ends[0] <= 0 or ends[-1] != 1.0:
+            raise ValueError(f"stages end at {ends}; accepted: ascending fractions, the last one 1.0")
+        if not all(objectives for _, objectives in stages):
+            raise ValueError("every stage needs at least one objective")
+        self.stages, self.teacher = list(stages), teacher
+        super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ValueError("label_smoothing_factor smooths labels, which distillation does not train on; set it to 0")
+        if self._needs_scores and self._reentrant:
+            raise ValueError("attention scores get no gradient under use_reentrant=True; set it to False")
+        self.model_accepts_loss_kwargs = False
+        student = self.accelerator.unwrap_model(self.model)
+        if self.model_init is None:  # else it was checked when it was made
+            self._check_student(student)
+        student = inside_peft(student)
+        if teacher is not None:
+            teacher.to(self.args.device).eval()
+        self._sums: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, int] = {}
+        for model in (teacher, student):
+            if model is not None:
+                self._expose_scores(model)
+        self._agree_on_heads(student)
+
+    def _default_objectives(self, teacher: PreTrainedModel | None) -> Sequence[Objective]:
+        if teacher is None:
+            return (TaskLoss(),)
+        logits = LogitsLoss(problem_type=getattr(teacher.config, "problem_type", None))
+        if not models.has_plain_attention(teacher):
+            logger.warning("%s does not give attention scores: distilling without them", type(teacher).__name__)
+            return (HiddenStateLoss(), logits)
+        return (HiddenStateLoss(), AttentionScoreLoss(), logits)
+
+    @property
+    def _reentrant(self) -> bool:
+        """Whether layers are checkpointed in the way that gives no gradient to what they note on the side."""
+        names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")  # transformers 6 and 5
+        checkpointing = next((getattr(self.args, name) for name in names if getattr(self.args, name, None)), None)
+        return bool((checkpointing or {}).get("use_reentrant"))
+
+    @property
+    def _needs_scores(self) -> bool:
+        return any("scores" in objective.needs for _, objectives in self.stages for objective in objectives)
+
+    def _check_student(self, student: Any) -> None:
+        """Raise ValueError for whatever can be known before training; nothing is changed."""
+        for _, objectives in self.stages:
+            check_prompt(student, objectives)
+        student = inside_peft(student)
+        pair = [model for model in (student, self.teacher) if model is not None]
+        if self.teacher is not None:
+            refuse_shared_parameters(student, self.teacher)
+            compare_vocabularies(student, self.teacher)
+        for _, objectives in self.stages:
+            for objective in objectives:
+                if (check := getattr(objective, "check", None)) is not None:
+                    check(student, self.teacher)
+        needs = {need for _, objectives in self.stages for objective in objectives for need in objective.needs}
+        asked = self._asked_for(needs)
+        for model in pair:
+            if "scores" in needs:
+                models.describe_attention(model, "AttentionScoreLoss")
+            if lacking := asked.keys() - arguments(model, {}, asked).keys():
+                raise ValueError(
+                    f"{type(model).__name__}.forward does not take {', '.join(sorted(lacking))}, which the objectives "
+                    "need; give it **kwargs and pass them on, or pass objectives that need less"
+                )
+            if asked and drops_tokens(model) and (model is self.teacher or not self.lifts_lengths):
+                raise ValueError(
+                    f"{' and '.join(sorted(needs))} of all tokens are compared, and the "
+                    f"{'teacher' if model is self.teacher else 'student'} drops tokens on the way; call "
+                    "lowbit.set_length(model, None), or pass objectives=[LogitsLoss()]"
+                )
+
+    def _expose_scores(self, model: PreTrainedModel) -> None:
+        if self._needs_scores:
+            model.set_attn_implementation(LOWBIT_ATTENTION)
+
+    def call_model_init(self, trial: Any = None) -> PreTrainedModel:
+        model = super().call_model_init(trial)
+        self._check_student(model)
+        self._expose_scores(inside_peft(model))  # train() builds the student again
+        self._agree_on_heads(inside_peft(model))
+        self._signature_columns = None  # this one's forward may name others
+        return model
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Trainer keeps the columns that these name: the student's and the teacher's."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            names: Any = self._signature_columns  # a list of Trainer's own
+            for model in (self.model, self.teacher):
+                names += [] if model is None else parameters(model)[0]
+
+    def _agree_on_heads(self, model: PreTrainedModel) -> None:
+        """Ranks that slimmed by batches of their own kept other heads; they train rank 0's weights."""
+        config = slimmed(model)
+        if config is not None and self.args.world_size > 1:
+            from accelerate.utils import broadcast_object_list
+
+            (config.kept_heads,) = broadcast_object_list([config.kept_heads])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights of a checkpoint, and which heads they are: another student may have been slimmed to resume."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path, config = Path(resume_from_checkpoint) / "config.json", slimmed(self.model)
+        if config is not None and path.is_file():
+            config.kept_heads = read_json(path).get("quantization_config", {}).get("kept_heads")
+
+    def current_objectives(self) -> Sequence[Objective]:
+        """The objectives of the stage that the global step is in (so resuming needs no state of its own)."""
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        return next((objectives for end, objectives in self.stages if progress < end), self.stages[-1][1])
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        if not model.training:
+            labels = () if self.compute_loss_func is None else ("labels",)  # which are not for the model then
+            return super().compute_loss(model, self._of_student(model, inputs, labels), return_outputs)
+        objectives = self.current_objectives()
+        needs = {need for objective in objectives for need in objective.needs}
+        wanted = {"return_dict": True, "output_hidden_states": False, **self._asked_for(needs)}
+        student = model(**arguments(model, inputs, wanted))
+        teacher = None
+        if self.teacher is not None:
+            from accelerate.utils import convert_to_fp32  # no trainer is without it, but `import lowbit` may be
+
+            with torch.no_grad(), self.accelerator.autocast():  # as accelerate wraps the student's own forward
+                teacher = self.teacher(**arguments(self.teacher, inputs, wanted, without={"labels", *self.label_names}))
+            teacher = convert_to_fp32(teacher)
+            scores = student.get("attentions"), teacher.get("attentions")
+            if "scores" in needs and all(scores):
+                teacher.attentions = self._of_kept_heads(*scores)
+        losses = [(objective.name, objective(student, teacher, inputs)) for objective in objectives]
+        self._note(losses)
+        loss = sum(value for _, value in losses)
+        return (loss, student) if return_outputs else loss
+
+    @staticmethod
+    def _asked_for(needs: Collection[str]) -> dict[str, bool]:
+        """Options of forward for what objectives need."""
+        return {
+            **({"output_hidden_states": True} if "hidden_states" in needs else {}),
+            **({"output_attentions": True, "output_scores": True} if "scores" in needs else {}),
+        }
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, without the columns of the teacher: where there are no labels it calls the model itself."""
+        return super().prediction_step(model, self._of_student(model, inputs, self.label_names), *args, **kwargs)
+
+    @staticmethod
+    def _of_student(model: Any, inputs: dict[str, Any], besides: Collection[str] = ()) -> dict[str, Any]:
+        """The student's columns of a batch, and others that `Trainer` itself reads."""
+        own = arguments(model, inputs)
+        return {name: value for name, value in inputs.items() if name in own or name in besides}
+
+    def _of_kept_heads(
+        self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        """The teacher's scores [B, H, S, S] of each layer, only of the heads that a slimmed student kept."""
+        config = slimmed(self.model)
+        if config is None or config.kept_heads is None or len(teacher) % len(config.kept_heads):
+            return teacher
+        kept = config.kept_heads
+        full = self.model.config.num_attention_heads
+        if any(s.shape[1] != len(kept[0]) for s in student) or any(t.shape[1] != full for t in teacher):
+            return teacher
+        step = len(teacher) // len(kept)  # as `_layer_map` pairs them: a layer learns from the last of `step`
+        # Stacked views: an index would be copied to the GPU in every layer, and each copy waits for it.
+        return tuple(torch.stack([t[:, head] for head in kept[i // step]], 1) for i, t in enumerate(teacher))
+
+    def _note(self, losses: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Count the named losses of a batch for the log."""
+        for name, value in losses:
+            self._sums[name] = self._sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+        for name in {name for name, _ in losses}:
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean of each named loss since the last log, over all ranks."""
+        if "loss" in logs:
+            for name, total in self._sums.items():
+                mean = self.accelerator.gather((total / self._counts[name]).reshape(1)).mean()
+                logs[f"loss_{name}"] = round(float(mean), 6)
+            self._sums, self._counts = {}, {}
+        super().log(logs, *args, **kwargs)
