@@ -5,13 +5,14 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 RESULTS ?= benchmarks/results
 ONLY ?=
+SINCE ?= HEAD
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Nothing that runs from here may reach for a model hub.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test lint unit docs interpreter aot aoti bench soak gpu clean
+.PHONY: help demo test lint quick unit docs interpreter aot aoti bench soak gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +47,10 @@ unit: $(VENV)/.installed  ## unit tests on the CPU, the code of README and docs 
 	# What processors without the native kernels run.
 	$(OFFLINE) OMP_NUM_THREADS=1 LOWBIT_CPU=torch $(BIN)/python -m pytest -q -n 2 tests/test_encoder.py \
 		tests/kernels/test_linear.py tests/kernels/test_layernorm.py tests/kernels/test_quantize.py
+
+quick: lint  ## lint, types, and the tests of what changed since SINCE (default: the last commit)
+	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=kernels:. $(BIN)/python -m pytest -q -x -n 2 \
+		$$(PYTHONPATH=kernels:. $(BIN)/python tests/changed.py $(SINCE))
 
 docs: $(VENV)/.installed  ## the documentation site in site/: no warning, no dead link or anchor, nothing from the network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
