@@ -15,6 +15,10 @@ ROOT = Path(__file__).parents[1]
 ALWAYS = ("tests/test_layers.py", "tests/test_golden.py")
 
 
+def _git(*call: str) -> str:
+    return subprocess.run(["git", *call], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def changed(commit: str) -> list[str]:
     """Paths of files that are not as in the commit, new ones too."""
     calls = (["diff", "--name-only", commit], ["ls-files", "--others", "--exclude-standard"])
