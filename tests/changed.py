@@ -22,10 +22,7 @@ def _git(*call: str) -> str:
 def changed(commit: str) -> list[str]:
     """Paths of files that are not as in the commit, new ones too."""
     calls = (["diff", "--name-only", commit], ["ls-files", "--others", "--exclude-standard"])
-    texts = [
-        subprocess.run(["git", *call], cwd=ROOT, capture_output=True, text=True, check=True).stdout for call in calls
-    ]
-    return sorted({line for text in texts for line in text.splitlines()})
+    return sorted({line for call in calls for line in _git(*call).splitlines()})
 
 
 def mentions(path: str) -> list[str]:
