@@ -127,6 +127,34 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
     return next((found for module in sorted(graph) if (found := walk(module, []))), [])
 
 
+@pytest.mark.parametrize("path", [*files().values()], ids=[*files()])
+def test_what_is_imported_of_our_own_is_there(path: Path) -> None:
+    """Imports inside of functions run late, and mypy passes over modules that it cannot find."""
+    modules = files()
+    for name in imports(path, whole=True):
+        module, _, attribute = name.rpartition(".")
+        if name.split(".")[0] in ("lowbit", "lowbit_kernels") and name not in modules and module != "lowbit":
+            assert module in modules, name
+            assert attribute in bound(modules[module]), name
+
+
+def bound(path: Path) -> set[str]:
+    """Names that a file binds at its top level, in `if` and `try` too."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = [*ast.parse(path.read_text()).body]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            continue
+        if isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        waiting += ast.iter_child_nodes(node)
+    return found
+
+
 def test_a_circle_would_be_found() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []

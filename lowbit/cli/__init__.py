@@ -1,7 +1,7 @@
 """The command line: `lowbit COMMAND`, or `python -m lowbit COMMAND`.
 
 app          the program: global options, errors, exit codes
-commands     one function a command: its arguments, and what it prints
+commands/    one function a command: its arguments, and what it prints
 loading      checkpoints by name: the model, its labels, its tokenizer; saving what was made of it
 folders      where the files of a checkpoint are
 weights      the files of its weights
