@@ -13,14 +13,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FREE = ("empty", "new_empty", "empty_like", "view", "_unsafe_view", "unsqueeze", "detach", "unbind", "select", "alias")
 
 
+Launch = tuple[str, tuple[int, ...]]  # name of the kernel, its grid
+
+
 class _Recorder:
     """In place of a kernel."""
 
-    def __init__(self, name: str, launched: list[str]) -> None:
+    def __init__(self, name: str, launched: list[Launch]) -> None:
         self.name, self.launched = name, launched
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *_, **__: self.launched.append(self.name)
+        return lambda *_, **__: self.launched.append((self.name, grid))
+
+
+def kernels_of(module: ModuleType) -> list[str]:
+    """Names of the kernels that a module launches."""
+    return [name for name in vars(module) if name.startswith("_") and name.endswith("_kernel")]
+
+
+def record(modules: list[ModuleType], monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    """The kernels of the modules do nothing from now on; what is launched appears in the list."""
+    launched: list[Launch] = []
+    for module in modules:
+        for name in kernels_of(module):
+            monkeypatch.setattr(module, name, _Recorder(name, launched))
+    return launched
 
 
 class _Computing(TorchDispatchMode):
@@ -39,10 +56,7 @@ def work_of(
     run: Callable[[], object], modules: list[ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> tuple[list[str], list[str]]:
     """(kernels launched, torch ops that compute) while `run()` runs; the kernels of the modules do nothing."""
-    launched: list[str] = []
-    for module in modules:
-        for kernel in [attribute for attribute in vars(module) if attribute.endswith("_kernel")]:
-            monkeypatch.setattr(module, kernel, _Recorder(kernel, launched))
+    launched = record(modules, monkeypatch)
     with _Computing() as computing:
         run()
-    return launched, computing.seen
+    return [name for name, _ in launched], computing.seen
