@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -13,17 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 FREE = ("empty", "new_empty", "empty_like", "view", "_unsafe_view", "unsqueeze", "detach", "unbind", "select", "alias")
 
 
-Launch = tuple[str, tuple[int, ...]]  # name of the kernel, its grid
+class Launch(NamedTuple):
+    name: str  # of the kernel
+    grid: tuple[int, ...]
+    kernel: Any
+    args: tuple[Any, ...]
 
 
 class _Recorder:
     """In place of a kernel."""
 
-    def __init__(self, name: str, launched: list[Launch]) -> None:
-        self.name, self.launched = name, launched
+    def __init__(self, name: str, kernel: Any, launched: list[Launch]) -> None:
+        self.name, self.kernel, self.launched = name, kernel, launched
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        return lambda *_, **__: self.launched.append((self.name, grid))
+        return lambda *args, **_: self.launched.append(Launch(self.name, grid, self.kernel, args))
 
 
 def kernels_of(module: ModuleType) -> list[str]:
@@ -36,7 +40,7 @@ def record(modules: list[ModuleType], monkeypatch: pytest.MonkeyPatch) -> list[L
     launched: list[Launch] = []
     for module in modules:
         for name in kernels_of(module):
-            monkeypatch.setattr(module, name, _Recorder(name, launched))
+            monkeypatch.setattr(module, name, _Recorder(name, getattr(module, name), launched))
     return launched
 
 
@@ -59,4 +63,4 @@ def work_of(
     launched = record(modules, monkeypatch)
     with _Computing() as computing:
         run()
-    return [name for name, _ in launched], computing.seen
+    return [launch.name for launch in launched], computing.seen
