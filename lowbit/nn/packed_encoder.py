@@ -154,6 +154,8 @@ class PackedEncoder(UnpaddedEncoder):
         return super()._apply(*args, **kwargs)
 
     def _fast(self, hidden_states: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+        if self.is_replica:  # its tensors are no parameters, and `run` is that of the encoder on the first device
+            return None
         norms = [own.ffn_norm.weight for own in self._weights()]
         needs_modules = (
             self.training
