@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,10 @@ class Derived:
             torch.cuda.current_stream(tensors[0].device).synchronize()
         self._kept[tensors[0]] = _Entry(made_from, key, value)
         return value
+
+    def of(self, tensors: Iterable[torch.Tensor]) -> list[Any]:
+        """The values kept now that have one of these as their first tensor."""
+        return [entry.value for tensor in tensors if (entry := self._kept.get(tensor)) is not None]
 
     def values(self) -> list[Any]:
         """All values kept now."""

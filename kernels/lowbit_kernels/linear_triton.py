@@ -494,11 +494,11 @@ def _concat(arch: int | None) -> bool:
     return arch is not None and arch // 10 == 9
 
 
-_w_sums = Derived()
+w_sums = Derived()
 
 
 def _w_sum(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
-    return _w_sums.get([packed], (K, layout), lambda: unpacked(packed, K, layout).sum(-1, dtype=torch.int32))
+    return w_sums.get([packed], (K, layout), lambda: unpacked(packed, K, layout).sum(-1, dtype=torch.int32))
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
