@@ -91,7 +91,7 @@ class UnpaddedEncoder(StandIn):
         with torch.inference_mode(False):
             keep = torch.tensor(() if lengths is None else lengths.keep, dtype=torch.float64, device="cpu")
             device = next(self.layer.parameters()).device
-            device = torch.device("cpu") if device.type == "meta" else device  # offloaded: they come when they are called
+            device = torch.device("cpu") if device.type == "meta" else device  # offloaded
             # Their bits, which `.half()` leaves alone.
             self.register_buffer("_keep_bits", keep.view(torch.int64).to(device), persistent=False)
 
