@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import lowbit_kernels
 
 # Allocations and views; everything else is work on the device or waits for it.
 FREE = ("empty", "new_empty", "empty_like", "view", "_unsafe_view", "unsqueeze", "detach", "unbind", "select", "alias")
@@ -28,6 +32,12 @@ class _Recorder:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *args, **_: self.launched.append(Launch(self.name, grid, self.kernel, args))
+
+
+def launchers() -> list[ModuleType]:
+    """Every module of `lowbit_kernels` but the tools that need Triton when they are imported."""
+    names = [found.name for found in pkgutil.iter_modules(lowbit_kernels.__path__)]
+    return [importlib.import_module(f"lowbit_kernels.{name}") for name in names if name not in ("aot", "tune")]
 
 
 def kernels_of(module: ModuleType) -> list[str]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from typing import Any
 
 import pytest
 import torch
 
-import lowbit_kernels
-from launches import Launch, kernels_of, record
+from launches import Launch, kernels_of, launchers, record
 from lowbit_kernels import (
     attention_backward,
     configs,
@@ -28,9 +25,6 @@ from lowbit_kernels import (
 LIMITS = 2**31 - 1, 65_535, 65_535  # of the axes x, y, z
 TABLES = {"XLM-R": (250_002, 768), "XLM-R large": (250_002, 1024), "mBERT": (119_547, 768)}
 TOKENS = 8_000_000
-MODULES = [
-    importlib.import_module(f"lowbit_kernels.{found.name}") for found in pkgutil.iter_modules(lowbit_kernels.__path__)
-]
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -44,7 +38,7 @@ def int8(*shape: int) -> torch.Tensor:
 @pytest.fixture(params=[80, 90])
 def launched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     monkeypatch.setattr(configs, "device_arch", lambda device: request.param)
-    return record(MODULES, monkeypatch)
+    return record(launchers(), monkeypatch)
 
 
 def launch_tables() -> None:
@@ -117,7 +111,7 @@ def test_grids_are_within_the_limits(launch: Any, launched: list[Launch]) -> Non
 def test_every_kernel_is_among_them(launched: list[Launch]) -> None:
     for launch in CASES:
         launch()
-    kernels = {name for module in MODULES for name in kernels_of(module)}
+    kernels = {name for module in launchers() for name in kernels_of(module)}
     assert {launch.name for launch in launched} == kernels
 
 
