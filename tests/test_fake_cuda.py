@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 import lowbit
-from fake_cuda import fake_cuda, move, moved
+from fake_cuda import Simulated, Wait, fake_cuda, move, moved, simulated_cuda
 from helpers import batch, outputs, tiny
+from lowbit.nn.sequences import without_padding
 from lowbit_kernels import attention
 
 
@@ -30,8 +32,8 @@ def float_model(**changes: Any) -> Any:
     return model
 
 
-def packed(fused: bool = False, **changes: Any) -> Any:
-    model = lowbit.quantize(tiny(**changes), lowbit.TernaryConfig(), fused=fused)
+def packed(fused: bool = False, head: str = "BertForSequenceClassification", **changes: Any) -> Any:
+    model = lowbit.quantize(tiny(head, **changes), lowbit.TernaryConfig(), fused=fused)
     outputs(model, batch())  # what runs without padding is found out by running
     return model
 
@@ -47,7 +49,7 @@ STAGES: dict[str, Callable[[], Any]] = {
     "fused": lambda: packed(fused=True),
 }
 
-# ------------------------------------------------------------------------------------------------------- torch.compile
+# -------------------------------------------------------------------------------------------------------- torch.compile
 
 
 @pytest.mark.parametrize("mask", [True, False], ids=["mask", "no mask"])
@@ -93,3 +95,81 @@ def test_layers_of_a_fused_model_share_their_graphs() -> None:
     with fake_cuda(), torch.no_grad():
         logits = lowbit.compile(move(model), fullgraph=True, backend="eager")(**moved(inputs)).logits
     assert logits.is_cuda and graphs() == 3
+
+
+# ------------------------------------------------------------------------------------------------ waits for the device
+# What is waited for, in which file, in which function: how often. A wait that is new here makes every forward pass
+# longer by the time that the device needs to catch up with Python, and forbids CUDA graphs.
+
+SHORTER = lowbit.LengthConfig((0.7, 0.4))
+COPY_OF_LENGTHS = {("copy to the host", "sequences.py", "without_padding"): 1}
+ALL_WAITS: dict[str, tuple[Callable[[], Any], str, bool, dict[Wait, int]]] = {
+    # model, mask, gradients wanted, its waits
+    "float, padded": (float_model, "padded", False, {}),
+    "float, no mask": (float_model, "none", False, {}),
+    "float, shorter": (lambda: lowbit.set_length(tiny(), SHORTER), "padded", False, COPY_OF_LENGTHS),
+    "packed, by its modules": (packed, "padded", True, {}),
+    "fused, padded": (lambda: packed(fused=True), "padded", False, COPY_OF_LENGTHS),
+    "fused, full mask": (lambda: packed(fused=True), "full", False, COPY_OF_LENGTHS),
+    "fused, no mask": (lambda: packed(fused=True), "none", False, {}),
+    "fused, tokens": (lambda: packed(fused=True, head="BertForTokenClassification"), "padded", False, COPY_OF_LENGTHS),
+    "fused, shorter": (lambda: lowbit.set_length(packed(fused=True), SHORTER), "padded", False, COPY_OF_LENGTHS),
+    "fused, by threshold": (
+        lambda: lowbit.set_length(packed(fused=True), lowbit.LengthConfig((0.9, 0.9), unit="threshold")),
+        "padded",
+        False,
+        # And one in `select_tokens`, which has to know how many tokens are kept.
+        {**COPY_OF_LENGTHS, ("_local_scalar_dense", "pruning.py", "drop"): 1},
+    ),
+    "an empty row": (
+        lambda: packed(fused=True),
+        "empty",
+        False,
+        {**COPY_OF_LENGTHS, ("copy to the device", "sequences.py", "with_first_tokens"): 1},
+    ),
+    "prepared, training": (lambda: prepared().train(), "padded", True, {}),
+}
+
+
+@pytest.mark.parametrize("name", ALL_WAITS)
+def test_all_waits_of_a_forward_pass_are_known(name: str) -> None:
+    make, kind, training, known = ALL_WAITS[name]
+    model, inputs = make(), batch()
+    mask = inputs["attention_mask"]
+    if kind == "none":
+        del inputs["attention_mask"]
+    elif kind != "padded":
+        mask[:] = 1
+        mask[1] = int(kind != "empty")
+    torch.manual_seed(0)
+    with torch.set_grad_enabled(training):
+        expected = model(**inputs).logits.detach()
+        with simulated_cuda() as waits:
+            torch.manual_seed(0)
+            logits = move(model, Simulated)(**moved(inputs, Simulated)).logits
+    assert dict(waits) == known
+    real = mask.any(1) if logits.dim() == 2 else mask.bool()
+    error = logits.detach().inner[real] - expected[real]
+    assert error.norm() < 0.02 * expected[real].norm()
+
+
+MASKS = {
+    "right": [[1, 1, 1, 0], [1, 1, 1, 1]],
+    "left": [[0, 1, 1, 1], [1, 1, 1, 1]],
+    "holes": [[1, 0, 2, 1], [1, 1, 0, 0]],
+    "an empty row": [[0, 0, 0, 0], [1, 1, 0, 0]],
+    "nothing": [[0, 0, 0, 0], [0, 0, 0, 0]],
+    "full": [[1, 1, 1, 1], [1, 1, 1, 1]],
+    "no column": [[], []],
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_padding_is_found_on_cuda_as_on_the_cpu(name: str) -> None:
+    mask = torch.tensor(MASKS[name], dtype=torch.long)
+    states = torch.randn(*mask.shape, 3)
+    with simulated_cuda():
+        got = without_padding(Simulated(states), Simulated(mask))
+    on_cpu = tree_map(lambda each: each.inner if isinstance(each, Simulated) else each, got)
+    for a, b in zip(tree_leaves(on_cpu), tree_leaves(without_padding(states, mask)), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
