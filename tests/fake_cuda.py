@@ -44,7 +44,7 @@ def _device_guard() -> Iterator[None]:
     if torch.version.cuda is not None:
         yield
         return
-    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
+    library = ctypes.CDLL(str(next((Path(torch.__file__).parent / "lib").glob("libc10.*"))))
     guards = (ctypes.c_void_p * (_META + 1)).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     assert guards[_META] is not None
     before, guards[_CUDA] = guards[_CUDA], guards[_META]
