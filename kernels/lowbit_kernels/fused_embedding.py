@@ -56,7 +56,7 @@ def _float_row(ids_ptr, table_ptr, rows, K, k, mask):
     return tl.where(valid, tl.load(table_ptr + row * K + k, mask=mask & valid, other=0.0).to(tl.float32), float("nan"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["type_ids", "position_ids"])
 def _embedding_layernorm_kernel(
     ids_ptr, w_ptr, word_scale_ptr, type_ids_ptr, type_table_ptr, position_ids_ptr, position_table_ptr,
     weight_ptr, bias_ptr, y_ptr, q_ptr, scale_ptr, zero_ptr,

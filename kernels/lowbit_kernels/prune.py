@@ -22,7 +22,7 @@ KEEP_DTYPES = (torch.float64, torch.int64, torch.int32)  # float32 would turn th
 # ---------------------------------------------------------------------------------------------------------- Triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _select_kernel(
     importance_ptr, protected_ptr, cu_seqlens_ptr, new_cu_seqlens_ptr, index_ptr, num_tokens,
     PROTECTED: tl.constexpr, BLOCK: tl.constexpr,

@@ -136,7 +136,7 @@ def _row_kernel(
     _store_codes(x_ptr, q_ptr + row * K, K, inverse, zero, BITS, SYMMETRIC, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "size1", "size2"])
 def _fake_kernel(
     x_ptr, out_ptr, rows, size1, size2, K,
     stride_x0, stride_x1, stride_x2, stride_xk, stride_o0, stride_o1, stride_o2, stride_ok,

@@ -512,20 +512,21 @@ class _Attention(torch.autograd.Function):
             query, key, value, cu_seqlens, max_seqlen, scaling, bits, asymmetric, bias, True, importance
         )
         ctx.save_for_backward(query, key, value, out, lse, cu_seqlens, bias)
-        ctx.max_seqlen = max_seqlen
-        ctx.options = {"scaling": scaling, "bits": bits, "asymmetric": asymmetric}
+        ctx.max_seqlen, ctx.scaling, ctx.bits, ctx.asymmetric = max_seqlen, scaling, bits, asymmetric
         ctx.mark_non_differentiable(lse, received)
         return out, lse, received
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        from .attention_backward import attention_backward
+        from .attention_backward import attention_backward_op
 
         query, key, value, out, lse, cu_seqlens, bias = ctx.saved_tensors
-        gradients = attention_backward(
-            grads[0], query, key, value, out, lse, cu_seqlens, ctx.max_seqlen, bias=bias, **ctx.options
-        )
+        # The op itself: shapes were checked forward, and Dynamo refuses the checks in a backward pass.
+        gradients = attention_backward_op(
+            grads[0], query, key, value, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scaling, ctx.bits, ctx.asymmetric,
+            bias,
+        ).unbind(0)  # fmt: skip
         return *gradients, None, None, None, None, None, None, None
 
 
