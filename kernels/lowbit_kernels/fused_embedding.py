@@ -73,7 +73,7 @@ def _embedding_layernorm_kernel(
     scale, scale2 = row_scales(word_scale_ptr, row, valid, stride_scale, stride_plane, LAYOUT)
     PLANES: tl.constexpr = 1 if LAYOUT == 0 else 8 if LAYOUT == 2 else 4
     byte = k if LAYOUT == 0 else (k // (32 * PLANES)) * 32 + k % 32
-    # One comparison with a limit: Triton 3.9's interpreter refuses `mask & valid`, of a block with a single condition.
+    # Not `mask & valid`: Triton 3.9's interpreter refuses masks that join a block of conditions with a single one.
     packed = tl.load(w_ptr + row * row_bytes + byte, mask=k < tl.where(valid, K, 0), other=0)
     v = values(packed, k // 32 % PLANES, scale, scale2, LAYOUT).to(dtype).to(tl.float32)
     # Ids that are shared by sequences are not repeated in memory: `type_ids` and `position_ids` are how many there are.
