@@ -39,7 +39,7 @@ MODULES = (
 )
 
 KIB = 1024
-# Compute capability -> (shared memory of a block, SASS of its tensor-core products of int8 and of floats: any of these).
+# Compute capability -> (shared memory of a block, SASS of its tensor-core products of int8 and of floats: any will do).
 # On 100 Triton 3.6 and 3.7 make int8 products the warp-level IMMA of Ampere, later ones those of the fifth generation.
 ARCHITECTURES = {
     80: (163 * KIB, ("IMMA",), ("HMMA",)),
@@ -107,7 +107,10 @@ def compile_case(module: str, index: int, arch: int) -> Compiled:
 def compile_kernel(
     label: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, stages: int, arch: int
 ) -> Compiled:
-    """The same for a case that is in no table (to try a tile, say)."""
+    """The same for a case that is in no table (to try a tile, say).
+
+    Constants that are no arguments of the kernel are options of the compiler, as in a launch.
+    """
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 keeps Triton from compiling: unset it")
     import triton
@@ -115,6 +118,10 @@ def compile_kernel(
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
+    # As every launch says, and not as Triton's default is: that of 3.10 is no fusion.
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options |= {name: value for name, value in constants.items() if name not in names}
+    constants = {name: value for name, value in constants.items() if name in names}
     types = {name: "constexpr" if name in constants else signature[name].split(":")[0] for name in names}
     aligned = [name for name in signature if signature[name].startswith("*") or signature[name].endswith(":16")]
     source = ASTSource(
@@ -123,7 +130,6 @@ def compile_kernel(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, listing = _disassemble(built.asm["cubin"])
     opcodes = Counter(opcode for _, opcode, _ in listing)

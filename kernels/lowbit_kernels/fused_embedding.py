@@ -134,6 +134,7 @@ def aot_cases(arch: int) -> list[tuple]:
             signature |= {"q_ptr": "*i8", "zero_ptr": "*i32"} | ids | dict.fromkeys(floats, dtype)
             signature |= dict.fromkeys(integers, "i32") | {"row_bytes": "i32:16", "K": "i32:16", "eps": "fp32"}
             constants = {"LAYOUT": layout, "BITS": bits, "SYMMETRIC": symmetric, "BLOCK": tile["BLOCK"]}
+            constants["enable_fp_fusion"] = tile["enable_fp_fusion"]
             codes = "" if not bits else " symmetric" if symmetric else " asymmetric"
             label = f"embedding_layernorm {name}{codes} {dtype} {tile['BLOCK']}"
             cases.append((label, _embedding_layernorm_kernel, signature, constants, tile["num_warps"], 3))

@@ -104,7 +104,7 @@ def launch(
     _select_kernel[(B,)](
         importance.contiguous(), None if protected is None else protected.contiguous().view(torch.uint8),
         cu_seqlens.contiguous(), new_cu_seqlens.contiguous(), index, num_tokens,
-        PROTECTED=protected is not None, BLOCK=BLOCK, num_warps=warps(BLOCK),
+        PROTECTED=protected is not None, BLOCK=BLOCK, num_warps=warps(BLOCK), enable_fp_fusion=True,
     )  # fmt: skip
     return index
 

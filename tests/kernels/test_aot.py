@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter keeps Triton from compiling", allow_module_level=True)
 
-from lowbit_kernels import aot, configs
+from lowbit_kernels import aot, configs, layernorm
 from lowbit_kernels import linear_triton as linear
 
 
@@ -120,6 +120,15 @@ def test_faults_are_found_and_named() -> None:
     for opcode in ("IMMA", "UTCIMMA"):  # one of them is enough
         either = dataclasses.replace(good, products=(("IMMA", "UTCIMMA"),), opcodes={opcode: 3})
         assert either.faults() == [] and either.multiplications == 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_constants_that_are_no_arguments_are_options(fused: bool) -> None:
+    case = layernorm.aot_cases(90)[0]
+    assert case[3]["enable_fp_fusion"] is layernorm.row_tile(1024)["enable_fp_fusion"] is False
+    label, kernel, signature, constants, warps, stages = case
+    options = {**constants, "enable_fp_fusion": fused}
+    assert ("FFMA" in aot.compile_kernel(label, kernel, signature, options, warps, stages, 90).opcodes) == fused
 
 
 def test_a_spilling_kernel_is_caught() -> None:

@@ -100,7 +100,7 @@ def test_every_tile_gives_the_same_integers(concat: bool, kind: str, tile: linea
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("tile", [None, replace(SMALL_TILE, block_b=1024), replace(SMALL_TILE, block_b=1024, split_k=3)])
+@pytest.mark.parametrize("tile", [None, *(replace(SMALL_TILE, block_b=1024, split_k=split_k) for split_k in (1, 3))])
 def test_the_longest_K_sums_exactly_and_a_longer_one_is_refused(tile: linear.Tile | None) -> None:
     """Devices differ beyond int32: wgmma and dp4a wrap, mma saturates. 64 x 128 x K is below 2^31 up to this K."""
     K = 2**18 - 1
