@@ -253,7 +253,7 @@ def launch(
         blocks = triton.cdiv(max_seqlen, block)
         kernel[(blocks * (len(cu_seqlens) - 1), H)](
             *pointers, T, H, blocks, scaling, *strides, **flags, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
     for_query, for_key = choose_tiles(max_seqlen, D, query.dtype, bits)

@@ -451,7 +451,7 @@ def launch(
     constants = {
         "LAYOUT": LAYOUTS[layout], "ACTIVATION": ACTIVATIONS[activation], "HAS_BIAS": bias is not None,
         "HAS_ZERO": x_zero_point is not None, "HAS_RESIDUAL": residual is not None,
-        "HAS_OUT_SCALE": out_scale is not None, "INTERPRET": INTERPRET,
+        "HAS_OUT_SCALE": out_scale is not None, "INTERPRET": INTERPRET, "enable_fp_fusion": True,
     }  # fmt: skip
     if tile is None and M <= SMALL_M:
         block_m = triton.next_power_of_2(M)

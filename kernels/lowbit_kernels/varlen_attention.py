@@ -385,7 +385,7 @@ def launch(
     )  # fmt: skip
     shape = {"D": D, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     extras = {"HAS_BIAS": bias is not None, "STORE_LSE": return_lse or importance is not None}
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
     grid = (blocks * (len(cu_seqlens) - 1), H)
     if bits is None:
         _attention_kernel[grid](*arguments, **extras, **shape, **options)
@@ -400,10 +400,10 @@ def launch(
             *query.stride()[:2], *key.stride()[:2], *bias_strides,
             BITS=bits, SYMMETRIC_QUERY="query" not in asymmetric, SYMMETRIC_KEY="key" not in asymmetric,
             HAS_BIAS=bias is not None, CLS=importance == "cls", D=D, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         _sum_heads_kernel[(triton.cdiv(T, 256),)](
-            partial, cu_seqlens, received, T, H, len(cu_seqlens) - 1, BLOCK=256, num_warps=4
+            partial, cu_seqlens, received, T, H, len(cu_seqlens) - 1, BLOCK=256, num_warps=4, enable_fp_fusion=True
         )
     return out, lse if return_lse else lse.new_empty(0), received
 

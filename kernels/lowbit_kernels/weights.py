@@ -245,12 +245,12 @@ CHUNK = 16384  # values a program when one scale serves the whole tensor
 
 def _block(K: int) -> dict[str, int]:
     block = min(triton.next_power_of_2(K), MAX_BLOCK)
-    return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
+    return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8, "enable_fp_fusion": True}
 
 
 def _held(K: int) -> dict[str, int]:
     block = triton.next_power_of_2(K)
-    return {"BLOCK": block, "num_warps": warps_holding(block)}
+    return {"BLOCK": block, "num_warps": warps_holding(block), "enable_fp_fusion": True}
 
 
 def launch_ternarize(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | None, iterations: int) -> Codes:
@@ -271,7 +271,7 @@ def launch_ternarize(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | N
         return codes, scale
     chunks = triton.cdiv(n, CHUNK)
     first, before, after = scale.new_empty(3, 2, chunks)
-    options = {"HAS_V": has_v, "CHUNK": CHUNK, "BLOCK": MAX_BLOCK, "num_warps": 8}
+    options = {"HAS_V": has_v, "CHUNK": CHUNK, "BLOCK": MAX_BLOCK, "num_warps": 8, "enable_fp_fusion": True}
     _sums_chunk_kernel[(chunks,)](w, v, first, first, n, chunks, FIRST=True, **options)
     rounds = iterations if has_v else 1
     last = [first, first]
@@ -297,7 +297,7 @@ def launch_binarize(w: torch.Tensor, per_row: bool) -> Codes:
     chunks = triton.cdiv(length, chunk)
     sums = scale.new_empty(groups * chunks)
     _binary_chunk_kernel[(groups * chunks,)](w, codes, sums, n, chunk, **_block(chunk))
-    _binary_scale_kernel[(groups,)](sums, scale, length, chunks, num_warps=4)
+    _binary_scale_kernel[(groups,)](sums, scale, length, chunks, num_warps=4, enable_fp_fusion=True)
     return codes, scale
 
 
@@ -314,7 +314,8 @@ def launch_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Te
         block = triton.next_power_of_2(w.shape[1])
         warps = min(2 * warps_holding(block), 16)  # float64 takes two registers
         codes, _ = _ternarize(w, True, None, 0)
-        _split_row_kernel[(w.shape[0],)](w, codes, w1, w2, w.shape[1], BLOCK=block, num_warps=warps)
+        options = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+        _split_row_kernel[(w.shape[0],)](w, codes, w1, w2, w.shape[1], **options)
         return w1, w2
     kept, a, b, side = _split_terms(w, per_row, look=False)
     assert side is not None
@@ -322,7 +323,7 @@ def launch_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Te
     blocks = triton.cdiv(length, MAX_BLOCK)
     _split_kernel[(groups * blocks,)](
         w, kept.to(torch.int8), side.to(torch.int8), a.contiguous(), b.contiguous(), w1, w2, length, blocks,
-        BLOCK=MAX_BLOCK, num_warps=8,
+        BLOCK=MAX_BLOCK, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return w1, w2
 
