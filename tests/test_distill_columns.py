@@ -24,8 +24,8 @@ from transformers import (
 import lowbit
 from helpers import tiny_config
 from lowbit import HiddenStateLoss, LogitsLoss
-from lowbit.distill.trainer.columns import arguments as taken
-from lowbit.distill.trainer.columns import parameters
+from lowbit.distill.columns import arguments as taken
+from lowbit.distill.columns import parameters
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 OPTIONS = {"return_dict", "output_hidden_states", "output_attentions", "output_scores"}

@@ -164,7 +164,7 @@ lowbit.set_length(old["fused"], lowbit.LengthConfig((0.5, 0.5)))
 lowbit.set_length(old["shorter"], None)
 lowbit.slim(old["prepared"], 0.5)
 lowbit.compile(old["fused"])
-lowbit.files.card.model_card(old["packed"])
+lowbit.card.model_card(old["packed"])
 lowbit.prepare(floats(), Ternary())
 lowbit.DistillationTrainer(model=old["prepared"], teacher=floats())
 """
