@@ -24,7 +24,7 @@ import torch
 
 import lowbit_kernels
 from lowbit_kernels import reference
-from lowbit_kernels.attention_cpu import SITES
+from lowbit_kernels.varlen_attention.cpu import SITES
 
 Integer = Callable[[int, int], int]  # a whole number from low to high, both included
 Tensor = torch.Tensor

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from lowbit_kernels import reference
-from lowbit_kernels.varlen_attention import SITES
+from lowbit_kernels.varlen_attention.cpu import SITES
 
 PROBS, ALL = ("attention_probs",), SITES
 MODES = [(None, ()), (8, PROBS), (8, ()), (8, ALL), (4, PROBS), (4, ALL), (4, ("query", "value"))]

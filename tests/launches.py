@@ -36,8 +36,8 @@ class _Recorder:
 
 def launchers() -> list[ModuleType]:
     """Every module of `lowbit_kernels` but the tools that need Triton when they are imported."""
-    names = [found.name for found in pkgutil.iter_modules(lowbit_kernels.__path__)]
-    return [importlib.import_module(f"lowbit_kernels.{name}") for name in names if name not in ("aot", "tune")]
+    names = [found.name for found in pkgutil.walk_packages(lowbit_kernels.__path__, "lowbit_kernels.")]
+    return [importlib.import_module(name) for name in names if name.rpartition(".")[2] not in ("ahead", "aot", "tune")]
 
 
 def kernels_of(module: ModuleType) -> list[str]:

@@ -15,7 +15,8 @@ import torch
 import lowbit
 from helpers import tiny
 from lowbit.deploy import graphs
-from lowbit_kernels import linear, linear_triton
+from lowbit_kernels.linear import gpu as linear_gpu
+from lowbit_kernels.linear import joint
 
 
 class Stream(SimpleNamespace):
@@ -94,8 +95,8 @@ def test_the_error_that_is_raised_is_the_first_one(calls: list[str], monkeypatch
 
 def joint_product(weights: list[torch.Tensor]) -> torch.Tensor:
     """What is made of the weights of one product for the GPU: joined, and the sums of their codes."""
-    (packed, _, _) = linear._joined(weights, [torch.ones(5)] * 2, [None, None])
-    return linear_triton._w_sum(packed, 128, "ternary")
+    (packed, _, _) = joint._joined(weights, [torch.ones(5)] * 2, [None, None])
+    return linear_gpu._w_sum(packed, 128, "ternary")
 
 
 def test_what_graphs_read_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention_cpu import AttentionOutput, attention_eager
-    from .embedding import quantized_embedding
-    from .fused_embedding import embedding_layernorm
-    from .layernorm import add_layernorm
-    from .linear import binary_linear, codes_linear, joint_dynamic_linear, joint_linear, split_linear, ternary_linear
-    from .linear_cpu import expanded_bytes, keep_expanded
+    from .embedding.op import quantized_embedding
+    from .fused_embedding.op import embedding_layernorm
+    from .layernorm.op import add_layernorm
+    from .linear.codes import codes_linear
+    from .linear.cpu import expanded_bytes, keep_expanded
+    from .linear.joint import joint_dynamic_linear, joint_linear
+    from .linear.op import binary_linear, split_linear, ternary_linear
     from .packing import (
         pack_binary,
         pack_split,
@@ -27,41 +28,43 @@ if TYPE_CHECKING:
         unpack_ternary,
         unpack_trits,
     )
-    from .prune import gather_tokens, kept_cu_seqlens, select_tokens
-    from .quantize import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
-    from .varlen_attention import attention
-    from .weights import binarize, split_ternary, ternarize
+    from .prune.op import gather_tokens, kept_cu_seqlens, select_tokens
+    from .quantize.op import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
+    from .split.op import split_ternary
+    from .varlen_attention.cpu import AttentionOutput, attention_eager
+    from .varlen_attention.op import attention
+    from .weights.op import binarize, ternarize
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "AttentionOutput": "attention_cpu",
-    "add_layernorm": "layernorm",
-    "attention": "varlen_attention",
-    "attention_eager": "attention_cpu",
-    "binarize": "weights",
-    "binary_linear": "linear",
-    "codes_linear": "linear",
-    "embedding_layernorm": "fused_embedding",
-    "expanded_bytes": "linear_cpu",
-    "fake_quantize_per_token": "quantize",
-    "gather_tokens": "prune",
-    "joint_dynamic_linear": "linear",
-    "joint_linear": "linear",
-    "keep_expanded": "linear_cpu",
-    "kept_cu_seqlens": "prune",
+    "AttentionOutput": "varlen_attention.cpu",
+    "add_layernorm": "layernorm.op",
+    "attention": "varlen_attention.op",
+    "attention_eager": "varlen_attention.cpu",
+    "binarize": "weights.op",
+    "binary_linear": "linear.op",
+    "codes_linear": "linear.codes",
+    "embedding_layernorm": "fused_embedding.op",
+    "expanded_bytes": "linear.cpu",
+    "fake_quantize_per_token": "quantize.op",
+    "gather_tokens": "prune.op",
+    "joint_dynamic_linear": "linear.joint",
+    "joint_linear": "linear.joint",
+    "keep_expanded": "linear.cpu",
+    "kept_cu_seqlens": "prune.op",
     "pack_binary": "packing",
     "pack_split": "packing",
     "pack_ternary": "packing",
     "pack_trits": "packing",
-    "quantize_per_tensor": "quantize",
-    "quantize_per_token": "quantize",
-    "quantized_embedding": "embedding",
-    "select_tokens": "prune",
-    "split_linear": "linear",
-    "split_ternary": "weights",
-    "ternarize": "weights",
-    "ternary_linear": "linear",
+    "quantize_per_tensor": "quantize.op",
+    "quantize_per_token": "quantize.op",
+    "quantized_embedding": "embedding.op",
+    "select_tokens": "prune.op",
+    "split_linear": "linear.op",
+    "split_ternary": "split.op",
+    "ternarize": "weights.op",
+    "ternary_linear": "linear.op",
     "unpack_binary": "packing",
     "unpack_split": "packing",
     "unpack_ternary": "packing",

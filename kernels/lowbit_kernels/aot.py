@@ -26,16 +26,17 @@ from pathlib import Path
 from typing import Any
 
 MODULES = (
-    "linear_triton",
+    "linear.gpu",
     "packing",
-    "quantize",
-    "weights",
-    "embedding",
-    "layernorm",
-    "fused_embedding",
-    "varlen_attention",
-    "attention_backward",
-    "prune",
+    "quantize.gpu",
+    "weights.gpu",
+    "split.gpu",
+    "embedding.gpu",
+    "layernorm.gpu",
+    "fused_embedding.gpu",
+    "varlen_attention.gpu",
+    "varlen_attention.backward_gpu",
+    "prune.gpu",
 )
 
 KIB = 1024

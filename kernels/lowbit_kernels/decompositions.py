@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 
-from .embedding import embedding_op, gather_rows
-from .linear_cpu import joint_codes, scaled_op
+from .embedding.cpu import gather_rows
+from .embedding.op import embedding_op
+from .linear.cpu import joint_codes, scaled_op
 
 
 def _product(

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import torch
 
 from . import configs
-from . import linear_triton as linear
 from ._triton import INTERPRET, triton
-from .linear_triton import LAYOUTS, Tile
+from .linear import gpu as linear
+from .linear.gpu import LAYOUTS, Tile
 from .packing import pack_codes
 
 # (N, K) of BERT-base and BERT-large: attention output, query, key and value joined, the two of the feed-forward.

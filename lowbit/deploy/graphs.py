@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from lowbit_kernels.linear import made_of
+from lowbit_kernels.linear.joint import made_of
 
 from .. import models
 from ..nn import PackedEncoder

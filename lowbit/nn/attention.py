@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from lowbit_kernels import attention
-from lowbit_kernels.varlen_attention import HEAD_DIMS
+from lowbit_kernels.varlen_attention.shared_gpu import HEAD_DIMS
 
 NAME = "lowbit"
 

@@ -12,47 +12,48 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter keeps Triton from compiling", allow_module_level=True)
 
-from lowbit_kernels import aot, configs, layernorm
-from lowbit_kernels import linear_triton as linear
+from lowbit_kernels import aot, configs
+from lowbit_kernels.layernorm import gpu as layernorm_gpu
+from lowbit_kernels.linear import gpu as linear_gpu
 
 
 def case_named(label: str, arch: int) -> int:
-    return [case[0] for case in linear.aot_cases(arch)].index(label)
+    return [case[0] for case in linear_gpu.aot_cases(arch)].index(label)
 
 
 def index_of(layout: str, M: int, arch: int = 90) -> int:
     """The case of the tile that serves M tokens on any weight."""
-    return case_named(f"linear {layout} {configs.untuned(f'{layout}_linear', linear.Tile, M, arch)}", arch)
+    return case_named(f"linear {layout} {configs.untuned(f'{layout}_linear', linear_gpu.Tile, M, arch)}", arch)
 
 
-@pytest.mark.parametrize("kind", linear.LAYOUTS)
+@pytest.mark.parametrize("kind", linear_gpu.LAYOUTS)
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_linear_multiplies_on_int8_tensor_cores_without_spilling(arch: int, kind: str) -> None:
-    result = aot.compile_case("linear_triton", index_of(kind, 16, arch), arch)
+    result = aot.compile_case("linear.gpu", index_of(kind, 16, arch), arch)
     assert result.faults() == []
     assert result.products == (({80: "IMMA", 90: "IGMMA"}[arch],),) and 0 < result.shared < 99 * 1024
 
 
 def test_int8_products_of_blackwell_use_tensor_cores_of_either_generation() -> None:
     """Warp-level products with Triton 3.6 and 3.7, those of the fifth generation with later ones."""
-    result = aot.compile_case("linear_triton", index_of("ternary", 16, 100), 100)
+    result = aot.compile_case("linear.gpu", index_of("ternary", 16, 100), 100)
     assert result.products == (("IMMA", "UTCIMMA"),)
     assert result.faults() == [] and result.multiplications > 0
 
 
 def test_decoded_weights_stay_in_registers_on_hopper() -> None:
     """The left operand of IGMMA; through shared memory each plane would be stored first (STSM or STS)."""
-    case = linear.aot_cases(90)[index_of("ternary", 16)]
+    case = linear_gpu.aot_cases(90)[index_of("ternary", 16)]
     signature, constants, warps, stages = case[2], {**case[3], "HAS_ZERO": False}, case[4], case[5]
-    result = aot.compile_kernel("ternary", linear._linear_kernel, signature, constants, warps, stages, 90)
+    result = aot.compile_kernel("ternary", linear_gpu._linear_kernel, signature, constants, warps, stages, 90)
     assert "PRMT" not in result.opcodes  # bytes are never taken apart
     assert "STSM" not in result.opcodes
     assert result.opcodes["LDGSTS"] > 0
 
 
 def test_the_loop_is_found_and_decodes_four_weights_in_two_instructions() -> None:
-    tile = configs.untuned("ternary_linear", linear.Tile, 8192, 90)
-    result = aot.compile_case("linear_triton", index_of("ternary", 8192), 90)
+    tile = configs.untuned("ternary_linear", linear_gpu.Tile, 8192, 90)
+    result = aot.compile_case("linear.gpu", index_of("ternary", 8192), 90)
     assert result.loop["IGMMA"] == result.multiplications
     assert not {"PRMT", "STS", "STSM", "LDG"} & set(result.loop)
     # Each word of packed bytes a thread has holds 4 planes: mask and flip are one LOP3 each, and 3 planes are shifted.
@@ -63,7 +64,7 @@ def test_the_loop_is_found_and_decodes_four_weights_in_two_instructions() -> Non
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_small_kernel_multiplies_four_at_a_time_without_exchanging_data(arch: int) -> None:
-    result = aot.compile_case("linear_triton", case_named("linear ternary small, 1 tokens", arch), arch)
+    result = aot.compile_case("linear.gpu", case_named("linear ternary small, 1 tokens", arch), arch)
     assert result.faults() == [] and result.products == (("IDP",),)
     # 64 words on 32 lanes: two words a lane, 4 planes each
     assert result.loop["IDP"] == result.multiplications == 8
@@ -71,10 +72,10 @@ def test_the_small_kernel_multiplies_four_at_a_time_without_exchanging_data(arch
     assert sum(result.loop.values()) < 12 * 8  # instructions for 8 bytes
 
 
-@pytest.mark.parametrize("kind", linear.LAYOUTS)
+@pytest.mark.parametrize("kind", linear_gpu.LAYOUTS)
 def test_a_tile_shared_by_slices_does_not_spill(kind: str) -> None:
-    smallest = configs.untuned(f"{kind}_linear", linear.Tile, 16, 90)
-    result = aot.compile_case("linear_triton", case_named(f"linear {kind} {smallest}, sliced", 90), 90)
+    smallest = configs.untuned(f"{kind}_linear", linear_gpu.Tile, 16, 90)
+    result = aot.compile_case("linear.gpu", case_named(f"linear {kind} {smallest}, sliced", 90), 90)
     assert result.faults() == []
     assert result.opcodes["ATOMG"] > 0  # additions and the count of arrivals
 
@@ -124,24 +125,24 @@ def test_faults_are_found_and_named() -> None:
 
 @pytest.mark.parametrize("fused", [False, True])
 def test_constants_that_are_no_arguments_are_options(fused: bool) -> None:
-    case = layernorm.aot_cases(90)[0]
-    assert case[3]["enable_fp_fusion"] is layernorm.row_tile(1024)["enable_fp_fusion"] is False
+    case = layernorm_gpu.aot_cases(90)[0]
+    assert case[3]["enable_fp_fusion"] is layernorm_gpu.row_tile(1024)["enable_fp_fusion"] is False
     label, kernel, signature, constants, warps, stages = case
     options = {**constants, "enable_fp_fusion": fused}
     assert ("FFMA" in aot.compile_kernel(label, kernel, signature, options, warps, stages, 90).opcodes) == fused
 
 
 def test_a_spilling_kernel_is_caught() -> None:
-    case = linear.aot_cases(90)[index_of("split", 8192)]
+    case = linear_gpu.aot_cases(90)[index_of("split", 8192)]
     constants = {**case[3], "BLOCK_M": 256, "BLOCK_N": 128}  # more accumulators than a block of 4 warps has registers
-    result = aot.compile_kernel("too large", linear._linear_kernel, case[2], constants, 4, 2, 80)
+    result = aot.compile_kernel("too large", linear_gpu._linear_kernel, case[2], constants, 4, 2, 80)
     assert any("spills" in fault for fault in result.faults())
 
 
 def test_the_interpreter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(RuntimeError, match="unset"):
-        aot.compile_case("linear_triton", 0, 90)
+        aot.compile_case("linear.gpu", 0, 90)
 
 
 def test_the_command_exits_with_0_and_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
-from types import ModuleType
 
 import pytest
 import torch
@@ -14,9 +12,11 @@ from torch import nn
 from attention_cases import moved
 from lowbit.nn.attention import attention_forward
 from lowbit.quantizers import ActivationQuantizer
-from lowbit_kernels import attention, attention_cpu, attention_eager, reference, varlen_attention
+from lowbit_kernels import attention, attention_eager, reference
+from lowbit_kernels.varlen_attention import cpu as varlen_attention_cpu
+from lowbit_kernels.varlen_attention import op as varlen_attention_op
 
-PROBS, ALL = ("attention_probs",), attention_cpu.SITES
+PROBS, ALL = ("attention_probs",), varlen_attention_cpu.SITES
 MODES = [(None, ()), (8, PROBS), (8, ()), (8, ALL), (4, PROBS), (4, ("key", "value"))]
 LENGTHS = [[7, 0, 1, 33, 0, 12], [16, 16, 16], [1], [0, 40]]
 # Of results that lie between the extremes of the values: float32 sums and exponentials; one rounding of the output.
@@ -71,7 +71,7 @@ def test_groups_of_sequences_change_nothing(
     for lengths in ([5, 9, 2, 2, 30, 0, 17, 9, 9], [8] * 7):
         arguments = joint(lengths, 2, 16)
         for scores in (1, 500, 2000):
-            monkeypatch.setattr(attention_cpu, "CPU_SCORES", scores)
+            monkeypatch.setattr(varlen_attention_cpu, "CPU_SCORES", scores)
             assert_attends(attention(*arguments, bits=bits, asymmetric=asymmetric), arguments, bits, asymmetric, 1e-5)
 
 
@@ -352,12 +352,10 @@ def test_gradients_through_the_op_are_handed_what_the_kernel_needs(
         given.extend(arguments)
         return torch.stack([arguments[0] * scale for scale in (1, 2, 3)])
 
-    module = ModuleType("attention_backward")
-    module.attention_backward_op = backward
-    monkeypatch.setitem(sys.modules, "lowbit_kernels.attention_backward", module)
+    monkeypatch.setattr(varlen_attention_op, "attention_backward_op", backward)
     query, key, value, cu_seqlens, max_seqlen = wanting_gradients(joint(lengths, 2, 8))
     bias = bias_of(2, 5)
-    out, lse, importance = varlen_attention._Attention.apply(
+    out, lse, importance = varlen_attention_op._Attention.apply(
         query, key, value, cu_seqlens, max_seqlen, 0.3, 8, ["key"], bias, "all"
     )
     assert [x.requires_grad for x in (out, lse, importance)] == [True, False, False]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attention_cases import ALL, MODES, PROBS, assert_gradients, joint, kept
-from lowbit_kernels.attention_backward import attention_backward
+from lowbit_kernels.varlen_attention.backward import attention_backward
 
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2**-8, torch.bfloat16: 2**-5}
 

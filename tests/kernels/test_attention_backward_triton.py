@@ -9,12 +9,13 @@ import torch
 
 from attention_cases import ALL, MODES, PROBS, assert_gradients, joint, kept, moved
 from lowbit_kernels import reference
+from lowbit_kernels.varlen_attention import backward_gpu as varlen_attention_backward_gpu
+from lowbit_kernels.varlen_attention import shared_gpu as varlen_attention_shared_gpu
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lowbit_kernels import attention_backward, varlen_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Relative to the largest gradient. Probabilities and gradients of scores are rounded to the input's type before they
@@ -32,7 +33,7 @@ def launch(*tensors, scaling=0.25, bits=None, asymmetric=PROBS, bias=None) -> tu
     *tensors, max_seqlen = tensors
     tensors = (moved(x, DEVICE) for x in tensors)
     bias = None if bias is None else moved(bias, DEVICE)
-    return attention_backward.launch(*tensors, max_seqlen, scaling, bits, asymmetric, bias).cpu().unbind(0)
+    return varlen_attention_backward_gpu.launch(*tensors, max_seqlen, scaling, bits, asymmetric, bias).cpu().unbind(0)
 
 
 def run(arguments: tuple, bias: torch.Tensor | None = None, **options: object) -> tuple[torch.Tensor, ...]:
@@ -43,7 +44,7 @@ def run(arguments: tuple, bias: torch.Tensor | None = None, **options: object) -
 
 @pytest.mark.parametrize(("bits", "asymmetric"), SOME)
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-@pytest.mark.parametrize("D", varlen_attention.HEAD_DIMS)
+@pytest.mark.parametrize("D", varlen_attention_shared_gpu.HEAD_DIMS)
 def test_equals_definition(D: int, dtype: torch.dtype, bits: int | None, asymmetric: tuple) -> None:
     """Up to 33 and up to 70 tokens: one block and several, of queries and of keys."""
     lengths = [70, 0, 1] if D in (16, 64) else [0, 1, 33]

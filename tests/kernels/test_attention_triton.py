@@ -12,15 +12,17 @@ import torch
 from attention_cases import moved
 from launches import work_of
 from lowbit_kernels import reference
+from lowbit_kernels.varlen_attention import cpu as varlen_attention_cpu
+from lowbit_kernels.varlen_attention import gpu as varlen_attention_gpu
+from lowbit_kernels.varlen_attention import shared_gpu as varlen_attention_shared_gpu
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lowbit_kernels import varlen_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-PROBS, ALL = ("attention_probs",), varlen_attention.SITES
+PROBS, ALL = ("attention_probs",), varlen_attention_cpu.SITES
 MODES = [(None, ()), (8, PROBS), (8, ()), (8, ALL), (4, PROBS), (4, ("key",)), (8, ("query", "value"))]
 SOME = [(None, ()), (8, PROBS), (8, ALL)]
 REST = [mode for mode in MODES if mode not in SOME]
@@ -43,7 +45,9 @@ def joint(lengths: list[int], H: int, D: int, dtype: torch.dtype = torch.float32
 def launch(arguments: tuple, bits: int | None, asymmetric: tuple = PROBS, scaling: float | None = None) -> torch.Tensor:
     *tensors, max_seqlen = arguments
     scaling = tensors[0].shape[2] ** -0.5 if scaling is None else scaling
-    return varlen_attention.launch(*(moved(x, DEVICE) for x in tensors), max_seqlen, scaling, bits, asymmetric)[0].cpu()
+    return varlen_attention_gpu.launch(*(moved(x, DEVICE) for x in tensors), max_seqlen, scaling, bits, asymmetric)[
+        0
+    ].cpu()
 
 
 def assert_attends(
@@ -68,7 +72,7 @@ def assert_attends(
 
 @pytest.mark.parametrize(("bits", "asymmetric"), SOME)
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-@pytest.mark.parametrize("D", varlen_attention.HEAD_DIMS)
+@pytest.mark.parametrize("D", varlen_attention_shared_gpu.HEAD_DIMS)
 def test_equals_definition(D: int, dtype: torch.dtype, bits: int | None, asymmetric: tuple) -> None:
     for lengths in ([150, 3], [0, 1, 33]) if D == 64 else ([70, 0, 1, 0],):
         arguments = joint(lengths, 2, D, dtype)
@@ -175,7 +179,7 @@ def extras(
     bias = None if bias is None else moved(bias, DEVICE)
     D = tensors[0].shape[2]
     return tuple(
-        x.cpu() for x in varlen_attention.launch(*given, max_seqlen, D**-0.5, bits, asymmetric, bias, True, kind)
+        x.cpu() for x in varlen_attention_gpu.launch(*given, max_seqlen, D**-0.5, bits, asymmetric, bias, True, kind)
     )
 
 
@@ -295,10 +299,10 @@ def test_importance_after_the_last_sequence_is_0() -> None:
 def test_only_what_is_asked_for_is_returned_and_changes_no_output() -> None:
     tensors = [moved(x, DEVICE) for x in joint([9, 20], 2, 16)[:4]]
     for bits in (None, 8):
-        plain, *nothing = varlen_attention.launch(*tensors, 20, 0.25, bits, PROBS)
+        plain, *nothing = varlen_attention_gpu.launch(*tensors, 20, 0.25, bits, PROBS)
         assert [x.numel() for x in nothing] == [0, 0]
         for return_lse, kind in ((True, None), (False, "all"), (True, "cls")):
-            out, lse, importance = varlen_attention.launch(*tensors, 20, 0.25, bits, PROBS, None, return_lse, kind)
+            out, lse, importance = varlen_attention_gpu.launch(*tensors, 20, 0.25, bits, PROBS, None, return_lse, kind)
             assert torch.equal(out, plain)
             assert lse.shape == ((2, 29) if return_lse else (0,)) and importance.shape == ((29,) if kind else (0,))
 
@@ -313,6 +317,6 @@ def test_extras_of_empty(lengths: list[int]) -> None:
 def test_extras_cost_launches_only_where_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = joint([9, 20], 2, 16)
     for bits, kernel in ((None, "_attention_kernel"), (8, "_quantized_attention_kernel")):
-        assert work_of(lambda: launch(arguments, bits), [varlen_attention], monkeypatch)[0] == [kernel]  # noqa: B023
-        importance = work_of(lambda: extras(arguments, bits), [varlen_attention], monkeypatch)[0]  # noqa: B023
+        assert work_of(lambda: launch(arguments, bits), [varlen_attention_gpu], monkeypatch)[0] == [kernel]  # noqa: B023
+        importance = work_of(lambda: extras(arguments, bits), [varlen_attention_gpu], monkeypatch)[0]  # noqa: B023
         assert importance == [kernel, "_importance_kernel", "_sum_heads_kernel"]

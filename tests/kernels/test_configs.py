@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from lowbit_kernels import configs, tune
-from lowbit_kernels import linear_triton as linear
-from lowbit_kernels.linear_triton import Tile
+from lowbit_kernels.linear import gpu as linear_gpu
+from lowbit_kernels.linear.gpu import Tile
 
 ROOT = Path(__file__).parents[2]
 TABLES = sorted(configs.SHIPPED.glob("*.json"))
@@ -250,7 +250,7 @@ def test_the_package_has_its_tables() -> None:
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_every_table_serves_every_layout_and_bucket(path: Path) -> None:
     table = configs.read(path)
-    for layout in linear.LAYOUTS:
+    for layout in linear_gpu.LAYOUTS:
         for rows in configs.BUCKETS:
             tile = configs.tile(Tile, table[f"{layout}_linear", rows, None, None])
             assert 16 <= tile.block_m <= max(16, rows)
@@ -297,8 +297,8 @@ def test_tuned_tiles_are_what_the_kernel_takes(cache: Path) -> None:
     configs.reload()
     for case in CASES:
         expected = fake_measure(case)["tile"]
-        assert linear.choose_tile(case.layout, case.M, case.N, case.K, 90) == Tile(**expected)
-    assert linear.choose_tile("binary", 64, 768, 768, 90) == configs.untuned("binary_linear", Tile, 64, 90)
+        assert linear_gpu.choose_tile(case.layout, case.M, case.N, case.K, 90) == Tile(**expected)
+    assert linear_gpu.choose_tile("binary", 64, 768, 768, 90) == configs.untuned("binary_linear", Tile, 64, 90)
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ def test_no_shape_begins_after_the_deadline(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_candidates_fit_the_device_and_the_case() -> None:
-    for case in (tune.Case(layout, 768, 768, M) for layout in linear.LAYOUTS for M in configs.BUCKETS):
+    for case in (tune.Case(layout, 768, 768, M) for layout in linear_gpu.LAYOUTS for M in configs.BUCKETS):
         small, large = (tune.candidates(case, shared) for shared in (99 * 1024, 227 * 1024))
         assert set(small) <= set(large) and 10 < len(small) <= len(large) <= 80 and len(set(large)) == len(large)
         assert all(tile.block_m <= max(16, 2 * case.M) for tile in large)
@@ -341,7 +341,7 @@ def test_candidates_fit_the_device_and_the_case() -> None:
 
 
 def test_every_untuned_large_tile_is_a_candidate() -> None:
-    for layout in linear.LAYOUTS:
+    for layout in linear_gpu.LAYOUTS:
         assert configs.untuned(f"{layout}_linear", Tile, 8192, 90) in tune.candidates(
             tune.Case(layout, 3072, 768, 8192), 227 * 1024
         )
@@ -384,7 +384,7 @@ def test_the_command_fills_the_users_table(hopper: None, cache: Path, capsys: py
     assert list(table) == [("binary_linear", M, N, K) for N, K in ((70, 300), (768, 768)) for M in (64, 2048)]
     assert {(item["device"], item["torch"]) for item in table.values()} == {("NVIDIA Fake", torch.__version__)}
     assert "4 shapes measured" in capsys.readouterr().out
-    assert linear.choose_tile("binary", 2000, 70, 300, 90).block_m == 64  # the least that is tried
+    assert linear_gpu.choose_tile("binary", 2000, 70, 300, 90).block_m == 64  # the least that is tried
     assert tune.main(arguments) == 0
     assert "0 shapes measured" in capsys.readouterr().out
     assert tune.main([*arguments, "--again", "--minutes", "0"]) == 0
@@ -427,7 +427,7 @@ def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFix
     not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1",
     reason="needs a GPU or TRITON_INTERPRET=1",
 )
-@pytest.mark.parametrize("layout", linear.LAYOUTS)
+@pytest.mark.parametrize("layout", linear_gpu.LAYOUTS)
 def test_triton_tiles_are_checked_before_they_are_timed(layout: str) -> None:
     inputs = tune.Inputs(tune.Case(layout, 70, 300, 16), "cuda" if torch.cuda.is_available() else "cpu")
     assert inputs.exact(OTHER) and inputs.exact(MINE)

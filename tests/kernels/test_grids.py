@@ -8,19 +8,17 @@ import pytest
 import torch
 
 from launches import Launch, kernels_of, launchers, record
-from lowbit_kernels import (
-    attention_backward,
-    configs,
-    embedding,
-    fused_embedding,
-    layernorm,
-    linear_triton,
-    packing,
-    prune,
-    quantize,
-    varlen_attention,
-    weights,
-)
+from lowbit_kernels import configs, packing
+from lowbit_kernels.embedding import gpu as embedding_gpu
+from lowbit_kernels.fused_embedding import gpu as fused_embedding_gpu
+from lowbit_kernels.layernorm import gpu as layernorm_gpu
+from lowbit_kernels.linear import gpu as linear_gpu
+from lowbit_kernels.prune import gpu as prune_gpu
+from lowbit_kernels.quantize import gpu as quantize_gpu
+from lowbit_kernels.split import gpu as split_gpu
+from lowbit_kernels.varlen_attention import backward_gpu as varlen_attention_backward_gpu
+from lowbit_kernels.varlen_attention import gpu as varlen_attention_gpu
+from lowbit_kernels.weights import gpu as weights_gpu
 
 LIMITS = 2**31 - 1, 65_535, 65_535  # of the axes x, y, z
 TABLES = {"XLM-R": (250_002, 768), "XLM-R large": (250_002, 1024), "mBERT": (119_547, 768)}
@@ -43,24 +41,24 @@ def launched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 def launch_tables() -> None:
     """Of words, as they are quantized, trained, split and read."""
-    for shape in (*TABLES.values(), (1, 250_002 * 768), (64, weights.MAX_HELD + 1)):
+    for shape in (*TABLES.values(), (1, 250_002 * 768), (64, weights_gpu.MAX_HELD + 1)):
         w = empty(*shape)
         for per_row in (True, False):
-            weights.launch_ternarize(w, per_row, None, 0)
-            weights.launch_ternarize(w, per_row, w, 2)
-            weights.launch_binarize(w, per_row)
-            weights.launch_split(w, per_row)
-        quantize.launch_per_token(w, 8, True)
-        quantize.launch_per_tensor(w, 8, True, None, None)
-        quantize.launch_fake_per_token(w, 8, True)
+            weights_gpu.launch_ternarize(w, per_row, None, 0)
+            weights_gpu.launch_ternarize(w, per_row, w, 2)
+            weights_gpu.launch_binarize(w, per_row)
+            split_gpu.launch_split(w, per_row)
+        quantize_gpu.launch_per_token(w, 8, True)
+        quantize_gpu.launch_per_tensor(w, 8, True, None, None)
+        quantize_gpu.launch_fake_per_token(w, 8, True)
         packing.launch_pack(int8(*shape), "ternary")
     rows, K = TABLES["XLM-R"]
     codes = empty(rows, 192, dtype=torch.uint8), empty(rows)
     ids = empty(TOKENS, dtype=torch.int64)
-    embedding.launch(ids, *codes, 2, K, torch.float16)
+    embedding_gpu.launch(ids, *codes, 2, K, torch.float16)
     types, positions, norm = (empty(2, K), empty(512, K)), empty(512, dtype=torch.int64), empty(K)
     arguments = (ids, *codes, 2, ids, types[0], positions, types[1], norm, norm, 1e-12, 8, True, torch.float16)
-    fused_embedding.launch(*arguments)
+    fused_embedding_gpu.launch(*arguments)
 
 
 def launch_linears() -> None:
@@ -70,15 +68,15 @@ def launch_linears() -> None:
         scale, zero = empty(M), empty(M, dtype=torch.int32)
         for layout, row_bytes, lead in (("ternary", K // 4, ()), ("binary", K // 8, ()), ("split", K // 4, (2,))):
             packed, own = empty(N, row_bytes, dtype=torch.uint8), empty(*lead, N)
-            linear_triton.launch(int8(M, K), packed, own, None, scale, zero, "gelu", torch.float16, layout)
+            linear_gpu.launch(int8(M, K), packed, own, None, scale, zero, "gelu", torch.float16, layout)
 
 
 def launch_tokens() -> None:
     """What is done to each token of a large batch."""
     x = empty(TOKENS, 768, dtype=torch.float16)
-    quantize.launch_per_token(x, 8, True)
-    quantize.launch_fake_per_token(x.view(-1, 12, 64), 8, True)
-    layernorm.launch(x, x, empty(768), empty(768), 1e-12, 8, True)
+    quantize_gpu.launch_per_token(x, 8, True)
+    quantize_gpu.launch_fake_per_token(x.view(-1, 12, 64), 8, True)
+    layernorm_gpu.launch(x, x, empty(768), empty(768), 1e-12, 8, True)
 
 
 def launch_attention() -> None:
@@ -88,9 +86,9 @@ def launch_attention() -> None:
         starts = empty(sequences + 1, dtype=torch.int32)
         for bits in (None, 8):
             rest: Any = (starts, longest, 0.125, bits, [], None)
-            varlen_attention.launch(query, query, query, *rest, True, "all")
-            attention_backward.launch(query, query, query, query, query, empty(16, TOKENS), *rest)
-        prune.launch(empty(TOKENS), starts, starts, None, longest, TOKENS // 2)
+            varlen_attention_gpu.launch(query, query, query, *rest, True, "all")
+            varlen_attention_backward_gpu.launch(query, query, query, query, query, empty(16, TOKENS), *rest)
+        prune_gpu.launch(empty(TOKENS), starts, starts, None, longest, TOKENS // 2)
 
 
 CASES = launch_tables, launch_linears, launch_tokens, launch_attention
@@ -119,7 +117,7 @@ def test_more_rows_than_a_grid_has_are_refused(launched: list[Launch]) -> None:
     M = 2**23 + 1
     packed, scale = empty(768, 192, dtype=torch.uint8), empty(768)
     with pytest.raises(ValueError, match=r"x has M=8388609 rows, the GPU kernels take up to 8388480 of them"):
-        linear_triton.launch(int8(M, 768), packed, scale, None, empty(M), None, None, torch.float16, "ternary")
+        linear_gpu.launch(int8(M, 768), packed, scale, None, empty(M), None, None, torch.float16, "ternary")
     assert launched == []
 
 
@@ -128,11 +126,11 @@ def test_more_rows_than_a_grid_has_are_refused(launched: list[Launch]) -> None:
 def test_devices_without_the_instructions_are_refused(
     arch: int, hip: str | None, said: str, M: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    launched = record([linear_triton], monkeypatch)
+    launched = record([linear_gpu], monkeypatch)
     monkeypatch.setattr(configs, "device_arch", lambda device: arch)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     monkeypatch.setattr(torch.version, "hip", hip)
     packed, scale = empty(768, 192, dtype=torch.uint8), empty(768)
     with pytest.raises(RuntimeError, match=r"capability 8.0 \(Ampere\) and later, .*" + said + r".* to the CPU"):
-        linear_triton.launch(int8(M, 768), packed, scale, None, empty(M), None, None, torch.float16, "ternary")
+        linear_gpu.launch(int8(M, 768), packed, scale, None, empty(M), None, None, torch.float16, "ternary")
     assert launched == []

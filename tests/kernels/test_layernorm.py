@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from lowbit_kernels import add_layernorm, layernorm, quantize_per_token, reference
+from lowbit_kernels import add_layernorm, quantize_per_token, reference
+from lowbit_kernels.layernorm import gpu as layernorm_gpu
 
 MODES = [(bits, symmetric) for bits in (8, 4) for symmetric in (True, False)]
 SHAPES = [(1, 1), (3, 127), (2, 3, 768), (129,), (5, 1024), (300, 1001)]
@@ -135,7 +136,7 @@ def test_compiled_without_native_kernels(symmetric: bool, dtype: torch.dtype, to
 
 def test_rows_too_long_for_registers_are_refused_by_the_gpu() -> None:
     with pytest.raises(ValueError, match="K=8193 values, accepted on CUDA: up to 8192"):
-        layernorm.launch(torch.ones(1, 8193), None, torch.ones(8193), torch.ones(8193), 1e-12, 0, True)
+        layernorm_gpu.launch(torch.ones(1, 8193), None, torch.ones(8193), torch.ones(8193), 1e-12, 0, True)
 
 
 def test_bad_input_is_refused() -> None:

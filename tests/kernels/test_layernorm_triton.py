@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from lowbit_kernels import reference
+from lowbit_kernels.embedding import gpu as embedding_gpu
+from lowbit_kernels.fused_embedding import gpu as fused_embedding_gpu
+from lowbit_kernels.layernorm import gpu as layernorm_gpu
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lowbit_kernels import embedding, fused_embedding, layernorm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODES = [(bits, symmetric) for bits in (0, 8, 4) for symmetric in (True, False)]
@@ -44,13 +46,13 @@ def assert_codes(result: list[torch.Tensor], bits: int, symmetric: bool) -> None
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("K", [1, 2, 127, 768, 1024, 3001, layernorm.MAX_K])
+@pytest.mark.parametrize("K", [1, 2, 127, 768, 1024, 3001, layernorm_gpu.MAX_K])
 def test_add_layernorm_equals_definition(K: int, dtype: torch.dtype) -> None:
     x = (torch.randn(5, K) * 2 + torch.randn(5, 1)).to(dtype)
     residual, weight, bias = torch.randn(5, K).to(dtype), torch.rand(K) + 0.5, torch.randn(K)
     for bits, symmetric in MODES:
         for second in (residual, None):
-            got = run(layernorm.launch, x, second, weight, bias, 1e-5, bits, symmetric)
+            got = run(layernorm_gpu.launch, x, second, weight, bias, 1e-5, bits, symmetric)
             assert got[0].dtype == dtype
             expected = reference.add_layernorm(x.double(), second, weight, bias, 1e-5)
             torch.testing.assert_close(got[0].double(), expected, rtol=TOLERANCE[dtype] + 1e-6, atol=3e-5)
@@ -60,7 +62,7 @@ def test_add_layernorm_equals_definition(K: int, dtype: torch.dtype) -> None:
 def test_strides_and_other_parameter_dtypes() -> None:
     x, residual = torch.randn(33, 6).t(), torch.randn(6, 66)[:, ::2]
     weight, bias = torch.rand(66).half()[::2], torch.randn(33).bfloat16()
-    got = run(layernorm.launch, x, residual, weight, bias, 1e-5, 8, False)
+    got = run(layernorm_gpu.launch, x, residual, weight, bias, 1e-5, 8, False)
     torch.testing.assert_close(got[0], reference.add_layernorm(x, residual, weight, bias, 1e-5), rtol=1e-6, atol=3e-5)
     assert_codes(got, 8, False)
 
@@ -70,7 +72,7 @@ def test_a_bad_value_shows_in_its_row_only(bad: float) -> None:
     x, weight, bias = torch.randn(4, 40), torch.rand(40), torch.randn(40)
     x[2, 17] = bad
     for symmetric in (True, False):
-        got = run(layernorm.launch, x, None, weight, bias, 1e-5, 8, symmetric)
+        got = run(layernorm_gpu.launch, x, None, weight, bias, 1e-5, 8, symmetric)
         assert got[0].isnan().all(1).tolist() == got[2].isnan().tolist() == [False, False, True, False]
         assert_codes(got, 8, symmetric)
 
@@ -78,7 +80,7 @@ def test_a_bad_value_shows_in_its_row_only(bad: float) -> None:
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_empty(shape: tuple[int, int]) -> None:
     y, codes, scale, zero_point = run(
-        layernorm.launch, torch.zeros(shape), None, torch.ones(shape[1]), torch.ones(shape[1]), 1e-5, 8, False
+        layernorm_gpu.launch, torch.zeros(shape), None, torch.ones(shape[1]), torch.ones(shape[1]), 1e-5, 8, False
     )
     assert y.shape == codes.shape == shape and scale.tolist() == zero_point.tolist() == [0] * shape[0]
 
@@ -108,7 +110,7 @@ def definition(arguments: list, dtype: torch.dtype) -> torch.Tensor:
 def test_embedding_layernorm_equals_definition(dim: int, kind: str, per_row: bool) -> None:
     arguments = embeddings(kind, dim, per_row)
     for bits, symmetric in MODES:
-        got = run(fused_embedding.launch, *arguments, 1e-5, bits, symmetric, torch.float32)
+        got = run(fused_embedding_gpu.launch, *arguments, 1e-5, bits, symmetric, torch.float32)
         torch.testing.assert_close(got[0], definition(arguments, torch.float32), rtol=1e-5, atol=3e-5)
         assert_codes(got, bits, symmetric)
 
@@ -123,11 +125,11 @@ def test_embedding_layernorm_equals_the_chain_of_kernels(kind: str, dtype: torch
     ids, packed, scale, bits, type_ids, type_table, position_ids, position_table, weight, bias = [
         argument.to(DEVICE) if isinstance(argument, torch.Tensor) else argument for argument in arguments
     ]
-    v = embedding.launch(ids, packed, scale, bits, 300, dtype)
+    v = embedding_gpu.launch(ids, packed, scale, bits, 300, dtype)
     v = v + type_table.to(dtype)[type_ids]
     v = v + position_table.to(dtype)[position_ids.long().repeat(3)]
-    got = run(fused_embedding.launch, *arguments, 1e-5, 8, False, dtype)
-    for a, b in zip(got, run(layernorm.launch, v, None, weight, bias, 1e-5, 8, False), strict=True):
+    got = run(fused_embedding_gpu.launch, *arguments, 1e-5, 8, False, dtype)
+    for a, b in zip(got, run(layernorm_gpu.launch, v, None, weight, bias, 1e-5, 8, False), strict=True):
         assert torch.equal(a, b)
 
 
@@ -137,7 +139,7 @@ def test_bad_ids_give_nan_rows(kind: str) -> None:
     arguments[0][0], arguments[0][1] = 11, -1
     arguments[4][2], arguments[4][3] = 3, 2**40
     arguments[6][3] = -5  # rows 3, 7 and 11
-    y, _, scale, _ = run(fused_embedding.launch, *arguments, 1e-5, 8, True, torch.float32)
+    y, _, scale, _ = run(fused_embedding_gpu.launch, *arguments, 1e-5, 8, True, torch.float32)
     bad = [row < 4 or row % 4 == 3 for row in range(12)]
     assert y.isnan().all(1).tolist() == y.isnan().any(1).tolist() == scale.isnan().tolist() == bad
 
@@ -145,4 +147,4 @@ def test_bad_ids_give_nan_rows(kind: str) -> None:
 def test_an_empty_table_is_not_read() -> None:
     arguments = embeddings("ternary", 130, False)
     arguments[1] = arguments[1][:0]
-    assert run(fused_embedding.launch, *arguments, 1e-5, 0, True, torch.float32)[0].isnan().all()
+    assert run(fused_embedding_gpu.launch, *arguments, 1e-5, 0, True, torch.float32)[0].isnan().all()

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import lowbit_kernels
-from lowbit_kernels import linear_cpu, packing, reference
+from lowbit_kernels import packing, reference
+from lowbit_kernels.linear import cpu as linear_cpu
 
 KINDS = ["ternary", "binary", "split"]
 ROWS = [1, 2, 3, 15, 16, 17, 31, 33, 127, 129]
@@ -391,7 +392,6 @@ def test_cpu_works_without_triton_and_the_kernel_says_what_is_missing() -> None:
 import sys
 sys.modules["triton"] = None
 import torch, lowbit_kernels
-from lowbit_kernels import linear
 packed = lowbit_kernels.pack_ternary(torch.ones(2, 5, dtype=torch.int8))
 x = torch.ones(1, 5, dtype=torch.int8)
 assert lowbit_kernels.ternary_linear(x, packed, torch.ones(1), x_scale=torch.ones(1)).tolist() == [[5, 5]]
@@ -399,7 +399,8 @@ assert lowbit_kernels.quantize_per_token(torch.ones(1, 2))[0].tolist() == [[127,
 for name in lowbit_kernels.__all__:
     getattr(lowbit_kernels, name)
 try:
-    linear.launch(x, packed, torch.ones(1), None, torch.ones(1), None, None, torch.float32, "ternary")
+    from lowbit_kernels.linear import gpu
+    gpu.launch(x, packed, torch.ones(1), None, torch.ones(1), None, None, torch.float32, "ternary")
 except RuntimeError as error:
     assert "pip install triton" in str(error), error
 else:

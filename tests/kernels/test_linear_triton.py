@@ -11,21 +11,24 @@ import torch
 
 from launches import work_of
 from lowbit_kernels import reference
+from lowbit_kernels.linear import codes as linear_codes
+from lowbit_kernels.linear import gpu as linear_gpu
+from lowbit_kernels.linear import joint as linear_joint
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lowbit_kernels import linear as ops
-from lowbit_kernels import linear_triton as linear
 from lowbit_kernels import packing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["ternary", "binary", "split"]
 TILES = list(
-    dict.fromkeys((kind, tile) for kind in KINDS for arch in (80, 90, 100) for tile in linear.shipped_tiles(kind, arch))
+    dict.fromkeys(
+        (kind, tile) for kind in KINDS for arch in (80, 90, 100) for tile in linear_gpu.shipped_tiles(kind, arch)
+    )
 )
-SMALL_TILE = linear.Tile(16, 64, 64, 4, 3, split_k=1)
+SMALL_TILE = linear_gpu.Tile(16, 64, 64, 4, 3, split_k=1)
 BOTH = [None, SMALL_TILE]  # for a few tokens: the kernel for them, and the one with tensor cores
 
 
@@ -51,7 +54,7 @@ def launch(
     tensors = (None if t is None else t.to(DEVICE) for t in (x, packed, scale, bias, x_scale, zero))
     last = {"residual": residual, "out_scale": out_scale}
     last = {name: None if t is None else t.to(DEVICE) for name, t in last.items()}
-    return linear.launch(*tensors, activation, out_dtype, kind, tile, concat=concat, **last).cpu()
+    return linear_gpu.launch(*tensors, activation, out_dtype, kind, tile, concat=concat, **last).cpu()
 
 
 def definition(kind, x, packed, scale, bias, x_scale, zero=None, activation=None, residual=None) -> torch.Tensor:
@@ -77,7 +80,7 @@ def expected_sums(kind, x, packed) -> list[torch.Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("M", [1, 2, 3, 5, 8, 9, 15, 16, 17, 31, 33, 127, 129])
 def test_integer_sums_are_exact_for_ragged_M(M: int, kind: str) -> None:
-    x, packed, *_ = random_case(kind, M, 70 if M > linear.SMALL_M else 5, 300)  # up to there, a program a row
+    x, packed, *_ = random_case(kind, M, 70 if M > linear_gpu.SMALL_M else 5, 300)  # up to there, a program a row
     x[0] = -128
     for got, expected in zip(integer_sums(kind, x, packed), expected_sums(kind, x, packed), strict=True):
         assert torch.equal(got, expected)
@@ -94,14 +97,14 @@ def test_integer_sums_are_exact_for_ragged_weights(N: int, K: int, kind: str) ->
 
 @pytest.mark.parametrize(("kind", "tile"), TILES, ids=str)
 @pytest.mark.parametrize("concat", [False, True])
-def test_every_tile_gives_the_same_integers(concat: bool, kind: str, tile: linear.Tile) -> None:
+def test_every_tile_gives_the_same_integers(concat: bool, kind: str, tile: linear_gpu.Tile) -> None:
     x, packed, *_ = random_case(kind, 131, 67, 520)
     for got, expected in zip(integer_sums(kind, x, packed, tile, concat), expected_sums(kind, x, packed), strict=True):
         assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("tile", [None, *(replace(SMALL_TILE, block_b=1024, split_k=split_k) for split_k in (1, 3))])
-def test_the_longest_K_sums_exactly_and_a_longer_one_is_refused(tile: linear.Tile | None) -> None:
+def test_the_longest_K_sums_exactly_and_a_longer_one_is_refused(tile: linear_gpu.Tile | None) -> None:
     """Devices differ beyond int32: wgmma and dp4a wrap, mma saturates. 64 x 128 x K is below 2^31 up to this K."""
     K = 2**18 - 1
     signs = torch.tensor([1, -1], dtype=torch.int8)[:, None].expand(2, K)
@@ -249,7 +252,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def clean() -> bool:
     """The kept workspaces are there and all zeros."""
-    kept = list(linear._workspaces.values())
+    kept = list(linear_gpu._workspaces.values())
     return len(kept) > 0 and not any(workspace.any() for workspace in kept)
 
 
@@ -274,7 +277,7 @@ def test_slices_give_the_same_bits(M: int, N: int, K: int, split_k: int, kind: s
 
 @pytest.mark.parametrize(("kind", "tile"), TILES, ids=str)
 @pytest.mark.parametrize("concat", [False, True])
-def test_slices_of_every_tile(concat: bool, tile: linear.Tile, kind: str, poisoned: None) -> None:
+def test_slices_of_every_tile(concat: bool, tile: linear_gpu.Tile, kind: str, poisoned: None) -> None:
     x, packed, *_ = random_case(kind, 131, 67, 1100)
     tile = replace(tile, split_k=3)
     for got, expected in zip(integer_sums(kind, x, packed, tile, concat), expected_sums(kind, x, packed), strict=True):
@@ -283,23 +286,23 @@ def test_slices_of_every_tile(concat: bool, tile: linear.Tile, kind: str, poison
 
 
 def test_slices_are_chosen_for_few_tiles_and_a_long_K(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_workspaces", {})
-    monkeypatch.setattr(linear, "_processors", lambda device: 132)
+    monkeypatch.setattr(linear_gpu, "_workspaces", {})
+    monkeypatch.setattr(linear_gpu, "_processors", lambda device: 132)
     for K, kept in ((900, 0), (1100, 1)):
         x, packed, *_ = random_case("ternary", 9, 5, K)
         assert torch.equal(integer_sums("ternary", x, packed)[0], expected_sums("ternary", x, packed)[0])
-        assert len(linear._workspaces) == kept
+        assert len(linear_gpu._workspaces) == kept
     assert clean()
 
 
 def test_the_rule_for_slices() -> None:
     small, large = SMALL_TILE, replace(SMALL_TILE, block_m=64)
-    assert linear.choose_split_k(16, 768, 3072, small, 4, 132) == 6  # 12 tiles, 12 steps: 11 would leave 5 empty
-    assert linear.choose_split_k(16, 768, 3072, small, 8, 132) == 6
-    assert linear.choose_split_k(16, 768, 768, small, 4, 132) == 1
-    assert linear.choose_split_k(4096, 768, 3072, large, 4, 132) == 1
+    assert linear_gpu.choose_split_k(16, 768, 3072, small, 4, 132) == 6  # 12 tiles, 12 steps: 11 would leave 5 empty
+    assert linear_gpu.choose_split_k(16, 768, 3072, small, 8, 132) == 6
+    assert linear_gpu.choose_split_k(16, 768, 768, small, 4, 132) == 1
+    assert linear_gpu.choose_split_k(4096, 768, 3072, large, 4, 132) == 1
     for M, N, K, tile, per_byte in itertools.product((9, 100), (1, 768), (1024, 1100, 4000), (small, large), (4, 8)):
-        split_k = linear.choose_split_k(M, N, K, tile, per_byte, 132)
+        split_k = linear_gpu.choose_split_k(M, N, K, tile, per_byte, 132)
         tiles, values = -(-N // tile.block_n) * -(-M // tile.block_m), per_byte * tile.block_b
         steps = -(-K // values)
         each = -(-steps // split_k)
@@ -307,37 +310,37 @@ def test_the_rule_for_slices() -> None:
 
 
 def test_the_workspace_grows_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_workspaces", {})
+    monkeypatch.setattr(linear_gpu, "_workspaces", {})
     device = torch.empty(0, device=DEVICE).device
-    first = linear._workspace(device, 10)
-    assert linear._workspace(device, first.numel()) is first and not first.any() and first.dtype == torch.int32
-    larger = linear._workspace(device, first.numel() + 1)
+    first = linear_gpu._workspace(device, 10)
+    assert linear_gpu._workspace(device, first.numel()) is first and not first.any() and first.dtype == torch.int32
+    larger = linear_gpu._workspace(device, first.numel() + 1)
     assert larger.numel() > first.numel() and not larger.any()
-    assert linear._workspace(device, 10) is larger and len(linear._workspaces) == 1
+    assert linear_gpu._workspace(device, 10) is larger and len(linear_gpu._workspaces) == 1
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="streams and graphs need a GPU")
 def test_streams_graphs_and_pools_have_workspaces_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_workspaces", {})
+    monkeypatch.setattr(linear_gpu, "_workspaces", {})
     arguments = [tensor.to(DEVICE) for tensor in random_case("ternary", 16, 768, 3072)]
 
     def run() -> torch.Tensor:
-        return linear.launch(*arguments, None, None, torch.float32, "ternary")
+        return linear_gpu.launch(*arguments, None, None, torch.float32, "ternary")
 
-    expected = linear.launch(*arguments, None, None, torch.float32, "ternary", SMALL_TILE)
+    expected = linear_gpu.launch(*arguments, None, None, torch.float32, "ternary", SMALL_TILE)
     with torch.cuda.use_mem_pool(torch.cuda.MemPool()):
-        assert torch.equal(run(), expected) and not linear._workspaces
-    assert torch.equal(run(), expected) and len(linear._workspaces) == 1
+        assert torch.equal(run(), expected) and not linear_gpu._workspaces
+    assert torch.equal(run(), expected) and len(linear_gpu._workspaces) == 1
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         apart = run()
     torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(apart, expected) and len(linear._workspaces) == 2
+    assert torch.equal(apart, expected) and len(linear_gpu._workspaces) == 2
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         replayed = [run(), run()]
-    assert len(linear._workspaces) == 2
+    assert len(linear_gpu._workspaces) == 2
     for _ in range(3):
         for y in replayed:
             y.fill_(float("nan"))
@@ -370,14 +373,14 @@ def test_nothing_outside_the_output_is_written() -> None:
         canvas[2:, 3:], 3, 5, 144, packed.shape[1], 144, packed.shape[1], 40, 0, 0, 0, 1,
     )  # fmt: skip
     constants = {"LAYOUT": 0, "ACTIVATION": 0, "HAS_BIAS": False, "HAS_ZERO": False, "HAS_RESIDUAL": False}
-    constants |= {"HAS_OUT_SCALE": False, "INTERPRET": linear.INTERPRET}
-    linear._linear_kernel[(1, 1)](
+    constants |= {"HAS_OUT_SCALE": False, "INTERPRET": linear_gpu.INTERPRET}
+    linear_gpu._linear_kernel[(1, 1)](
         *arguments, None, packed.shape[1], **constants, CONCAT=False, EVEN_K=False, SLICED=False,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=tile.block_b,
     )  # fmt: skip
     assert torch.equal(canvas.cpu(), expected)
     canvas[2:5, 3:8] = float("nan")
-    linear._small_kernel[(5,)](*arguments, **constants, BLOCK_M=4, BLOCK_W=64, num_warps=1)
+    linear_gpu._small_kernel[(5,)](*arguments, **constants, BLOCK_M=4, BLOCK_W=64, num_warps=1)
     assert torch.equal(canvas.cpu(), expected)
 
 
@@ -393,11 +396,11 @@ def test_each_tile_has_a_place_in_the_workspace_and_nothing_around_it_is_written
     out = torch.full((18, 2 * tile.block_n), 7.0, device=DEVICE)
     one, scale = torch.ones(1, device=DEVICE), torch.tensor([[1.0], [0.0]], device=DEVICE)
     step = tile.block_b
-    linear._linear_kernel[(2, 1, 4)](
+    linear_gpu._linear_kernel[(2, 1, 4)](
         x.to(DEVICE), packed.to(DEVICE), scale, None, one, None, None, None, None, out[1:-1],
         16, 2 * tile.block_n, 1024, 256, 1024, 256, out.stride(0), 0, 0, 0, 1, around[32:], step,
         LAYOUT=2, ACTIVATION=0, HAS_BIAS=False, HAS_ZERO=False, HAS_RESIDUAL=False, HAS_OUT_SCALE=False,
-        INTERPRET=linear.INTERPRET, CONCAT=False, EVEN_K=False, SLICED=True,
+        INTERPRET=linear_gpu.INTERPRET, CONCAT=False, EVEN_K=False, SLICED=True,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=tile.block_b,
     )  # fmt: skip
     expected = expected_sums("split", x, packed)[0]
@@ -412,7 +415,7 @@ def test_the_op_dispatches_to_the_kernel(kind: str) -> None:
     arguments = [tensor.to(DEVICE) for tensor in random_case(kind, 9, 33, 200)]
     op = getattr(torch.ops.lowbit_kernels, f"{kind}_linear").default
     got = op(*arguments, None, None, torch.float32)
-    assert torch.equal(got, linear.launch(*arguments, None, None, torch.float32, kind))
+    assert torch.equal(got, linear_gpu.launch(*arguments, None, None, torch.float32, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -426,8 +429,8 @@ def test_joint_products_are_one_launch_with_the_same_bits(kind: str) -> None:
     zero = torch.randint(-128, 128, (9,), dtype=torch.int32, device=DEVICE)
     given = x_scale.to(DEVICE), zero, "gelu", torch.float32, kind
     for _ in range(2):
-        joint = ops._joint_cuda(x.to(DEVICE), packed, scale, bias, *given)
-        alone = [linear.launch(x.to(DEVICE), *weight, *given) for weight in zip(packed, scale, bias, strict=True)]
+        joint = linear_joint._joint_cuda(x.to(DEVICE), packed, scale, bias, *given)
+        alone = [linear_gpu.launch(x.to(DEVICE), *weight, *given) for weight in zip(packed, scale, bias, strict=True)]
         assert torch.equal(joint, torch.cat(alone, 1))
         bias[0] += 1.0  # edits are noticed
 
@@ -440,7 +443,7 @@ def test_unpacked_codes_give_the_bits_of_packed_ones(kind: str, with_zero: bool)
     codes = getattr(reference, f"unpack_{kind}")(packed, 300)
     codes = torch.stack(codes) if kind == "split" else codes
     tensors = (None if t is None else t.to(DEVICE) for t in (x, codes.to(torch.int8), scale, bias, x_scale, zero))
-    got = ops._codes_cuda(*tensors, kind, torch.float32).cpu()
+    got = linear_codes._codes_cuda(*tensors, kind, torch.float32).cpu()
     assert torch.equal(got, launch(kind, x, packed, scale, bias, x_scale, zero))
 
 
@@ -450,5 +453,5 @@ def test_unpacked_codes_take_one_launch_more(kind: str, monkeypatch: pytest.Monk
     codes = torch.ones(*scale.shape, 768, dtype=torch.int8)
     zero = torch.zeros(4, dtype=torch.int32)
     arguments = x, codes, scale, bias, x_scale, zero, kind, torch.float32
-    work = work_of(lambda: ops._codes_cuda(*arguments), [linear, packing], monkeypatch)
+    work = work_of(lambda: linear_codes._codes_cuda(*arguments), [linear_gpu, packing], monkeypatch)
     assert work == (["_pack_kernel", "_small_kernel"], [])

@@ -30,7 +30,6 @@ from lowbit_kernels import (
     attention,
     codes_linear,
     embedding_layernorm,
-    encoder_cpu,
     joint_dynamic_linear,
     joint_linear,
     native,
@@ -39,6 +38,7 @@ from lowbit_kernels import (
     quantized_embedding,
     reference,
 )
+from lowbit_kernels.encoder import cpu as encoder_cpu
 
 LAYOUTS = ["ternary", "binary", "split"]
 SHAPES = [(1, 1, 1), (1, 17, 64), (15, 33, 63), (16, 32, 128), (33, 15, 312), (257, 50, 130), (300, 97, 520)]

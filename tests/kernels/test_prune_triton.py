@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from lowbit_kernels import reference
+from lowbit_kernels.prune import gpu as prune_gpu
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lowbit_kernels import prune
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = [0.0, -0.0, 1.0, 0.5, 1e-40, -2.0, math.nan, -math.nan, math.inf, -math.inf]  # so that most are tied
@@ -32,7 +32,7 @@ def check(
     """`surplus` entries more than needed; None: the launcher finds the number and the longest sequence itself."""
     expected, _ = reference.select_tokens(importance, cu(lengths), cu(room), protected=protected)
     given = (None, None) if surplus is None else (max(lengths, default=0) + surplus, len(expected) + surplus)
-    got = prune.launch(
+    got = prune_gpu.launch(
         importance.to(DEVICE), cu(lengths).to(DEVICE), cu(room).to(DEVICE),
         None if protected is None else protected.to(DEVICE), *given,
     )  # fmt: skip
@@ -67,7 +67,7 @@ def test_every_split_of_the_room_between_protected_and_others(flags: int, room: 
 def test_the_longest_sequence() -> None:
     importance = torch.randn(8192)
     importance[torch.randint(8192, (4000,))] = 0.25
-    got = prune.launch(importance.to(DEVICE), cu([8192]).to(DEVICE), cu([3000]).to(DEVICE), None, 8192, 3000)
+    got = prune_gpu.launch(importance.to(DEVICE), cu([8192]).to(DEVICE), cu([3000]).to(DEVICE), None, 8192, 3000)
     # Not by `reference`, which compares every pair.
     order = sorted(range(1, 8192), key=lambda j: (-importance[j].item(), j))
     assert got.tolist() == [0, *sorted(order[:2999])]

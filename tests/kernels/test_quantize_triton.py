@@ -9,12 +9,12 @@ import torch
 
 from launches import work_of
 from lowbit_kernels import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
+from lowbit_kernels.quantize import gpu as quantize_gpu
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
 pytest.importorskip("triton")
 
-from lowbit_kernels import quantize
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODES = [(bits, symmetric) for bits in (8, 4) for symmetric in (True, False)]
@@ -52,7 +52,7 @@ def rows_of_all_kinds(K: int) -> torch.Tensor:
 @pytest.mark.parametrize("K", [1, 2, 127, 129, 768, 5000])
 def test_per_token_equals_cpu(K: int, bits: int, symmetric: bool) -> None:
     x = rows_of_all_kinds(K)
-    got = quantize.launch_per_token(x.to(DEVICE), bits, symmetric)
+    got = quantize_gpu.launch_per_token(x.to(DEVICE), bits, symmetric)
     assert_same((*got[:2], None if symmetric else got[2]), quantize_per_token(x, bits, symmetric))
 
 
@@ -60,24 +60,24 @@ def test_per_token_equals_cpu(K: int, bits: int, symmetric: bool) -> None:
 def test_half_precision_and_strides(dtype: torch.dtype) -> None:
     x = torch.randn(65, 12).to(dtype).t()
     for symmetric in (True, False):
-        got = quantize.launch_per_token(x.to(DEVICE), 8, symmetric)
+        got = quantize_gpu.launch_per_token(x.to(DEVICE), 8, symmetric)
         assert_same((*got[:2], None if symmetric else got[2]), quantize_per_token(x, 8, symmetric))
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), MODES)
-@pytest.mark.parametrize("n", [1, 100, quantize.CHUNK, 3 * quantize.CHUNK + 17])
+@pytest.mark.parametrize("n", [1, 100, quantize_gpu.CHUNK, 3 * quantize_gpu.CHUNK + 17])
 @pytest.mark.parametrize("kind", ["normal", "nan", "constant"])
 def test_per_tensor_equals_cpu(kind: str, n: int, bits: int, symmetric: bool) -> None:
     x = torch.randn(n) if kind != "constant" else torch.full((n,), -0.7)
     if kind == "nan":
         x[n // 2] = float("nan")
-    got = quantize.launch_per_tensor(x.to(DEVICE), bits, symmetric, None, None)
+    got = quantize_gpu.launch_per_tensor(x.to(DEVICE), bits, symmetric, None, None)
     assert_same((*got[:2], None if symmetric else got[2]), quantize_per_tensor(x, bits, symmetric))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
 def test_empty(shape: tuple[int, int]) -> None:
-    q, scale, _ = quantize.launch_per_token(torch.zeros(shape, device=DEVICE), 8, True)
+    q, scale, _ = quantize_gpu.launch_per_token(torch.zeros(shape, device=DEVICE), 8, True)
     assert q.shape == shape and not scale.any() and len(scale) == shape[0]
 
 
@@ -88,10 +88,10 @@ def bits_of(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), MODES)
-@pytest.mark.parametrize("K", [1, 2, 64, 129, 768, 5000, quantize.MAX_HELD + 1])
+@pytest.mark.parametrize("K", [1, 2, 64, 129, 768, 5000, quantize_gpu.MAX_HELD + 1])
 def test_fake_quantization_gives_the_bits_of_the_cpu_and_of_the_codes(K: int, bits: int, symmetric: bool) -> None:
     x = rows_of_all_kinds(K) if K <= 5000 else torch.randn(3, K)
-    got = quantize.launch_fake_per_token(x.to(DEVICE), bits, symmetric)
+    got = quantize_gpu.launch_fake_per_token(x.to(DEVICE), bits, symmetric)
     q, scale, zero = quantize_per_token(x, bits, symmetric)
     from_codes = (q.float() - (0 if zero is None else zero.float().unsqueeze(1))) * scale.unsqueeze(1)
     assert torch.equal(bits_of(got), bits_of(from_codes))
@@ -111,7 +111,7 @@ def test_fake_quantization_of_views(dtype: torch.dtype, symmetric: bool) -> None
         x.view(3, 5, 2, 2, 33).transpose(1, 3),
     ]
     for view in views:
-        got = quantize.launch_fake_per_token(view.to(DEVICE), 8, symmetric)
+        got = quantize_gpu.launch_fake_per_token(view.to(DEVICE), 8, symmetric)
         expected = fake_quantize_per_token(view, 8, symmetric)
         if dtype == torch.bfloat16 and DEVICE == "cpu":  # the interpreter truncates, hence a whole ulp
             torch.testing.assert_close(got, expected, rtol=2.0**-7, atol=0)
@@ -122,5 +122,5 @@ def test_fake_quantization_of_views(dtype: torch.dtype, symmetric: bool) -> None
 
 def test_fake_quantization_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 8, 4, 64).transpose(1, 2)
-    work = work_of(lambda: quantize.launch_fake_per_token(x, 8, False), [quantize], monkeypatch)
+    work = work_of(lambda: quantize_gpu.launch_fake_per_token(x, 8, False), [quantize_gpu], monkeypatch)
     assert work == (["_fake_kernel"], [])

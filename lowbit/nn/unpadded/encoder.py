@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from lowbit_kernels import AttentionOutput, attention, attention_eager
-from lowbit_kernels.varlen_attention import HEAD_DIMS
+from lowbit_kernels.varlen_attention.shared_gpu import HEAD_DIMS
 
 from ...config import LengthConfig
 from ...models import Architecture

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from lowbit_kernels import add_layernorm, encoder_cpu, joint_linear, quantize_per_token
-from lowbit_kernels.varlen_attention import HEAD_DIMS
+from lowbit_kernels import add_layernorm, joint_linear, quantize_per_token
+from lowbit_kernels.encoder import cpu as encoder_cpu
+from lowbit_kernels.varlen_attention.shared_gpu import HEAD_DIMS
 
 from ...config import LowbitConfig
 from ...models import Architecture

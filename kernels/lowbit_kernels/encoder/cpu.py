@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import native
-from ._derived import Derived
-from ._ops import define
-from .attention_cpu import Mode, native_attention, runs_natively
-from .linear_native import ACTIVATIONS, Weights
-from .quantize import outputs
+from .. import native
+from .._derived import Derived
+from .._ops import define
+from ..linear.native import ACTIVATIONS, Weights
+from ..quantize.cpu import outputs
+from ..varlen_attention.cpu import Mode, native_attention, runs_natively
 
 
 def takes(dtype: torch.dtype, bits: int | None, asymmetric: Sequence[str], activation: str | None) -> bool:
@@ -164,7 +164,6 @@ encoder_rest = define(
     cpu=_rest_cpu,
     fake=_rest_fake,
 )
-
 
 _layers = Derived()
 

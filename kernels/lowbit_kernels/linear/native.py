@@ -9,11 +9,12 @@ from typing import Self
 
 import torch
 
-from . import native
-from ._derived import Derived
-from .packing import check_packed, unpacked
+from .. import native
+from .._derived import Derived
+from ..packing import check_packed, unpacked
 
 LAYOUTS = ("ternary", "binary", "split", "codes", "codes of a split pair")  # `Layout` of native/linear.h
+
 ACTIVATIONS = (None, "gelu", "gelu_tanh")  # `Activation`
 
 _row_sums = Derived()

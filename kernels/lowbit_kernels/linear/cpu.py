@@ -17,11 +17,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import linear_native, native
-from ._derived import Derived
-from ._ops import define, stored, traced_on_cpu
-from .linear_native import row_scale
-from .packing import unpacked
+from .. import native
+from .._derived import Derived
+from .._ops import define, stored, traced_on_cpu
+from ..packing import unpacked
+from . import native as linear_native
+from .native import row_scale
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Expanded:
 
 
 _kept = Derived()
+
 _keep = True
 
 

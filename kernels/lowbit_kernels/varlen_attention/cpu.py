@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import native
-from ._ops import FLOATS, check_choice, check_device, check_tensor, stored
-from .quantize import fake_quantize_per_token
+from .. import native
+from .._ops import FLOATS, check_choice, check_device, check_tensor, stored
+from ..quantize.op import fake_quantize_per_token
 
 SITES = ("query", "key", "attention_probs", "value")
+
 IMPORTANCE = (None, "all", "cls")
+
 CPU_SCORES = 2**20  # scores held at a time, so that they stay in cache: 1.4 to 2 times as fast as a whole batch
 
 
