@@ -58,9 +58,8 @@ def compile_for(
 
     Graphs hold the weights and lengths as they are and share their buffers: edits of weights are not seen afterwards
     (moving or retyping the model and `lowbit.set_length` give the graphs up), and one thread and stream at a time may
-    run it. A head that
-    reads the first token only has graphs that compute no other in the last layer; the base model called without its
-    head, and tokens protected by name, run without graphs.
+    run it. A head that reads the first token only has graphs that compute no other in the last layer; the base model
+    called without its head, and tokens protected by name, run without graphs.
 
     Args:
         model: fused (`convert(..., fused=True)` or `fuse`), on a CUDA device.
