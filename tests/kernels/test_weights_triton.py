@@ -10,6 +10,7 @@ import torch
 
 from launches import work_of
 from lowbit_kernels import reference
+from lowbit_kernels.split import cpu as split_cpu
 from lowbit_kernels.split import gpu as split_gpu
 from lowbit_kernels.weights import gpu as weights_gpu
 from lowbit_kernels.weights import op as weights_op
@@ -121,10 +122,9 @@ def test_launches_of_a_training_step(name: str, monkeypatch: pytest.MonkeyPatch)
 def test_splitting_does_not_wait_for_the_device(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     w = torch.randn(30, 768)
     ternary = weights_op.ternarize(w, granularity=granularity)
-    monkeypatch.setattr(weights_op, "_ternarize", lambda *_: ternary)
-    launched, computed = work_of(
-        lambda: split_gpu.launch_split(w, granularity == "per_row"), [weights_gpu], monkeypatch
-    )
+    for module in (split_cpu, split_gpu):
+        monkeypatch.setattr(module, "_ternarize", lambda *_: ternary)
+    launched, computed = work_of(lambda: split_gpu.launch_split(w, granularity == "per_row"), [split_gpu], monkeypatch)
     if granularity == "per_row":
         assert (launched, computed) == (["_split_row_kernel"], [])
     else:
