@@ -5,6 +5,7 @@ LOWBIT_SEED=N draws others: `LOWBIT_SEED=$RANDOM make unit`.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
@@ -75,3 +76,17 @@ def accelerate_anew() -> Iterator[None]:
     yield
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def logging_as_before() -> Iterator[None]:
+    """The program sets up logging for its own process; the other tests share this one."""
+    import transformers
+
+    logger, verbosity = logging.getLogger("lowbit"), transformers.logging.get_verbosity()
+    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.propagate, logger.handlers = propagate, handlers
+    transformers.logging.set_verbosity(verbosity)
+    transformers.logging.enable_progress_bar()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast, TrainingArguments
 from transformers.models import bert as bert_package
 
 from lowbit.data import sentiment
@@ -121,3 +121,17 @@ def end_of_process() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def training_arguments(folder: Path, **changes: object) -> TrainingArguments:
+    """Of a short run on the CPU that writes nothing, takes rows in order and logs every step."""
+    values: dict[str, object] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+    }
+    return TrainingArguments(**{**values, **changes})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import subprocess
@@ -35,16 +34,7 @@ ROOT = Path(__file__).parents[1]
 NAMES = [function.__name__.replace("_", "-") for function in commands.COMMANDS]
 
 
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """The program sets up logging for its own process; the other tests share this one."""
-    logger, verbosity = logging.getLogger("lowbit"), transformers.logging.get_verbosity()
-    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
-    yield
-    logger.setLevel(level)
-    logger.propagate, logger.handlers = propagate, handlers
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 
 @pytest.fixture(scope="module")

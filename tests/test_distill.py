@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput, QuestionAnsweringMode
 from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 
 import lowbit
-from helpers import batch, tiny
+from helpers import batch, tiny, training_arguments
 from lowbit import AttentionScoreLoss, HiddenStateLoss, LogitsLoss, TaskLoss
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -24,21 +24,14 @@ TWO_STAGES = [(0.5, [HiddenStateLoss(), AttentionScoreLoss()]), (1.0, [LogitsLos
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     values = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "train_sampling_strategy": "sequential",
         "optim": "sgd",
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
-        "logging_steps": 1,
         "max_steps": 4,
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 8,
     }
-    return TrainingArguments(**{**values, **changes})
+    return training_arguments(folder, **{**values, **changes})
 
 
 def dataset(rows: int = 32, length: int = 9) -> list[dict[str, torch.Tensor]]:

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import lowbit
-from helpers import tiny_config
+from helpers import tiny_config, training_arguments
 from lowbit import HiddenStateLoss, LogitsLoss
 from lowbit.distill.columns import arguments as taken
 from lowbit.distill.columns import parameters
@@ -81,20 +81,13 @@ def stacked(data: list[dict[str, Any]], names: set[str]) -> dict[str, torch.Tens
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     values = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "train_sampling_strategy": "sequential",
         "learning_rate": 0.0,
         "weight_decay": 0.0,
-        "logging_steps": 1,
         "max_steps": 2,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
     }
-    return TrainingArguments(**{**values, **changes})
+    return training_arguments(folder, **{**values, **changes})
 
 
 class Record:

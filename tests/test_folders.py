@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import pickle
 import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
@@ -38,17 +35,7 @@ from helpers import HEADS, SIZES, batch, identical, outputs, tiny, tiny_task
 from lowbit.cli import loading
 from lowbit.cli.app import app
 
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """The program sets up logging for its own process; the other tests share this one."""
-    logger, verbosity = logging.getLogger("lowbit"), transformers.logging.get_verbosity()
-    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
-    yield
-    logger.setLevel(level)
-    logger.propagate, logger.handlers = propagate, handlers
-    transformers.logging.set_verbosity(verbosity)
-    transformers.logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("logging_as_before")
 
 
 @pytest.fixture(scope="module")

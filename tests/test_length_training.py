@@ -19,7 +19,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 import lowbit
-from helpers import batch, end_of_process, outputs, tiny
+from helpers import batch, end_of_process, outputs, tiny, training_arguments
 from lowbit import LearnedThresholds, LengthConfig, LengthDrop, LogitsLoss, SoftExtract, TaskLoss
 from lowbit.length.soft import ranks
 from lowbit.nn import UnpaddedEncoder
@@ -43,21 +43,14 @@ def model_of(head: str = "BertForSequenceClassification", **changes: Any) -> Any
 
 def arguments(folder: Path, **changes: Any) -> TrainingArguments:
     values = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "train_sampling_strategy": "sequential",
         "optim": "sgd",
         "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
-        "logging_steps": 1,
         "max_steps": 2,
         "per_device_train_batch_size": 4,
     }
-    return TrainingArguments(**{**values, **changes})
+    return training_arguments(folder, **{**values, **changes})
 
 
 def dataset(

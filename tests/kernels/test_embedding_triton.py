@@ -9,6 +9,7 @@ import torch
 
 from lowbit_kernels import reference
 from lowbit_kernels.embedding import gpu as embedding_gpu
+from table_cases import table
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("needs a GPU or TRITON_INTERPRET=1", allow_module_level=True)
@@ -16,18 +17,6 @@ pytest.importorskip("triton")
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def table(kind: str, rows: int, dim: int, per_row: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
-    scales = rows if per_row else 1
-    signs = [torch.randint(0, 2, (rows, dim)).mul(2).sub(1).to(torch.int8) for _ in range(2)]
-    if kind == "ternary":
-        return reference.pack_ternary(torch.randint(-1, 2, (rows, dim)).to(torch.int8)), torch.rand(scales), 2
-    if kind == "binary":
-        return reference.pack_binary(signs[0]), torch.rand(scales), 1
-    if kind == "split":
-        return reference.pack_split(*signs), torch.rand(2, scales), 2
-    return torch.randint(-128, 128, (rows, dim)).to(torch.int8), torch.rand(scales), 8
 
 
 @pytest.mark.parametrize("per_row", [True, False])
