@@ -21,6 +21,7 @@ from . import hf, models
 from .config import LengthConfig, LowbitConfig
 from .errors import check_import
 from .heads import reads_first_token_only
+from .models import describe
 from .nn import FusedEmbeddings, PackedEncoder, PackedLinear, QuantLinear, UnpaddedEncoder
 from .nn import attention as lowbit_attention
 from .nn import packed_encoder as lowbit_packed_encoder
@@ -236,7 +237,8 @@ def check_encoder(model: PreTrainedModel) -> None:
 
 
 def _path(model: PreTrainedModel) -> str:
-    return models.describe(model).layers.rpartition(".")[0]
+    # Not `models.describe`: traced with torch 2.15, that fails once lowbit was imported again in the process.
+    return describe(model).layers.rpartition(".")[0]
 
 
 def encoder_of(model: PreTrainedModel) -> nn.Module:
