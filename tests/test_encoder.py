@@ -7,6 +7,7 @@ import gc
 import pickle
 import shutil
 import weakref
+from inspect import signature
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import lowbit
 from helpers import HEADS, batch, identical, outputs, outputs_by_module, tiny
 from lowbit.deploy.graphs import Graphs, Shape, nearest, shapes
 from lowbit.nn import PackedEncoder
+from lowbit.nn.unpadded.fused_embeddings import FusedEmbeddings
 from lowbit.nn.unpadded.sequences import Sequences, with_padding, without_padding
 
 CONFIGS = {
@@ -310,13 +312,37 @@ def test_fused_embeddings_equal_the_modules(bits: int | None, dtype: torch.dtype
     model, fused = (m.to(dtype) for m in pair("BertModel", lowbit.TernaryConfig(embedding_bits=bits)))
     ids = torch.randint(1, 101, (3, 11))
     types, positions = torch.randint(0, 2, (3, 11)), torch.randint(0, 40, (3, 11))
+    (past,) = {"past_key_values_length", "cache_length"} & signature(
+        model.embeddings.original.forward
+    ).parameters.keys()
     with torch.no_grad():
-        for given in ({}, {"token_type_ids": types}, {"position_ids": positions}, {"past_key_values_length": 5}):
+        for given in ({}, {"token_type_ids": types}, {"position_ids": positions}, {past: 5}):
             got, expected = fused.embeddings(ids, **given), model.embeddings.original(ids, **given)
             assert got.dtype == dtype
             torch.testing.assert_close(got, expected, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
         embeds = torch.randn(3, 11, 64, dtype=dtype)
         assert torch.equal(fused.embeddings(inputs_embeds=embeds), model.embeddings.original(inputs_embeds=embeds))
+
+
+def test_what_a_model_passes_to_its_embeddings_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this transformers calls it: a name that is not known would send every call to the modules, unseen."""
+    _, fused = pair("BertModel")
+    assert isinstance(fused.embeddings, FusedEmbeddings) and fused.embeddings.prevented() is None
+
+    def forward(*args: object, **given: object) -> None:
+        raise AssertionError(f"the modules were called with {', '.join(given)}")
+
+    monkeypatch.setattr(fused.embeddings, "prevented", lambda: None)  # which would see the replaced forward
+    monkeypatch.setattr(fused.embeddings.original, "forward", forward)
+    with torch.no_grad():
+        fused(torch.randint(2, 99, (2, 7)))
+
+
+def test_caches_are_refused_by_either_name() -> None:
+    _, fused = pair()
+    for name in ("past_key_values", "cache"):
+        assert "caches" in fused.bert.encoder._obstacle(torch.zeros(1, 2, 64), None, {name: object()})
+    assert fused.bert.encoder._obstacle(torch.zeros(1, 2, 64), None, {"cache": None}) is None
 
 
 def test_gradients_take_the_modules() -> None:

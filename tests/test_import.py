@@ -130,20 +130,32 @@ print("fine")
     assert run(program).splitlines()[-1] == "fine"
 
 
-def test_tracing_training_and_autocast_after_a_second_import() -> None:
+def test_tracing_after_a_second_import() -> None:
     program = f"""{AGAIN}
 def traced(model):
     with torch.no_grad():
         return torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).logits
 expected = traced(old["packed"])
-with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-    rounded = old["packed"](**inputs).logits
 drop("lowbit", "lowbit_kernels")
 torch.compiler.reset()
 import lowbit
 new = stages()
 for models in (old, new):
+    print("old" if models is old else "new")
     assert torch.equal(traced(models["packed"]), expected)
+print("fine")
+"""
+    assert run(program).splitlines()[-1] == "fine"
+
+
+def test_training_and_autocast_after_a_second_import() -> None:
+    program = f"""{AGAIN}
+with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    rounded = old["packed"](**inputs).logits
+drop("lowbit", "lowbit_kernels")
+import lowbit
+new = stages()
+for models in (old, new):
     models["prepared"].train()(**inputs).logits.sum().backward()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(models["packed"](**inputs).logits, rounded)

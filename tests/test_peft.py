@@ -65,6 +65,16 @@ def filled(model: Any, adapter: str = "default") -> Any:
     return model
 
 
+def add_adapter(model: Any, config: LoraConfig) -> None:
+    """By transformers, which may ask for a newer peft than there is: 5.24 wants 0.22, when 0.21.2 was the newest."""
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        if "version of PEFT you are using is not compatible" not in str(error):
+            raise
+        pytest.skip(f"transformers {transformers.__version__} does not take peft {peft.__version__}")
+
+
 def layers(model: torch.nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
@@ -141,7 +151,7 @@ def test_saved_is_the_adapter_alone_and_loaded_it_gives_the_same(tmp_path: Path,
 def test_add_adapter_of_transformers(tmp_path: Path) -> None:
     model, inputs = quantized(), batch()
     base = outputs(model, inputs)
-    model.add_adapter(LoraConfig(target_modules="all-linear", r=4))
+    add_adapter(model, LoraConfig(target_modules="all-linear", r=4))
     expected = outputs(filled(model), inputs)
     model.save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
@@ -200,7 +210,7 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
 def test_the_trainer_trains_them(stage: str, injected: bool, tmp_path: Path) -> None:
     model, config = quantized(stage), LoraConfig(target_modules="all-linear")
     if injected:
-        model.add_adapter(config)
+        add_adapter(model, config)
     else:
         model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
     args = TrainingArguments(
@@ -295,7 +305,7 @@ def test_merging_into_latent_weights_is_exact_in_latent_space() -> None:
 
 def test_converting_below_an_adapter_changes_no_bit() -> None:
     model, inputs = quantized("prepared"), batch()
-    model.add_adapter(LoraConfig(target_modules=["query", "intermediate.dense"]))
+    add_adapter(model, LoraConfig(target_modules=["query", "intermediate.dense"]))
     expected = outputs(filled(model), inputs)
     lowbit.convert(model)
     assert all(type(layer.base_layer) is PackedLinear for layer in layers(model).values())
@@ -323,7 +333,7 @@ def test_lora_that_cannot_be_is_refused_before_anything_changes(what: str, injec
     expected, before = outputs(model, inputs), [type(module) for module in model.modules()]
     config = LoraConfig(**{"task_type": "SEQ_CLS", "target_modules": ["query", "value"], **REFUSED[what]})
     with pytest.raises(ValueError, match=what):
-        model.add_adapter(config) if injected else get_peft_model(model, config)
+        add_adapter(model, config) if injected else get_peft_model(model, config)
     assert [type(module) for module in model.modules()] == before and identical(outputs(model, inputs), expected)
 
 

@@ -5,6 +5,7 @@
 One line a kernel and architecture: registers, spilled bytes, shared memory, instructions, products, and the mix of the
 loop that holds them. Exit code 1 where a kernel spills, asks for more shared memory than the architecture has, or
 multiplies without the instruction it should use: tensor cores for `tl.dot` (full float32 may do without), IDP for dp4a.
+Spills that are known of one version of Triton (`KNOWN_SPILLS`) are shown and pass.
 Each op file lists its kernels in `aot_cases(arch)`: (label, kernel, signature, constants, warps, stages), with Triton's
 types; "i32:16" is an integer known to be a multiple of 16, which pointers always are.
 """
@@ -49,6 +50,10 @@ ARCHITECTURES = {
     100: (227 * KIB, ("IMMA", "UTCIMMA"), ("UTCHMMA",)),
 }
 
+# Version of Triton -> {start of a label: bytes that such kernels may spill}. Slower there, not wrong; tiles are chosen
+# for what later versions make of them.
+KNOWN_SPILLS = {"3.6": {"attention ": 16, "gradient of ": 224}}
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -62,6 +67,7 @@ class Compiled:
     products: tuple[tuple[str, ...], ...]  # what each kind of product should become, any of them; none for full float32
     opcodes: dict[str, int]
     loop: dict[str, int]  # opcodes of the innermost loop with products
+    known: int = 0  # bytes that it may spill with this Triton
 
     @property
     def multiplications(self) -> int:
@@ -77,7 +83,7 @@ class Compiled:
         """What is wrong with it; empty if nothing is."""
         limit = ARCHITECTURES[self.arch][0]
         found = []
-        if self.spilled:
+        if self.spilled > self.known:
             found.append(f"spills {self.spilled} bytes")
         if self.shared > limit:
             found.append(f"shared memory {self.shared} exceeds {limit}")
@@ -145,7 +151,14 @@ def compile_kernel(
         products=products,
         opcodes=dict(opcodes),
         loop=dict(_loop(listing, products)),
+        known=known_spill(label, triton.__version__),
     )
+
+
+def known_spill(label: str, version: str) -> int:
+    """Bytes that a kernel may spill with a version of Triton."""
+    known = KNOWN_SPILLS.get(".".join(version.split(".")[:2]), {})
+    return max((size for start, size in known.items() if label.startswith(start)), default=0)
 
 
 def _products(ttir: str, arch: int) -> tuple[tuple[str, ...], ...]:
@@ -200,9 +213,10 @@ def report(results: list[Compiled]) -> str:
     lines = [f"{'kernel':{width}}  arch  registers  spilled  shared  instructions  products  loop"]
     for result in results:
         faults = "; ".join(result.faults())
+        known = "  spills, as is known of this Triton" if result.spilled and result.spilled <= result.known else ""
         lines.append(
             f"{result.label:{width}}  {result.arch:4}  {result.registers:9}  {result.spilled:7}  {result.shared:6}  "
-            f"{sum(result.opcodes.values()):12}  {result.multiplications:8}  {_mix(result)}"
+            f"{sum(result.opcodes.values()):12}  {result.multiplications:8}  {_mix(result)}{known}"
             f"{'  FAULT: ' + faults if faults else ''}"
         )
     return "\n".join(lines)

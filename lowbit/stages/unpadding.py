@@ -21,6 +21,7 @@ from .. import models
 from ..config import LengthConfig, LowbitConfig
 from ..errors import check_import
 from ..files.stage import current_config, own_config
+from ..models import describe
 from ..nn import FusedEmbeddings, PackedEncoder, PackedLinear, QuantLinear, UnpaddedEncoder
 from ..nn import attention as lowbit_attention
 from ..nn.unpadded import packed_encoder as lowbit_packed_encoder
@@ -237,7 +238,8 @@ def check_encoder(model: PreTrainedModel) -> None:
 
 
 def _path(model: PreTrainedModel) -> str:
-    return models.describe(model).layers.rpartition(".")[0]
+    # Not `models.describe`: traced with torch 2.15, that fails once lowbit was imported again in the process.
+    return describe(model).layers.rpartition(".")[0]
 
 
 def encoder_of(model: PreTrainedModel) -> nn.Module:

@@ -132,6 +132,17 @@ def test_constants_that_are_no_arguments_are_options(fused: bool) -> None:
     assert ("FFMA" in aot.compile_kernel(label, kernel, signature, options, warps, stages, 90).opcodes) == fused
 
 
+def test_known_spills_pass_with_that_version_only_and_are_shown() -> None:
+    spilling = aot.Compiled(
+        "gradient of key", 90, registers=255, spilled=168, shared=0, products=(), opcodes={}, loop={}
+    )
+    assert spilling.faults() == ["spills 168 bytes"]
+    known = dataclasses.replace(spilling, known=aot.known_spill("gradient of key", "3.6.0"))
+    assert known.faults() == [] and "168" in aot.report([known]) and "known" in aot.report([known])
+    assert dataclasses.replace(known, spilled=232).faults() == ["spills 232 bytes"]
+    assert aot.known_spill("linear ternary", "3.6.0") == aot.known_spill("gradient of key", "3.7.1") == 0
+
+
 def test_a_spilling_kernel_is_caught() -> None:
     case = linear_gpu.aot_cases(90)[index_of("split", 8192)]
     constants = {**case[3], "BLOCK_M": 256, "BLOCK_N": 128}  # more accumulators than a block of 4 warps has registers

@@ -248,7 +248,7 @@ class UnpaddedEncoder(StandIn):
             origin = f" (set_attn_implementation({implementation!r}) makes such; call it before set_length)"
             origin = "" if implementation == "lowbit" else origin
             return f"an attention mask of shape {tuple(mask.shape)}{origin} is no padding mask [B, S]"
-        if any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values")):
+        if any(kwargs.get(name) is not None for name in ("encoder_hidden_states", "past_key_values", "cache")):
             return "cross-attention and caches are those of decoders"
         return None
 

@@ -19,7 +19,8 @@ from .snapshot import Snapshot, any_global_hook
 from .stand_in import StandIn
 
 _TABLES = ("word_embeddings", "position_embeddings", "token_type_embeddings")
-_ARGUMENTS = {"input_ids", "token_type_ids", "position_ids", "inputs_embeds", "past_key_values_length"}
+_PAST = ("past_key_values_length", "cache_length")  # up to transformers 5.23, and since
+_ARGUMENTS = {"input_ids", "token_type_ids", "position_ids", "inputs_embeds", *_PAST}
 _TOLERANCE = 1e-4  # relative, of a token: nothing is quantized on the way, so there is rounding only
 
 
@@ -77,7 +78,8 @@ class FusedEmbeddings(StandIn):
         position: Any = self.position_embeddings
         norm: Any = self.LayerNorm
         if position_ids is None:
-            position_ids = self._position_ids(input_ids, given.get("past_key_values_length", 0))
+            past = next((given[name] for name in _PAST if name in given), 0)
+            position_ids = self._position_ids(input_ids, past)
         token_type_ids = given.get("token_type_ids")
         if token_type_ids is None:
             token_type_ids = self._first_type
