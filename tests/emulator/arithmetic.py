@@ -295,6 +295,8 @@ def _convert(parts: list[str]) -> Operation:
             raise Unknown(".".join(parts))
         half = DTYPES[target]
         return Operation(target, ("f32", "f32"), lambda high, low: np.stack([low, high], 1).astype(half))
+    if parts[1:] == ["rna", "tf32", "f32"]:
+        return Operation("b32", ("f32",), _to_tf32)
     integral = next((m[1] for m in modifiers if m in ("rni", "rzi", "rmi", "rpi")), None)
     dtype = np.dtype(DTYPES[target])
     if set(modifiers) - {"rn", "rni", "rzi", "rmi", "rpi", "sat", "ftz"}:
@@ -314,6 +316,12 @@ def _convert(parts: list[str]) -> Operation:
         return x.astype(dtype)
 
     return Operation(target, (source,), function)
+
+
+def _to_tf32(x: Array) -> Array:
+    """float32 with 10 bits of fraction, half away from zero."""
+    rounded = (x.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)
+    return np.where(np.isfinite(x), rounded, x.view(np.uint32))
 
 
 def _saturated(x: Array, dtype: np.dtype) -> Array:

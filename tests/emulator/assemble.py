@@ -156,12 +156,14 @@ class _Assembler:
         kind, (to, source) = instruction.parts[-1], instruction.operands
         if isinstance(to, tuple):
             part = f"b{8 * SIZES[kind] // len(to)}"
-            index, targets = self.register(source, kind), self.vector(to, self.target)
+            index = self.register(source, kind)
+            targets = [None if name == "_" else self.target(name) for name in to]
 
             def run(block: Block) -> None:
                 pieces = block.get(index, kind).view(BITS[SIZES[part]]).reshape(-1, len(targets))
                 for i, target in enumerate(targets):
-                    block.put(target, np.ascontiguousarray(pieces[:, i]), part)
+                    if target is not None:
+                        block.put(target, np.ascontiguousarray(pieces[:, i]), part)
 
             return run
         part = f"b{8 * SIZES[kind] // len(source)}"
