@@ -21,7 +21,7 @@ BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # registers by t
 DTYPES: dict[str, Any] = {
     "pred": np.bool_, "f16": np.float16, "bf16": np.float32, "f32": np.float32, "f64": np.float64,
     **{f"{kind}{bits}": np.dtype(f"{'i' if kind == 's' else 'u'}{bits // 8}") for kind in "bsu" for bits in (8, 16, 32, 64)},
-    "f16x2": np.float16, "bf16x2": np.float32, "f32x2": np.float32,
+    "f16x2": np.float16, "bf16x2": np.float32, "f32x2": np.float32, "s16x2": np.dtype("i2"), "u16x2": np.dtype("u2"),
 }  # fmt: skip
 SIZES = {name: 1 if name == "pred" else int(re.sub(r"\D+", "", name.split("x")[0])) // 8 for name in DTYPES}
 SIZES |= {name: 2 * SIZES[name] for name in DTYPES if name.endswith("x2")}
@@ -336,7 +336,7 @@ def _saturated(x: Array, dtype: np.dtype) -> Array:
 
 # --------------------------------------------------------------------------------------------------------- table
 
-_INTEGER_TYPES = re.compile(r"^([bsu](8|16|32|64)|pred)$")
+_INTEGER_TYPES = re.compile(r"^([bsu](8|16|32|64)|[su]16x2|pred)$")
 
 
 def operation(opcode: str) -> Operation:

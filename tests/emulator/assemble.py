@@ -545,11 +545,10 @@ def _operand_of(
 
 
 def _immediate(text: str, kind: str) -> int:
-    """The bits of a constant: an integer, or 0f and the bits of a float32."""
-    if text.startswith(("0f", "0F")):
-        bits = int(text[2:], 16)
-        if kind.startswith("b") and kind != "bf16" or kind == "f32":
-            return bits
-        raise Unknown(f"{text} as {kind}")
+    """The bits of a constant: an integer, or 0f or 0d and the bits of a float32 or float64."""
+    if text[:2].lower() in ("0f", "0d"):
+        if SIZES[kind] != (4 if text[1] in "fF" else 8):
+            raise Unknown(f"{text} as {kind}")
+        return int(text[2:], 16)
     number = int(text.rstrip("U"), 0)
     return int(number != 0) if kind == "pred" else number & ((1 << 8 * SIZES[kind]) - 1)

@@ -1,4 +1,4 @@
-"""Attention of ragged batches, float and quantized."""
+"""Attention of ragged batches, float and quantized, its gradient, and the choice of tokens by importance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowbit_kernels import reference, varlen_attention
+from lowbit_kernels import attention_backward, prune, reference, varlen_attention
 
 from ..trial import Case, Tensors, Trial, guarded, off_by
 
@@ -84,4 +84,73 @@ def _draw(form: Form) -> Trial:
     return Trial([x, cu_seqlens, bias], launch, wrong)
 
 
+BACKWARD = {
+    "fp16": Form(RAGGED, 64, torch.float16),
+    "fp16, 8 bits": Form(RAGGED, 64, torch.float16, 8),
+    "bf16 D=128": Form((0, 1, 33), 128, torch.bfloat16),
+    "fp32 D=32, bias, 4 bits": Form((33, 2), 32, torch.float32, 4, ALL, bias=True),
+}
+# Relative to the largest gradient; probabilities and gradients of scores are rounded before they are multiplied.
+GRADIENT_ROUNDING = {torch.float32: 1e-5, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
+
+
+def _draw_gradient(form: Form) -> Trial:
+    x = guarded(torch.randn(sum(form.lengths), 4, HEADS, form.D).to(form.dtype))
+    grad_out, query, key, value = x.unbind(1)
+    cu_seqlens = guarded(torch.tensor([0, *itertools.accumulate(form.lengths)], dtype=torch.int32))
+    longest, scaling = max(form.lengths), form.D**-0.5
+    bias = guarded(torch.randn(HEADS, longest, longest)) if form.bias else None
+    options = {"bits": form.bits, "asymmetric": form.asymmetric, "bias": bias, "scaling": scaling}
+    wide = [tensor.double() for tensor in (grad_out, query, key, value)]
+    out, lse, _ = reference.attention(*wide[1:], cu_seqlens, longest, return_lse=True, **options)
+    want = reference.attention_backward(*wide, cu_seqlens, longest, **options)
+    out, lse = guarded(out.to(form.dtype)), guarded(lse.float())
+
+    def launch() -> Tensors:
+        return attention_backward.launch(
+            grad_out, query, key, value, out, lse, cu_seqlens, longest, scaling, form.bits, form.asymmetric, bias
+        ).unbind(0)
+
+    def wrong(outputs: Tensors) -> int:
+        found, rounding = 0, GRADIENT_ROUNDING[form.dtype]
+        for name, gradient, definition in zip(("query", "key", "value"), outputs, want, strict=True):
+            size = float(definition.abs().amax().clamp(min=0.1))
+            if name != "value" or form.bits is None:
+                found += off_by(gradient, definition, rounding * size)
+                continue
+            # Only here the quantized probabilities are multiplied, some of which rounding takes to the next code.
+            moved = off_by(gradient, definition, rounding * size)
+            found += off_by(gradient, definition, 0.3 * size) + (moved if moved > 0.03 * gradient.numel() else 0)
+        return found
+
+    return Trial([x, out, lse, cu_seqlens, bias], launch, wrong)
+
+
+def _draw_selection(dtype: torch.dtype, protects: bool) -> Trial:
+    lengths, room = (70, 0, 33, 1), (40, 0, 5, 1)
+    importance = torch.randn(sum(lengths)).to(dtype)
+    importance[torch.randperm(len(importance))[:40]] = 0.25  # ties
+    importance = guarded(importance)
+    protected = guarded(torch.rand(len(importance)) < 0.1) if protects else None
+    old, new = (
+        guarded(torch.tensor([0, *itertools.accumulate(own)], dtype=torch.int32)) for own in (lengths, room)
+    )
+    want, _ = reference.select_tokens(importance, old, new, protected=protected)
+    want = torch.cat([want, torch.zeros(2, dtype=torch.int64)])
+    return Trial(
+        [importance, old, new, protected],
+        lambda: [prune.launch(importance, old, new, protected, max(lengths), sum(room) + 2)],
+        lambda got: off_by(got[0], want),
+    )
+
+
 CASES = [Case("attention", f"attention {name}", functools.partial(_draw, form)) for name, form in FORMS.items()]
+CASES += [
+    Case("attention", f"attention backward {name}", functools.partial(_draw_gradient, form))
+    for name, form in BACKWARD.items()
+]
+CASES += [
+    Case("prune", f"select tokens, {str(dtype)[6:]}{', some protected' if protects else ''}", make)
+    for dtype, protects in ((torch.float32, False), (torch.float16, True))
+    for make in (functools.partial(_draw_selection, dtype, protects),)
+]
