@@ -136,6 +136,8 @@ def _float(parts: list[str]) -> Operation:
     if {"rz", "rm", "rp", "sat", "relu", "xorsign"} & set(parts):
         raise Unknown(".".join(parts))
     if name == "fma":
+        if kind not in ("f16", "f16x2", "f32", "f32x2"):
+            raise Unknown(".".join(parts))
         return Operation(kind, (kind,) * 3, fused)
     if name in _FLOAT_UNARY:
         return Operation(kind, (kind,), _FLOAT_UNARY[name])

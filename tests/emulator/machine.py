@@ -16,7 +16,7 @@ from .arithmetic import BITS, decode, encode
 from .memory import Fault, Findings, GlobalMemory, SharedMemory
 
 Array = np.ndarray
-LIMIT = 1_000_000  # instructions of a block, after which it is taken not to end
+LIMIT = 300_000  # instructions of a block, after which it is taken not to end
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ class SharedMemory:
         self.written = np.zeros(granules, bool)
         self.copying = np.zeros(granules, np.int32)  # copies under way
         self.multiplying = np.zeros(granules, np.int32)  # products under way that read it
-        self.unfenced = np.zeros(granules, bool)  # written by threads and not yet visible to wgmma
+        self.unfenced = np.zeros(granules, bool)  # written or copied by threads and not yet visible to wgmma
         self.reads, self.writes = _Accesses(granules), _Accesses(granules)
         self.epoch = 0
         self.interval = np.zeros(threads, np.int64)
@@ -299,11 +299,12 @@ class SharedMemory:
             if complete:
                 self.copying[granule] -= 1
                 self._written(granule, thread)
+                self.unfenced[granule] = True
 
         return perform
 
     def fence(self) -> None:
-        """fence.proxy.async: what threads wrote is visible to wgmma."""
+        """fence.proxy.async: what threads wrote and copied is visible to wgmma."""
         self.unfenced[:] = False
 
     def begin_product(self, address: Array, threads: Array) -> tuple[Array, Callable[[], Array]]:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .memory import Fault
+
 Array = np.ndarray
 ROW = 32  # bytes of K that an instruction takes
 
@@ -103,9 +105,9 @@ class Descriptor:
 
     @classmethod
     def of(cls, bits: int) -> Descriptor:
-        """Raises ValueError where a base offset is given, which is not emulated."""
+        """Raises Fault where a base offset is given, which is not emulated."""
         if bits >> 49 & 7:
-            raise ValueError("a wgmma descriptor with a base offset")
+            raise Fault("a wgmma descriptor with a base offset")
         low, leading, stride = ((bits >> shift & 0x3FFF) << 4 for shift in (0, 16, 32))
         return cls(low, leading, stride, (16, 128, 64, 32)[bits >> 62 & 3])
 
