@@ -8,7 +8,7 @@
 and what it cannot show: docs/checked-without-a-gpu.md.
 """
 
-from .launch import Log, emulated
+from .launch import Log, emulated, execute
 from .memory import Fault
 
-__all__ = ["Fault", "Log", "emulated"]
+__all__ = ["Fault", "Log", "emulated", "execute"]

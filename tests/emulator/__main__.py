@@ -1,6 +1,6 @@
 """Run the cases and the mutations, print both tables, exit with 1 where something is wrong.
 
-    python -m emulator [--arch 90] [--only linear] [--mutations | --no-mutations] [--seed 1]
+python -m emulator [--arch 90] [--only linear] [--mutations | --no-mutations] [--seed 1]
 """
 
 from __future__ import annotations

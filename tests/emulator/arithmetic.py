@@ -20,7 +20,8 @@ BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}  # registers by t
 # Types as NumPy has them. bf16 is kept as the float32 of the same value.
 DTYPES: dict[str, Any] = {
     "pred": np.bool_, "f16": np.float16, "bf16": np.float32, "f32": np.float32, "f64": np.float64,
-    **{f"{kind}{bits}": np.dtype(f"{'i' if kind == 's' else 'u'}{bits // 8}") for kind in "bsu" for bits in (8, 16, 32, 64)},
+    **{f"s{8 * size}": np.dtype(f"i{size}") for size in BITS},
+    **{f"{kind}{8 * size}": np.dtype(f"u{size}") for kind in "bu" for size in BITS},
     "f16x2": np.float16, "bf16x2": np.float32, "f32x2": np.float32, "s16x2": np.dtype("i2"), "u16x2": np.dtype("u2"),
 }  # fmt: skip
 SIZES = {name: 1 if name == "pred" else int(re.sub(r"\D+", "", name.split("x")[0])) // 8 for name in DTYPES}

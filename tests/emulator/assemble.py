@@ -345,7 +345,9 @@ class _Assembler:
             lanes = block.whole_warps("ldmatrix")
             givers = lanes.reshape(-1, 32)[:, : 8 * count].reshape(-1)
             data = block.shared.read(address_of(block, givers), 16, givers)
-            for target, values in zip(targets, lanes_of_matrices(data.reshape(-1, count, 8, 16), transposed), strict=True):
+            for target, values in zip(
+                targets, lanes_of_matrices(data.reshape(-1, count, 8, 16), transposed), strict=True
+            ):
                 block.put_lanes(target, lanes, values, "b32")
 
         return run
@@ -415,7 +417,9 @@ class _Assembler:
     # ----------------------------------------------------------------------------------------------- products
 
     def _mma(self, instruction: Instruction) -> Run:
-        found = re.match(r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col(\.satfinite)?\.(\w+)\.(\w+)\.(\w+)\.(\w+)$", instruction.opcode)
+        found = re.match(
+            r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col(\.satfinite)?\.(\w+)\.(\w+)\.(\w+)\.(\w+)$", instruction.opcode
+        )
         if found is None or found[4] != found[5] or (found[3], found[6]) not in (("s32", "s32"), ("f32", "f32")):
             raise Unknown(instruction.opcode)
         kind, result = found[4], found[3]

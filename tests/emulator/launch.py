@@ -7,7 +7,7 @@ import functools
 import itertools
 import random
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,7 +80,7 @@ def emulated(
     Raises:
         Fault: what the emulator does not have, or a program that cannot go on.
     """
-    log, order = Log(), random.Random(seed)
+    log = Log()
     read_only = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor is not None and tensor.numel()}
     compile_only = jit.JITFunction.run
 
@@ -93,18 +93,30 @@ def emulated(
             log.launches.append(self.__name__)
             log.ptx.append(ptx)
             values = [bound.arguments[n] for n, kind in compiled.src.signature.items() if kind != "constexpr"]
-            whole_grid = tuple(grid(bound.arguments) if callable(grid) else grid) + (1, 1)
-            _execute(_kernel(ptx), values, compiled.metadata.shared, whole_grid[:3], read_only, early, order, log)
+            blocks = grid(bound.arguments) if callable(grid) else grid
+            execute(
+                ptx,
+                values,
+                compiled.metadata.shared,
+                blocks,
+                read_only=read_only,
+                early=early,
+                seed=seed + len(log.launches),
+                log=log,
+            )
         return compiled
 
-    before, device_arch, deterministic = driver._active, configs.device_arch, torch.are_deterministic_algorithms_enabled()
+    before, device_arch, deterministic = (
+        driver._active,
+        configs.device_arch,
+        torch.are_deterministic_algorithms_enabled(),
+    )
     driver.set_active(_Driver(arch))
     configs.device_arch = lambda device: arch
     jit.JITFunction.run = run
     torch.use_deterministic_algorithms(True)  # fills what torch.empty gives
     try:
-        with np.errstate(all="ignore"):
-            yield log
+        yield log
     finally:
         torch.use_deterministic_algorithms(deterministic)
         jit.JITFunction.run = compile_only
@@ -117,30 +129,49 @@ def _kernel(ptx: str) -> Kernel:
     return assemble(parse(ptx))
 
 
-def _execute(
-    kernel: Kernel,
-    values: list[Any],
-    shared: int,
-    grid: tuple[int, int, int],
-    read_only: set[int],
-    early: bool,
-    order: random.Random,
-    log: Log,
-) -> None:
-    """Run all blocks of a grid on the values of its parameters."""
+def execute(
+    ptx: str,
+    values: Sequence[Any],
+    shared: int = 0,
+    grid: Sequence[int] = (1, 1, 1),
+    *,
+    read_only: Collection[int] = (),
+    early: bool = False,
+    seed: int = 0,
+    log: Log | None = None,
+) -> Log:
+    """Run PTX on all blocks of a grid.
+
+    Args:
+        ptx: one kernel.
+        values: of its parameters, tensors for pointers; those that are missing are 0.
+        shared: bytes of shared memory a block.
+        read_only: addresses of storages that it may only read.
+        early, seed: as `emulated`.
+        log: what to add to.
+
+    Raises:
+        Fault, ValueError: what the emulator does not have, a program that cannot go on, PTX that is no kernel.
+    """
+    log, kernel = log or Log(), _kernel(ptx)
     memory = GlobalMemory([value for value in values if isinstance(value, torch.Tensor)], read_only, log.findings)
+    if len(values) > len(kernel.parameters):
+        raise ValueError(f"{len(values)} values for the {len(kernel.parameters)} parameters of {kernel.name}")
+    # Triton adds pointers to scratch memory, which these kernels do not use.
+    padded = itertools.chain(values, itertools.repeat(0))
     arguments = {
-        name: _bytes(value, kind)
-        # Triton adds pointers to scratch memory, which these kernels do not use.
-        for (name, kind), value in zip(kernel.parameters.items(), [*values, 0, 0], strict=True)
+        name: _bytes(value, kind) for (name, kind), value in zip(kernel.parameters.items(), padded, strict=False)
     }
-    places = list(itertools.product(*(range(size) for size in grid)))
-    order.shuffle(places)
-    for place in places:
-        block = Block(kernel, memory, arguments, shared, place, grid, early, log.findings)
-        block.run()
-        log.blocks += 1
-        log.instructions += block.count
+    x, y, z = (*grid, 1, 1)[:3]
+    places = list(itertools.product(range(x), range(y), range(z)))
+    random.Random(seed).shuffle(places)
+    with np.errstate(all="ignore"):
+        for place in places:
+            block = Block(kernel, memory, arguments, shared, place, (x, y, z), early, log.findings)
+            block.run()
+            log.blocks += 1
+            log.instructions += block.count
+    return log
 
 
 def _bytes(value: Any, kind: str) -> bytes:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -75,7 +74,7 @@ class GlobalMemory:
     `inputs` are addresses of storages that may only be read.
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor], inputs: set[int], findings: Findings) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], inputs: Collection[int], findings: Findings) -> None:
         self.findings = findings
         spans = sorted({_span(tensor) for tensor in tensors if tensor.numel()})
         merged: list[list[int]] = []

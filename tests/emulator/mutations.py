@@ -44,17 +44,26 @@ class Kind:
 
 
 def _more(group: int, by: int = 1) -> Callable[[re.Match[str]], str]:
-    """Add to the number in a group (0 where it is missing)."""
+    """Add to the number in a group."""
 
     def change(found: re.Match[str]) -> str:
         start, end = found.start(group) - found.start(), found.end(group) - found.start()
-        return f"{found[0][:start]}{int(found[group] or 0) + by}{found[0][end:]}"
+        return f"{found[0][:start]}{int(found[group]) + by}{found[0][end:]}"
 
     return change
 
 
 def _nothing(found: re.Match[str]) -> str:
     return ""
+
+
+def _beyond(by: int) -> Callable[[re.Match[str]], str]:
+    """Add to the offset of an address, which may have none: group 1 ends with the base, 2 is the offset."""
+    return lambda found: f"{found[1]}+{int(found[2] or 0) + by}]"
+
+
+def _swapped(found: re.Match[str]) -> str:
+    return f"{found[1]}{found[3]}, {found[2]}"
 
 
 KINDS = [
@@ -67,7 +76,7 @@ KINDS = [
     Kind("fence.proxy.async removed", r"fence\.proxy\.async[\w:.]*;", _nothing, all=True),
     Kind("lop3 table", r"lop3\.b32 [^;]*0x6A;", lambda m: m[0].replace("0x6A", "0xEA")),
     Kind("shift by one more", r"sh[lr]\.[bsu]\d+\s+[^;]*, (\d+);", _more(1)),
-    Kind("mask of one bit less", r"and\.b32\s+[^;]*, (\d+);", lambda m: _more(1, -(int(m[1]) & -int(m[1])))(m)),
+    Kind("mask without its lowest bit", r"and\.b32\s+[^;]*, (\d+);", lambda m: _more(1, -(int(m[1]) & -int(m[1])))(m)),
     Kind("added constant", r"add\.s(?:32|64)\s+[^;]*, (-?\d+);", _more(1)),
     Kind("compared constant", r"setp\.\w+\.[su]32\s+[^;]*, (-?\d+);", _more(1)),
     Kind("all comparisons < to <=", r"setp\.lt\.s32", lambda m: "setp.le.s32", together=True),
@@ -79,13 +88,13 @@ KINDS = [
     Kind("global store 4 bytes on", r"st\.global[^\[]*\[ %rd\d+ \+ (\d+) \]", _more(1, 4)),
     Kind("global load 4 bytes on", r"ld\.global[^\[]*\[ %rd\d+ \+ (\d+) \]", _more(1, 4)),
     Kind("shared store 16 bytes on", r"st\.shared[^\[]*\[ %r\d+ \+ (\d+) \]", _more(1, 16)),
-    Kind("shared load 16 bytes on", r"ld\.shared[^\[]*\[%r\d+\+?(\d*)\]", lambda m: m[0][:-1].rstrip("+0123456789") + "+16]" if not m[1] else _more(1, 16)(m)),
-    Kind("ldmatrix 16 bytes on", r"ldmatrix[^\[]*\[(%r\d+)\+?(\d*)\]", lambda m: f"{m[0][: m.start(1) - m.start()]}{m[1]}+{int(m[2] or 0) + 16}]"),
+    Kind("shared load 16 bytes on", r"(ld\.shared[^\[]*\[%r\d+)(?:\+(\d+))?\]", _beyond(16)),
+    Kind("ldmatrix 16 bytes on", r"(ldmatrix[^\[]*\[%r\d+)(?:\+(\d+))?\]", _beyond(16)),
     Kind("cp.async from 16 bytes on", r"cp\.async\.c[^;]*%rd\d+ \+ (\d+) \]", _more(1, 16)),
     Kind("cp.async to 16 bytes on", r"cp\.async\.c[ag]\.shared\.global \[ %r\d+ \+ (\d+) \]", _more(1, 16)),
     Kind("wgmma descriptor 32 bytes on", r"(?:or|add)\.[bs]64\s+[^;]*, (46116862933\d+);", _more(1, 2)),
-    Kind("mma of other columns", r"(mma\.sync[^{]*\{[^}]*\}, \{[^}]*\}, \{ )(%r\d+), (%r\d+)", lambda m: f"{m[1]}{m[3]}, {m[2]}"),
-    Kind("shuffle over twice the distance", r"shfl\.sync\.bfly\.b32[^;]*, (\d+), 31, -1;", lambda m: _more(1, int(m[1]) if int(m[1]) < 16 else -8)(m)),
+    Kind("mma of other columns", r"(mma\.sync[^{]*\{[^}]*\}, \{[^}]*\}, \{ )(%r\d+), (%r\d+)", _swapped),
+    Kind("shuffle over another distance", r"shfl\.sync\.bfly\.b32[^;]*, (\d+), 31, -1;", _more(1, 1)),
     Kind("bytes permuted otherwise", r"prmt\.b32[^;]*0x(\d)", lambda m: m[0][:-1] + str(int(m[1]) ^ 1)),
     Kind("atomic add of another value", r"(atom\.global[^;]*\], )%r\d+;", lambda m: f"{m[1]}%tid.x;"),
     Kind(

@@ -132,9 +132,7 @@ def _draw_selection(dtype: torch.dtype, protects: bool) -> Trial:
     importance[torch.randperm(len(importance))[:40]] = 0.25  # ties
     importance = guarded(importance)
     protected = guarded(torch.rand(len(importance)) < 0.1) if protects else None
-    old, new = (
-        guarded(torch.tensor([0, *itertools.accumulate(own)], dtype=torch.int32)) for own in (lengths, room)
-    )
+    old, new = (guarded(torch.tensor([0, *itertools.accumulate(own)], dtype=torch.int32)) for own in (lengths, room))
     want, _ = reference.select_tokens(importance, old, new, protected=protected)
     want = torch.cat([want, torch.zeros(2, dtype=torch.int64)])
     return Trial(

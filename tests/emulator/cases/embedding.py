@@ -102,6 +102,15 @@ CASES += [
     for make in (functools.partial(_layernorm, K, dtype, residual, bits, symmetric),)
 ]
 CASES += [
-    Case("embedding", f"embedding {kind} {dim} with LayerNorm, {bits} bits", functools.partial(_fused, kind, dim, bits, s))
-    for kind, dim, bits, s in (("ternary", 300, 8, False), ("binary", 127, 8, True), ("split", 256, 0, True), ("int8", 300, 8, True))
+    Case(
+        "embedding",
+        f"embedding {kind} {dim} with LayerNorm, {bits} bits",
+        functools.partial(_fused, kind, dim, bits, s),
+    )
+    for kind, dim, bits, s in (
+        ("ternary", 300, 8, False),
+        ("binary", 127, 8, True),
+        ("split", 256, 0, True),
+        ("int8", 300, 8, True),
+    )
 ]
