@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .arithmetic import BITS, DTYPES, SIZES, Unknown, comparison, decode, encode, operation
-from .machine import Block, Kernel, Product, Step
+from .machine import Block, Groups, Kernel, Product, Step
 from .memory import Fault, SharedMemory
 from .parse import Address, Instruction, Operand, Program
 from .products import (
@@ -329,10 +329,10 @@ class _Assembler:
 
         return run
 
-    def _commit(self, groups: Callable[[Block], object]) -> Run:
+    def _commit(self, groups: Callable[[Block], Groups]) -> Run:
         def run(block: Block) -> None:
             block.need_all("a commit of asynchronous work")
-            groups(block).commit()  # type: ignore[attr-defined]
+            groups(block).commit()
 
         return run
 

@@ -35,7 +35,6 @@ class Log:
     launches: list[str] = field(default_factory=list)  # names of the kernels
     blocks: int = 0
     instructions: int = 0
-    ptx: list[str] = field(default_factory=list)
 
 
 class _Driver:
@@ -91,7 +90,6 @@ def emulated(
             bound.apply_defaults()
             ptx = change(compiled.asm["ptx"])
             log.launches.append(self.__name__)
-            log.ptx.append(ptx)
             values = [bound.arguments[n] for n, kind in compiled.src.signature.items() if kind != "constexpr"]
             blocks = grid(bound.arguments) if callable(grid) else grid
             execute(

@@ -28,7 +28,7 @@ MOST = 4  # of the places of a kind in a kernel, evenly spread
 
 @dataclass(frozen=True)
 class Kind:
-    """Every match of `pattern` in the PTX is a place to change; `all` tries them all, not only a few,
+    """Every match of `pattern` in the PTX is a place to change; `every` tries all, not only a few,
     and `together` changes them all at once.
 
     `invisible` says why the emulator cannot notice it; else at least `share` of those tried has to be noticed.
@@ -37,7 +37,7 @@ class Kind:
     name: str
     pattern: str
     change: Callable[[re.Match[str]], str]
-    all: bool = False
+    every: bool = False
     together: bool = False
     share: float = 0.5
     invisible: str = ""
@@ -67,13 +67,13 @@ def _swapped(found: re.Match[str]) -> str:
 
 
 KINDS = [
-    Kind("barrier removed", r"bar\.sync\s+0;", _nothing, all=True),
-    Kind("barrier of a warp removed", r"bar\.warp\.sync\s+-1;", _nothing, all=True),
-    Kind("cp.async waited for a group later", r"cp\.async\.wait_group\s+(\d+);", _more(1), all=True),
-    Kind("cp.async.commit_group removed", r"cp\.async\.commit_group;", _nothing, all=True),
-    Kind("wgmma waited for a group later", r"wgmma\.wait_group\.sync\.aligned (\d+);", _more(1), all=True),
-    Kind("wgmma.fence removed", r"wgmma\.fence\.sync\.aligned;", _nothing, all=True),
-    Kind("fence.proxy.async removed", r"fence\.proxy\.async[\w:.]*;", _nothing, all=True),
+    Kind("barrier removed", r"bar\.sync\s+0;", _nothing, every=True),
+    Kind("barrier of a warp removed", r"bar\.warp\.sync\s+-1;", _nothing, every=True),
+    Kind("cp.async waited for a group later", r"cp\.async\.wait_group\s+(\d+);", _more(1), every=True),
+    Kind("cp.async.commit_group removed", r"cp\.async\.commit_group;", _nothing, every=True),
+    Kind("wgmma waited for a group later", r"wgmma\.wait_group\.sync\.aligned (\d+);", _more(1), every=True),
+    Kind("wgmma.fence removed", r"wgmma\.fence\.sync\.aligned;", _nothing, every=True),
+    Kind("fence.proxy.async removed", r"fence\.proxy\.async[\w:.]*;", _nothing, every=True),
     Kind("lop3 table", r"lop3\.b32 [^;]*0x6A;", lambda m: m[0].replace("0x6A", "0xEA")),
     Kind("shift by one more", r"sh[lr]\.[bsu]\d+\s+[^;]*, (\d+);", _more(1)),
     Kind("mask without its lowest bit", r"and\.b32\s+[^;]*, (\d+);", lambda m: _more(1, -(int(m[1]) & -int(m[1])))(m)),
@@ -98,7 +98,7 @@ KINDS = [
     Kind("bytes permuted otherwise", r"prmt\.b32[^;]*0x(\d)", lambda m: m[0][:-1] + str(int(m[1]) ^ 1)),
     Kind("atomic add of another value", r"(atom\.global[^;]*\], )%r\d+;", lambda m: f"{m[1]}%tid.x;"),
     Kind(
-        "atomic without order", r"(atom\.global\.gpu\.)acq_rel", lambda m: f"{m[1]}relaxed", all=True,
+        "atomic without order", r"(atom\.global\.gpu\.)acq_rel", lambda m: f"{m[1]}relaxed", every=True,
         invisible="blocks run one after the other, so that all see what was written before",
     ),
     Kind(
@@ -159,7 +159,7 @@ def variants(ptx: str, kind: Kind) -> list[tuple[str, str]]:
         changed = re.sub(kind.pattern, kind.change, ptx)
         return [("everywhere", changed)] if changed != ptx else []
     found = list(re.finditer(kind.pattern, ptx))
-    if not kind.all and len(found) > MOST:
+    if not kind.every and len(found) > MOST:
         found = [found[i * (len(found) - 1) // (MOST - 1)] for i in range(MOST)]
     return [
         (

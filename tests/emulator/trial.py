@@ -30,9 +30,8 @@ class Trial:
 
 @dataclass(frozen=True)
 class Case:
-    """`make()` draws a trial; cases of a group are selected together."""
+    """`make()` draws a trial."""
 
-    group: str
     name: str
     make: Callable[[], Trial]
 
@@ -41,7 +40,6 @@ class Case:
 class Result:
     """What came of a case on one architecture, over its runs."""
 
-    group: str
     name: str
     arch: int
     runs: int = 0
@@ -83,7 +81,7 @@ def run(
     modes: Sequence[bool] = (False, True),
 ) -> Result:
     """Run a case with asynchronous work done late, then (True) early, the blocks in another order each time."""
-    result = Result(case.group, case.name, arch)
+    result = Result(case.name, arch)
     start = time.perf_counter()
     for early in modes:
         torch.manual_seed(zlib.crc32(f"{seed} {case.name}".encode()))

@@ -142,13 +142,12 @@ def _draw_selection(dtype: torch.dtype, protects: bool) -> Trial:
     )
 
 
-CASES = [Case("attention", f"attention {name}", functools.partial(_draw, form)) for name, form in FORMS.items()]
+CASES = [Case(f"attention {name}", functools.partial(_draw, form)) for name, form in FORMS.items()]
 CASES += [
-    Case("attention", f"attention backward {name}", functools.partial(_draw_gradient, form))
-    for name, form in BACKWARD.items()
+    Case(f"attention backward {name}", functools.partial(_draw_gradient, form)) for name, form in BACKWARD.items()
 ]
 CASES += [
-    Case("prune", f"select tokens, {str(dtype)[6:]}{', some protected' if protects else ''}", make)
+    Case(f"prune, select tokens, {str(dtype)[6:]}{', some protected' if protects else ''}", make)
     for dtype, protects in ((torch.float32, False), (torch.float16, True))
     for make in (functools.partial(_draw_selection, dtype, protects),)
 ]

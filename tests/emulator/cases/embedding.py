@@ -88,11 +88,11 @@ def _fused(kind: str, dim: int, bits: int, symmetric: bool) -> Trial:
 
 KINDS = ("ternary", "binary", "split", "int8")
 CASES = [
-    Case("embedding", f"embedding {kind} {dim} {str(dtype)[6:]}", functools.partial(_embedding, kind, dim, dtype))
+    Case(f"embedding {kind} {dim} {str(dtype)[6:]}", functools.partial(_embedding, kind, dim, dtype))
     for kind, (dim, dtype) in itertools.product(KINDS, ((300, torch.float32), (128, torch.float16)))
 ]
 CASES += [
-    Case("layernorm", f"layernorm {K} {str(dtype)[6:]}{' + residual' if residual else ''}, {bits} bits", make)
+    Case(f"layernorm {K} {str(dtype)[6:]}{' + residual' if residual else ''}, {bits} bits", make)
     for K, dtype, residual, bits, symmetric in (
         (768, torch.float32, True, 8, False),
         (127, torch.float16, False, 8, True),
@@ -103,7 +103,6 @@ CASES += [
 ]
 CASES += [
     Case(
-        "embedding",
         f"embedding {kind} {dim} with LayerNorm, {bits} bits",
         functools.partial(_fused, kind, dim, bits, s),
     )

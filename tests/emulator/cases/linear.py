@@ -134,7 +134,7 @@ def _definition(
 
 
 CASES = [
-    Case("linear", f"linear {layout}, {name}", functools.partial(_draw, form, layout))
+    Case(f"linear {layout}, {name}", functools.partial(_draw, form, layout))
     for layout in linear_triton.LAYOUTS
     for name, form in FORMS.items()
 ]

@@ -79,7 +79,7 @@ def _cases() -> list[Case]:
         ):
             name = f"fake {'x'.join(map(str, fake_shape))} {str(dtype)[6:]}, {bits} bits {kind}"
             cases.append((name, functools.partial(_fake, fake_shape, dtype, bits, symmetric)))
-    return [Case("quantize", f"quantize {name}", make) for name, make in cases]
+    return [Case(f"quantize {name}", make) for name, make in cases]
 
 
 CASES = _cases()

@@ -70,7 +70,7 @@ def _cases() -> list[Case]:
         makes[f"split {name}"] = functools.partial(_split, shape, per_row)
     for layout, (N, K) in itertools.product(("ternary", "binary", "split"), ((3, 127), (2, 768))):
         makes[f"pack {layout} {N}x{K}"] = functools.partial(_pack, layout, N, K)
-    return [Case("weights", name, make) for name, make in makes.items()]
+    return [Case(f"weights {name}", make) for name, make in makes.items()]
 
 
 CASES = _cases()
