@@ -463,6 +463,8 @@ def test_shared_memory_has_ends_is_aligned_and_not_initialised() -> None:
         ("\tld.shared.b32 %r5, [%r4];\n", "uninitialised"),
         (STORE + "\tbar.sync 0;\n\tld.shared.b32 %r5, [%r4+4];\n", "out of bounds"),
         ("\tmov.b32 %r5, 0;\n\tst.shared.b32 [%r4+-4], %r2;\n", "out of bounds"),
+        ("\tmov.b32 %r5, 0;\n\tst.shared.b32 [%r4+4000], %r2;\n", "out of bounds"),
+        ("\tld.shared.b32 %r5, [%r4+4000];\n", "out of bounds"),
         ("\tmov.b32 %r5, 0;\n\tst.shared.v2.b32 [%r4], {%r2, %r2};\n", "misaligned"),
     ):
         _, log = moving(code)
@@ -570,7 +572,10 @@ def test_text_that_is_no_kernel() -> None:
 )
 def test_kernels(name: str, arch: int) -> None:
     result = trial.run(BY_NAME[name], arch, seed=random.getrandbits(20))
-    if tuple(map(int, version("triton").split(".")[:2])) < (3, 7):  # which puts no fence.proxy.async between cp.async and wgmma
+    if tuple(map(int, version("triton").split(".")[:2])) < (
+        3,
+        7,
+    ):  # which puts no fence.proxy.async between cp.async and wgmma
         del result.findings["order"]
     assert result.clean and result.runs == 2 and result.launches == 2, report([result])
 

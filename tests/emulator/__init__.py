@@ -8,7 +8,7 @@
 and what it cannot show: docs/checked-without-a-gpu.md.
 """
 
+from .findings import Fault
 from .launch import Log, emulated, execute
-from .memory import Fault
 
 __all__ = ["Fault", "Log", "emulated", "execute"]

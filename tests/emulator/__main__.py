@@ -13,8 +13,8 @@ from multiprocessing import get_context
 
 from . import mutations, trial
 from .cases import CASES
+from .findings import KINDS
 from .jobs import run_case, run_mutations
-from .memory import KINDS
 
 ARCHITECTURES = (80, 90)
 

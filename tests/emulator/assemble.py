@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from .arithmetic import BITS, DTYPES, SIZES, Unknown, comparison, decode, encode, operation
+from .findings import Fault
 from .machine import Block, Groups, Kernel, Product, Step
-from .memory import Fault, SharedMemory
 from .parse import Address, Instruction, Operand, Program
 from .products import (
     Descriptor,
@@ -22,6 +22,7 @@ from .products import (
     registers_of_d,
     rows_of_a,
 )
+from .shared_memory import SharedMemory
 
 Array = np.ndarray
 Run = Callable[[Block], int | None]
@@ -188,7 +189,7 @@ class _Assembler:
 
     def _bar(self, instruction: Instruction) -> Run:
         if instruction.opcode == "bar.warp.sync":
-            return lambda block: block.shared.warp_barrier(block.whole_warps("a barrier"))
+            return lambda block: block.clock.warp_barrier(block.whole_warps("a barrier"))
         if instruction.opcode != "bar.sync" or instruction.operands != ("0",):
             raise Unknown("a barrier of some threads")
         return lambda block: block.arrive()
@@ -226,7 +227,10 @@ class _Assembler:
         def run(block: Block) -> None:
             lanes = block.lanes()
             address = address_of(block, lanes)
-            data = block.shared.read(address, size, lanes) if shared else block.memory.read(address, size)
+            if shared:
+                data = block.shared.read(address, size, lanes)
+            else:
+                data = block.memory.read(address, size, lanes, block.clock)
             for i, target in enumerate(targets):
                 own = np.ascontiguousarray(data[:, each * i : each * (i + 1)]).view(BITS[each])[:, 0]
                 block.put_lanes(target, lanes, decode(own, kind), kind)
@@ -249,7 +253,7 @@ class _Assembler:
             if shared:
                 block.shared.write(address, data, lanes)
             else:
-                block.memory.write(address, data)
+                block.memory.write(address, data, lanes, block.clock)
 
         return run
 
@@ -285,7 +289,9 @@ class _Assembler:
                     after = np.where(before == own[0][i], own[1][i : i + 1], before)
                 return encode(after, kind, SIZES[kind]).view(np.uint8)
 
-            old = block.memory.update(address_of(block, lanes), SIZES[kind], change).view(BITS[SIZES[kind]])[:, 0]
+            address = address_of(block, lanes)
+            raw = block.memory.update(address, SIZES[kind], change, lanes, block.clock)
+            old = raw.view(BITS[SIZES[kind]])[:, 0]
             if target is not None:
                 block.put_lanes(target, lanes, decode(old, kind), kind)
 
@@ -321,7 +327,8 @@ class _Assembler:
             data = np.zeros((len(lanes), size), np.uint8)
             for length in np.unique(count[count > 0]):
                 chosen = count == length
-                data[chosen, :length] = block.memory.read(source(block, lanes[chosen]), int(length))
+                own = lanes[chosen]
+                data[chosen, :length] = block.memory.read(source(block, own), int(length), own, block.clock)
             perform = block.shared.begin_copy(to(block, lanes), data, lanes)
             if block.early:
                 perform(False)

@@ -20,8 +20,9 @@ from triton.runtime.driver import driver
 from lowbit_kernels import configs
 
 from .assemble import assemble
+from .findings import Findings
+from .global_memory import GlobalMemory
 from .machine import Block, Kernel
-from .memory import Findings, GlobalMemory
 from .parse import parse
 
 _FORMATS = {"f32": "<f", "f64": "<d", "u64": "<Q", "u32": "<I", "u16": "<H", "u8": "<B"}

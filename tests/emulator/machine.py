@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .arithmetic import BITS, decode, encode
-from .memory import Fault, Findings, GlobalMemory, SharedMemory
+from .findings import Fault, Findings
+from .global_memory import GlobalMemory
+from .races import Clock
+from .shared_memory import SharedMemory
 
 Array = np.ndarray
 LIMIT = 300_000  # instructions of a block, after which it is taken not to end
@@ -88,7 +91,9 @@ class Block:
     ) -> None:
         self.kernel, self.memory, self.arguments, self.early, self.findings = kernel, memory, arguments, early, findings
         T = kernel.threads
-        self.shared = SharedMemory(shared, kernel.granule, T, findings)
+        x, y, z = place
+        self.clock = Clock((z * grid[1] + y) * grid[0] + x, T)
+        self.shared = SharedMemory(shared, kernel.granule, self.clock, findings)
         self.thread = np.arange(T)
         unknown = {width: np.full(T, 0xDEADBEEF_DEADBEEF & (1 << 8 * width) - 1, BITS[width]) for width in BITS}
         unknown[0] = np.zeros(T, bool)
@@ -151,7 +156,7 @@ class Block:
     def arrive(self) -> None:
         """bar.sync 0 of the active threads."""
         if self.all:
-            self.shared.barrier()
+            self.clock.barrier()
         else:
             self.waiting.append((self.at + 1, self.active))
 
@@ -215,4 +220,4 @@ class Block:
         for place, threads in self.waiting:
             groups[place] = groups[place] | threads if place in groups else threads
         self.waiting = []
-        self.shared.barrier()
+        self.clock.barrier()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .memory import Fault
+from .findings import Fault
 
 Array = np.ndarray
 ROW = 32  # bytes of K that an instruction takes

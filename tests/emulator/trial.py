@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .findings import Fault
 from .launch import Log, emulated
-from .memory import Fault
 
 Tensors = Sequence[torch.Tensor]
 GUARD = 4096  # elements before and after an input that belong to nobody

@@ -1,0 +1,145 @@
+"""Global memory: the elements of some tensors, in place. All else is out of bounds."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import torch
+
+from .findings import POISON, Findings
+from .races import Accesses, Clock
+
+Array = np.ndarray
+
+
+class _Region:
+    """The memory from the first to the last byte of tensors that overlap."""
+
+    def __init__(self, start: int, end: int, tensors: Sequence[torch.Tensor], inputs: Collection[int]) -> None:
+        self.start, self.end = start, end
+        self.data = np.ctypeslib.as_array((ctypes.c_uint8 * (end - start)).from_address(start))
+        self.readable, self.writable = np.zeros(end - start, bool), np.zeros(end - start, bool)
+        for tensor in tensors:
+            if start <= tensor.data_ptr() < end:
+                may_write = tensor.untyped_storage().data_ptr() not in inputs
+                for mask in (self.readable, self.writable) if may_write else (self.readable,):
+                    _elements(mask, tensor, tensor.data_ptr() - start)[...] = True
+        self.whole = bool(self.readable.all()), bool(self.writable.all())
+        self.races = _Races(end - start) if self.writable.any() else None
+
+
+class _Races:
+    """Accesses to each byte of memory that may be written. Atomics are in order with each other and between blocks."""
+
+    def __init__(self, size: int) -> None:
+        self.reads, self.writes = Accesses(size), Accesses(size)
+        self.atomic = np.zeros(size, bool)  # whether a byte is one of atomics
+
+    def check(self, byte: Array, thread: Array, clock: Clock, write: bool, atomic: bool, findings: Findings) -> None:
+        what = f"global {'atomic' if atomic else 'write' if write else 'read'}"
+        apart = ~(self.atomic[byte] | atomic)
+        if not atomic:
+            findings.note_where(
+                "race", f"{what} of what another thread wrote", self.writes.unordered(byte, thread, clock)
+            )
+        findings.note_where(
+            "race", f"{what} of what another block wrote", apart & self.writes.by_another_block(byte, clock)
+        )
+        if write:
+            findings.note_where(
+                "race", f"{what} of what another thread reads", self.reads.unordered(byte, thread, clock)
+            )
+            other = apart & self.reads.by_another_block(byte, clock)
+            findings.note_where("race", f"{what} of what another block reads", other)
+        (self.writes if write else self.reads).add(byte, thread, clock)
+        if atomic:
+            self.atomic[byte] = True
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """Addresses of a tensor's first byte and of the one after its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _elements(mask: Array, tensor: torch.Tensor, offset: int) -> Array:
+    """The bytes of `mask` that are elements of the tensor, which begins at `offset`."""
+    size = tensor.element_size()
+    shape, strides = (*tensor.shape, size), (*(size * stride for stride in tensor.stride()), 1)
+    return np.lib.stride_tricks.as_strided(mask[offset:], shape, strides)
+
+
+class GlobalMemory:
+    """What a launch may access. Accesses take the addresses of the threads that take part, and which those are.
+
+    A wrong access is noted and goes on: what is read is POISON, what is written is dropped. `inputs` are addresses of
+    storages that may only be read.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], inputs: Collection[int], findings: Findings) -> None:
+        self.findings = findings
+        tensors = [tensor for tensor in tensors if tensor.numel()]
+        merged: list[tuple[int, int]] = []
+        for start, end in sorted(_span(tensor) for tensor in tensors):
+            if merged and start < merged[-1][1]:
+                merged[-1] = merged[-1][0], max(end, merged[-1][1])
+            else:
+                merged.append((start, end))
+        self.regions = [_Region(start, end, tensors, inputs) for start, end in merged]
+        self.starts = np.array([region.start for region in self.regions], np.int64)
+
+    def _each(self, address: Array, size: int, write: bool) -> list[tuple[_Region, Array, Array]]:
+        """(region, places among `address`, bytes [places, size]) of all accesses that are allowed; notes the others."""
+        what = f"global {'write' if write else 'read'}"
+        self.findings.check_alignment(address, size, what)
+        number = np.searchsorted(self.starts, address, "right") - 1
+        found, lost = [], int(np.count_nonzero(number < 0))
+        for i in np.unique(number[number >= 0]):
+            region = self.regions[i]
+            places = np.flatnonzero(number == i)
+            index = (address[places] - region.start)[:, None] + np.arange(size)
+            allowed = index[:, -1] < region.end - region.start
+            if not region.whole[write]:
+                own = region.writable if write else region.readable
+                allowed &= own[np.minimum(index, len(own) - 1)].all(1)
+            lost += int(np.count_nonzero(~allowed))
+            if allowed.any():
+                found.append((region, places[allowed], index[allowed]))
+        if lost:
+            self.findings.note("out of bounds", what, lost)
+        return found
+
+    def _check(self, region: _Region, index: Array, thread: Array, clock: Clock, write: bool, atomic: bool) -> None:
+        if region.races is not None:
+            threads = np.repeat(thread, index.shape[1])
+            region.races.check(index.ravel(), threads, clock, write, atomic, self.findings)
+
+    def read(self, address: Array, size: int, thread: Array, clock: Clock) -> Array:
+        """Bytes [addresses, size]."""
+        out = np.full((len(address), size), POISON, np.uint8)
+        for region, places, index in self._each(address, size, False):
+            self._check(region, index, thread[places], clock, False, False)
+            out[places] = region.data[index]
+        return out
+
+    def write(self, address: Array, data: Array, thread: Array, clock: Clock) -> None:
+        """Write bytes [addresses, size]. What is there already may be written by several threads."""
+        for region, places, index in self._each(address, data.shape[1], True):
+            self._check(region, index, thread[places], clock, True, False)
+            region.data[index] = data[places]
+            twice = (region.data[index] != data[places]).any(1)
+            self.findings.note_where("race", "global write by two threads at once", twice)
+
+    def update(
+        self, address: Array, size: int, change: Callable[[int, Array], Array], thread: Array, clock: Clock
+    ) -> Array:
+        """Replace the bytes at each address, one thread after the other, by change(place, bytes); returns the old."""
+        out = np.full((len(address), size), POISON, np.uint8)
+        for region, places, index in self._each(address, size, True):
+            self._check(region, index, thread[places], clock, True, True)
+            for place, where in zip(places, index, strict=True):
+                out[place] = region.data[where]
+                region.data[where] = change(int(place), out[place].copy())
+        return out
