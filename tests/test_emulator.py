@@ -613,6 +613,7 @@ def test_all_is_as_before_afterwards() -> None:
         return driver._active, jit.JITFunction.run, configs.device_arch, torch.are_deterministic_algorithms_enabled()
 
     before = state()
+    assert not before[-1]
     with pytest.raises(ZeroDivisionError), emulated(90) as log:
         assert configs.device_arch(torch.device("cpu")) == 90
         assert torch.empty(3).isnan().all()

@@ -26,6 +26,7 @@ DTYPES: dict[str, Any] = {
 }  # fmt: skip
 SIZES = {name: 1 if name == "pred" else int(re.sub(r"\D+", "", name.split("x")[0])) // 8 for name in DTYPES}
 SIZES |= {name: 2 * SIZES[name] for name in DTYPES if name.endswith("x2")}
+_PLAIN = {name: dtype for name, dtype in DTYPES.items() if name not in ("pred", "bf16") and not name.endswith("x2")}
 
 
 class Unknown(Exception):
@@ -47,6 +48,8 @@ class Operation:
 def decode(bits: Array, kind: str) -> Array:
     """Register bits (unsigned, or bool for predicates) as values of a PTX type, whose size they have at least."""
     size = SIZES[kind]
+    if kind in _PLAIN and bits.itemsize == size:  # first, since it is nearly always so
+        return bits.view(_PLAIN[kind])
     if kind == "pred":
         return bits
     if bits.itemsize > size:
@@ -61,6 +64,8 @@ def decode(bits: Array, kind: str) -> Array:
 
 def encode(values: Array, kind: str, width: int) -> Array:
     """Values of a PTX type as bits of a register of `width` bytes (0: a predicate); narrower values are extended."""
+    if kind in _PLAIN and values.itemsize == width:
+        return values.view(BITS[width])
     if width == 0:
         return values.astype(np.bool_, copy=False)
     if kind.endswith("x2"):
