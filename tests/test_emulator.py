@@ -520,6 +520,31 @@ def test_atomics_of_one_place_add_up() -> None:
     assert not log.findings.counts
 
 
+@pytest.mark.parametrize(
+    ("code", "blocks", "races"),
+    [
+        ("st.global.b32 [%rd20], %r1;", 1, False),
+        ("st.global.b32 [%rd20], %r1;", 2, True),
+        ("ld.global.b32 %r2, [%rd20];", 2, False),
+        ("ld.global.b32 %r2, [%rd20]; st.global.b32 [%rd20], %r2;", 1, False),
+        ("ld.global.b32 %r2, [%rd21]; st.global.b32 [%rd20], %r2;", 1, True),
+        ("ld.global.b32 %r2, [%rd21]; bar.sync 0; st.global.b32 [%rd20], %r2;", 1, False),
+        ("st.global.b32 [%rd20], %r1; bar.sync 0; ld.global.b32 %r2, [%rd21];", 1, False),
+        ("st.global.b32 [%rd20], %r1; ld.global.b32 %r2, [%rd21];", 1, True),
+        ("st.global.b32 [%rd1], %r1;", 1, True),
+        ("atom.global.gpu.relaxed.add.u32 %r2, [%rd20], 1;", 2, False),
+        ("atom.global.gpu.relaxed.add.u32 %r2, [%rd20], 1; ld.global.b32 %r2, [%rd21];", 1, True),
+        ("atom.global.gpu.relaxed.add.u32 %r2, [%rd20], 1; bar.sync 0; ld.global.b32 %r2, [%rd21];", 2, False),
+    ],
+)
+def test_races_in_global_memory(code: str, blocks: int, races: bool) -> None:
+    """%rd20 is the thread's own place, %rd21 that of thread 0, in every block."""
+    places = place("%rd20", "%rd1", 4) + "\tmov.b64 %rd21, %rd1;\n"
+    log = execute(kernel(f"{places}\t{code}\n", 1, 64), [torch.zeros(64, dtype=torch.int32)], grid=(blocks,))
+    assert (log.findings.counts["race"] > 0) == races and set(log.findings.counts) <= {"race"}
+    assert log.blocks == blocks
+
+
 def test_threads_that_part_meet_again() -> None:
     """Each thread goes round as often as its number, then all wait at a barrier."""
     code = "\tmov.b32 %r5, 0;\n$L1:\n\tsetp.ge.u32 %p1, %r5, %r1;\n\t@%p1 bra $L2;\n\tadd.s32 %r5, %r5, 1;\n"

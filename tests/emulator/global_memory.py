@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -38,24 +39,18 @@ class _Races:
         self.atomic = np.zeros(size, bool)  # whether a byte is one of atomics
 
     def check(self, byte: Array, thread: Array, clock: Clock, write: bool, atomic: bool, findings: Findings) -> None:
-        what = f"global {'atomic' if atomic else 'write' if write else 'read'}"
-        apart = ~(self.atomic[byte] | atomic)
+        """Note what an access to `byte` by `thread` meets, and remember it."""
+        what = f"global {'atomic' if atomic else 'write' if write else 'read'} of what another"
+        apart = ~(self.atomic[byte] | atomic)  # what no atomics order between blocks
+        note = functools.partial(findings.note_where, "race")
+        note(f"{what} block wrote", apart & self.writes.by_another_block(byte, clock))
         if not atomic:
-            findings.note_where(
-                "race", f"{what} of what another thread wrote", self.writes.unordered(byte, thread, clock)
-            )
-        findings.note_where(
-            "race", f"{what} of what another block wrote", apart & self.writes.by_another_block(byte, clock)
-        )
+            note(f"{what} thread wrote", self.writes.unordered(byte, thread, clock))
         if write:
-            findings.note_where(
-                "race", f"{what} of what another thread reads", self.reads.unordered(byte, thread, clock)
-            )
-            other = apart & self.reads.by_another_block(byte, clock)
-            findings.note_where("race", f"{what} of what another block reads", other)
+            note(f"{what} block reads", apart & self.reads.by_another_block(byte, clock))
+            note(f"{what} thread reads", self.reads.unordered(byte, thread, clock))
         (self.writes if write else self.reads).add(byte, thread, clock)
-        if atomic:
-            self.atomic[byte] = True
+        self.atomic[byte] |= atomic
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
