@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from emulator import Fault, Log, emulated, execute, mutations, trial
 from emulator.__main__ import report, report_mutations
+from emulator.arithmetic import operation
 from emulator.cases import CASES
 from lowbit_kernels import configs
 from lowbit_kernels._triton import INTERPRET
@@ -160,6 +161,12 @@ def test_fma_rounds_once() -> None:
     got = compute("\tfma.rn.f32 %r20, %r2, %r3, %r4;\n", a, b, c, out=torch.float32)
     for x, y, z, result in zip(a.tolist(), b.tolist(), c.tolist(), got.tolist(), strict=True):
         assert Fraction(result) == nearest(Fraction(x) * Fraction(y) + Fraction(z), 24)
+
+
+def test_fma_of_float64_rounds_once() -> None:
+    fma = operation("fma.rn.f64").function
+    a, b, c = np.array([[1 + 2.0**-30, 3.0, 0.0, np.inf], [1 - 2.0**-30, 1 / 3, 1.0, 1.0], [-1.0, -1.0, -0.0, 2.0]])
+    assert fma(a, b, c).tolist() == [-(2.0**-60), -(2.0**-54), 0.0, np.inf]
 
 
 def test_half_precision_arithmetic_is_that_of_torch() -> None:

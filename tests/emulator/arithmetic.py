@@ -11,6 +11,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,15 @@ def fused(a: Array, b: Array, c: Array) -> Array:
     return np.where(inexact, (total.view(np.int64) + step).view(np.float64), total).astype(a.dtype)
 
 
+def _fused64(a: Array, b: Array, c: Array) -> Array:
+    """The same of float64, by fractions, one value after the other."""
+    out = a * b + c
+    for i in np.flatnonzero(np.isfinite(out) & np.isfinite(a) & np.isfinite(b) & np.isfinite(c)):
+        exact = Fraction(float(a[i])) * Fraction(float(b[i])) + Fraction(float(c[i]))
+        out[i] = float(exact) if exact else out[i]  # which has the sign of 0
+    return out
+
+
 def _double(function: Callable[..., Array]) -> Callable[..., Array]:
     """A float32 function through float64."""
     return lambda *values: function(*(value.astype(np.float64) for value in values)).astype(np.float32)
@@ -142,8 +152,10 @@ def _float(parts: list[str]) -> Operation:
     if {"rz", "rm", "rp", "sat", "relu", "xorsign"} & set(parts):
         raise Unknown(".".join(parts))
     if name == "fma":
-        if kind not in ("f16", "f16x2", "f32", "f32x2"):
+        if kind not in ("f16", "f16x2", "f32", "f32x2", "f64"):
             raise Unknown(".".join(parts))
+        if kind == "f64":
+            return Operation(kind, (kind,) * 3, _fused64)
         return Operation(kind, (kind,) * 3, fused)
     if name in _FLOAT_UNARY:
         return Operation(kind, (kind,), _FLOAT_UNARY[name])
