@@ -17,10 +17,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
 from triton.runtime.driver import driver
 
-from lowbit_kernels import configs
+from lowbit_kernels import aot, configs
 
 from .assemble import assemble
-from .findings import Findings
+from .findings import Fault, Findings
 from .global_memory import GlobalMemory
 from .machine import Block, Kernel
 from .parse import parse
@@ -78,7 +78,7 @@ def emulated(
         change: a change of the PTX of every launch (`mutations.py`).
 
     Raises:
-        Fault: what the emulator does not have, or a program that cannot go on.
+        Fault: what the emulator does not have, a program that cannot go on, a launch that a device would refuse.
     """
     log = Log()
     read_only = {tensor.untyped_storage().data_ptr() for tensor in inputs if tensor is not None and tensor.numel()}
@@ -93,6 +93,7 @@ def emulated(
             log.launches.append(self.__name__)
             values = [bound.arguments[n] for n, kind in compiled.src.signature.items() if kind != "constexpr"]
             blocks = grid(bound.arguments) if callable(grid) else grid
+            _check_limits(self.__name__, blocks, compiled.metadata.shared, arch)
             execute(
                 ptx,
                 values,
@@ -121,6 +122,14 @@ def emulated(
         jit.JITFunction.run = compile_only
         configs.device_arch = device_arch
         driver._active = before
+
+
+def _check_limits(name: str, grid: Sequence[int], shared: int, arch: int) -> None:
+    """Raise Fault for a launch that the device would refuse."""
+    if any(size > limit for size, limit in zip(grid, (2**31 - 1, 65535, 65535), strict=False)):
+        raise Fault(f"{name} has a grid of {tuple(grid)}, at most (2^31 - 1, 65535, 65535) can be launched")
+    if shared > aot.ARCHITECTURES[arch][0]:
+        raise Fault(f"{name} asks for {shared} bytes of shared memory, sm_{arch} has {aot.ARCHITECTURES[arch][0]}")
 
 
 @functools.lru_cache(maxsize=64)
