@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Nothing that runs from here may reach for a model hub.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test lint unit docs interpreter aot emulate aoti bench soak gpu clean
+.PHONY: help demo test lint unit docs interpreter aot aoti bench soak gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,7 @@ interpreter: $(VENV)/.installed  ## Triton kernels in the interpreter, on CPU te
 aot: $(VENV)/.installed  ## Triton kernels compiled for sm_80, 89, 90 and 100: no spills, tensor cores used
 	$(BIN)/python -m lowbit_kernels.aot
 
+.PHONY: emulate
 emulate: $(VENV)/.installed  ## Triton kernels compiled for sm_80 and 90, executed by an emulator, and changes of their code (minutes)
 	OMP_NUM_THREADS=1 PYTHONPATH=tests:kernels $(BIN)/python -m emulator
 
