@@ -541,7 +541,8 @@ def test_atomics_of_one_place_add_up() -> None:
         ("st.global.b32 [%rd1], %r1;", 1, True),
         ("atom.global.gpu.relaxed.add.u32 %r2, [%rd20], 1;", 2, False),
         ("atom.global.gpu.relaxed.add.u32 %r2, [%rd20], 1; ld.global.b32 %r2, [%rd21];", 1, True),
-        ("atom.global.gpu.relaxed.add.u32 %r2, [%rd20], 1; bar.sync 0; ld.global.b32 %r2, [%rd21];", 2, False),
+        ("atom.global.gpu.relaxed.add.u32 %r2, [%rd20], 1; bar.sync 0; ld.global.b32 %r2, [%rd21];", 1, False),
+        ("atom.global.gpu.relaxed.add.u32 %r2, [%rd20], 1; bar.sync 0; ld.global.b32 %r2, [%rd21];", 2, True),
     ],
 )
 def test_races_in_global_memory(code: str, blocks: int, races: bool) -> None:
@@ -550,6 +551,36 @@ def test_races_in_global_memory(code: str, blocks: int, races: bool) -> None:
     log = execute(kernel(f"{places}\t{code}\n", 1, 64), [torch.zeros(64, dtype=torch.int32)], grid=(blocks,))
     assert (log.findings.counts["race"] > 0) == races and set(log.findings.counts) <= {"race"}
     assert log.blocks == blocks
+
+
+ADD = "atom.global.gpu.relaxed.add.u32 %r2, [%rd20], 1;"
+ARRIVE = "@%p1 atom.global.gpu.acq_rel.add.u32 %r3, [%rd2], 1;"
+HAND_OVER = [ADD, "bar.sync 0;", ARRIVE, "bar.sync 0;", "ld.global.b32 %r4, [%rd21];"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "races"),
+    [
+        ({}, False),
+        ({1: ""}, True),  # what other threads added is not released
+        ({3: ""}, True),  # other threads do not acquire
+        ({2: ARRIVE.replace("acq_rel", "release")}, True),
+        ({2: ARRIVE.replace("acq_rel", "acquire")}, True),
+        ({2: ARRIVE.replace("acq_rel", "relaxed")}, True),
+        ({2: ""}, True),
+        ({4: "ld.global.b32 %r4, [%rd20];"}, False),
+        ({4: "st.global.b32 [%rd20], %r1;"}, False),
+    ],
+)
+def test_blocks_hand_over_by_a_counter(changed: dict[int, str], races: bool) -> None:
+    """Blocks add to the same places, thread 0 counts each block, the last block reads or clears the sums."""
+    code = "\n".join(changed.get(i, line) for i, line in enumerate(HAND_OVER))
+    places = place("%rd20", "%rd1", 4) + "\tadd.s64 %rd21, %rd1, 252;\n\tsetp.eq.b32 %p1, %r1, 0;\n"
+    sums, counter = torch.zeros(64, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    places += "\tmov.u32 %r5, %ctaid.x;\n\tsetp.eq.b32 %p2, %r5, 2;\n"
+    code = code.replace("ld.global", "@%p2 ld.global").replace("st.global", "@%p2 st.global")
+    log = execute(kernel(places + code + "\n", 2, 64), [sums, counter], grid=(3,), seed=5)  # block 2 comes last
+    assert (log.findings.counts["race"] > 0) == races and set(log.findings.counts) <= {"race"}
 
 
 def test_threads_that_part_meet_again() -> None:

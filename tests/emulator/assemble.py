@@ -271,6 +271,7 @@ class _Assembler:
         address_of = self.address(operands[0])
         values = [self.register(operand, kind) for operand in operands[1:]]
         name = next(p for p in parts if p in ("add", "min", "max", "and", "or", "exch", "cas"))
+        order = next((p for p in parts if p in ("acquire", "release", "acq_rel")), "relaxed")
         if "global" not in parts or len(values) != (2 if name == "cas" else 1):
             raise Unknown(instruction.opcode)
         compute = None if name in ("exch", "cas") else operation(f"{name}.{kind}").function
@@ -290,7 +291,7 @@ class _Assembler:
                 return encode(after, kind, SIZES[kind]).view(np.uint8)
 
             address = address_of(block, lanes)
-            raw = block.memory.update(address, SIZES[kind], change, lanes, block.clock)
+            raw = block.memory.update(address, SIZES[kind], change, order, lanes, block.clock)
             old = raw.view(BITS[SIZES[kind]])[:, 0]
             if target is not None:
                 block.put_lanes(target, lanes, decode(old, kind), kind)

@@ -32,25 +32,51 @@ class _Region:
 
 
 class _Races:
-    """Accesses to each byte of memory that may be written. Atomics are in order with each other and between blocks."""
+    """Accesses to each byte of memory that may be written.
+
+    Blocks may share bytes by atomics. Anything else that a block does with such bytes comes after an acquire of its
+    own, and after releases of the others that cover what they added: by the thread that released, or before a barrier.
+    """
 
     def __init__(self, size: int) -> None:
         self.reads, self.writes = Accesses(size), Accesses(size)
-        self.atomic = np.zeros(size, bool)  # whether a byte is one of atomics
+        self.atomic = np.zeros(size, bool)  # of atomics
+        self.shared = np.zeros(size, bool)  # of atomics of several blocks
+        self.pending = np.zeros(size, bool)  # added by the latest block and not released
+        self.lost = np.zeros(size, bool)  # added by a block that ended without release
 
-    def check(self, byte: Array, thread: Array, clock: Clock, write: bool, atomic: bool, findings: Findings) -> None:
-        """Note what an access to `byte` by `thread` meets, and remember it."""
-        what = f"global {'atomic' if atomic else 'write' if write else 'read'} of what another"
-        apart = ~(self.atomic[byte] | atomic)  # what no atomics order between blocks
+    def check(self, byte: Array, thread: Array, clock: Clock, write: bool, findings: Findings) -> None:
+        """Note what a read or write of `byte` by `thread` meets, and remember it."""
+        what = f"global {'write' if write else 'read'} of what another"
         note = functools.partial(findings.note_where, "race")
-        note(f"{what} block wrote", apart & self.writes.by_another_block(byte, clock))
-        if not atomic:
-            note(f"{what} thread wrote", self.writes.unordered(byte, thread, clock))
+        foreign = self.writes.by_another_block(byte, clock)
+        note(f"{what} block wrote", foreign & ~self.atomic[byte])
+        note(f"{what} thread wrote", self.writes.unordered(byte, thread, clock))
+        shared = self.shared[byte] | (foreign & self.atomic[byte])
+        if shared.any():
+            note(f"{what} block added and did not release", self.lost[byte] | (self.pending[byte] & foreign))
+            note(f"{what} block added, before an acquire", shared & ~clock.acquired(thread))
         if write:
-            note(f"{what} block reads", apart & self.reads.by_another_block(byte, clock))
+            note(f"{what} block reads", self.reads.by_another_block(byte, clock) & ~self.atomic[byte])
             note(f"{what} thread reads", self.reads.unordered(byte, thread, clock))
         (self.writes if write else self.reads).add(byte, thread, clock)
-        self.atomic[byte] |= atomic
+
+    def check_atomic(self, byte: Array, thread: Array, clock: Clock, orders: bool, findings: Findings) -> None:
+        """The same for an atomic; one that orders others needs no release itself."""
+        what = "global atomic of what another"
+        note = functools.partial(findings.note_where, "race")
+        foreign = self.writes.by_another_block(byte, clock)
+        note(f"{what} block wrote", foreign & ~self.atomic[byte])
+        note(f"{what} thread reads", self.reads.unordered(byte, thread, clock))
+        self.shared[byte] |= foreign
+        self.lost[byte] |= foreign & self.pending[byte]
+        self.writes.add(byte, thread, clock)
+        self.atomic[byte], self.pending[byte] = True, not orders
+
+    def release(self, thread: Array, clock: Clock) -> None:
+        """A release by `thread`: what it added, and what others added before a barrier, is there for who acquires."""
+        covered = (self.writes.epoch < clock.epoch) | np.isin(self.writes.thread, thread)
+        self.pending &= ~(covered & (self.writes.block == clock.block))
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
@@ -106,35 +132,45 @@ class GlobalMemory:
             self.findings.note("out of bounds", what, lost)
         return found
 
-    def _check(self, region: _Region, index: Array, thread: Array, clock: Clock, write: bool, atomic: bool) -> None:
+    def _check(self, region: _Region, index: Array, thread: Array, clock: Clock, write: bool) -> None:
         if region.races is not None:
-            threads = np.repeat(thread, index.shape[1])
-            region.races.check(index.ravel(), threads, clock, write, atomic, self.findings)
+            region.races.check(index.ravel(), np.repeat(thread, index.shape[1]), clock, write, self.findings)
 
     def read(self, address: Array, size: int, thread: Array, clock: Clock) -> Array:
         """Bytes [addresses, size]."""
         out = np.full((len(address), size), POISON, np.uint8)
         for region, places, index in self._each(address, size, False):
-            self._check(region, index, thread[places], clock, False, False)
+            self._check(region, index, thread[places], clock, False)
             out[places] = region.data[index]
         return out
 
     def write(self, address: Array, data: Array, thread: Array, clock: Clock) -> None:
         """Write bytes [addresses, size]. What is there already may be written by several threads."""
         for region, places, index in self._each(address, data.shape[1], True):
-            self._check(region, index, thread[places], clock, True, False)
+            self._check(region, index, thread[places], clock, True)
             region.data[index] = data[places]
             twice = (region.data[index] != data[places]).any(1)
             self.findings.note_where("race", "global write by two threads at once", twice)
 
     def update(
-        self, address: Array, size: int, change: Callable[[int, Array], Array], thread: Array, clock: Clock
+        self, address: Array, size: int, change: Callable[[int, Array], Array], order: str, thread: Array, clock: Clock
     ) -> Array:
-        """Replace the bytes at each address, one thread after the other, by change(place, bytes); returns the old."""
+        """Replace the bytes at each address, one thread after the other, by change(place, bytes); returns the old.
+
+        `order` is relaxed, acquire, release or acq_rel.
+        """
+        if order in ("release", "acq_rel"):
+            for region in self.regions:
+                if region.races is not None:
+                    region.races.release(thread, clock)
         out = np.full((len(address), size), POISON, np.uint8)
         for region, places, index in self._each(address, size, True):
-            self._check(region, index, thread[places], clock, True, True)
+            assert region.races is not None
+            threads = np.repeat(thread[places], size)
+            region.races.check_atomic(index.ravel(), threads, clock, order != "relaxed", self.findings)
             for place, where in zip(places, index, strict=True):
                 out[place] = region.data[where]
                 region.data[where] = change(int(place), out[place].copy())
+        if order in ("acquire", "acq_rel"):
+            clock.acquire(thread)
         return out

@@ -62,6 +62,10 @@ def _beyond(by: int) -> Callable[[re.Match[str]], str]:
     return lambda found: f"{found[1]}+{int(found[2] or 0) + by}]"
 
 
+def _halved(found: re.Match[str]) -> str:
+    return _more(1, int(found[1]) // 2 - int(found[1]))(found)
+
+
 def _swapped(found: re.Match[str]) -> str:
     return f"{found[1]}{found[3]}, {found[2]}"
 
@@ -78,12 +82,12 @@ KINDS = [
     Kind("shift by one more", r"sh[lr]\.[bsu]\d+\s+[^;]*, (\d+);", _more(1)),
     Kind("mask without its lowest bit", r"and\.b32\s+[^;]*, (\d+);", lambda m: _more(1, -(int(m[1]) & -int(m[1])))(m)),
     Kind("added constant", r"add\.s(?:32|64)\s+[^;]*, (-?\d+);", _more(1)),
-    Kind("compared constant", r"setp\.\w+\.[su]32\s+[^;]*, (-?\d+);", _more(1)),
+    Kind("compared constant", r"setp\.\w+\.[su]32\s+[^;]*, (-?\d+);", _more(1), share=0.2),
     Kind("all comparisons < to <=", r"setp\.lt\.s32", lambda m: "setp.le.s32", together=True),
-    Kind("float constant negated", r"0f([0-9A-F])", lambda m: f"0f{int(m[1], 16) ^ 8:X}"),
+    Kind("float constant negated", r"0f(?!0{8})([0-9A-F])", lambda m: f"0f{int(m[1], 16) ^ 8:X}"),
     Kind("predicate of a global store dropped", r"@!?%p\d+ (st\.global)", lambda m: m[1]),
     Kind("predicate of a global load dropped", r"@!?%p\d+ (ld\.global)", lambda m: m[1]),
-    Kind("predicate of a shared store dropped", r"@!?%p\d+ (st\.shared)", lambda m: m[1]),
+    Kind("predicate of a shared store dropped", r"@!?%p\d+ (st\.shared)", lambda m: m[1], share=0.2),
     Kind("predicate of a branch negated", r"@(%p\d+\s+bra)", lambda m: f"@!{m[1]}"),
     Kind("global store 4 bytes on", r"st\.global[^\[]*\[ %rd\d+ \+ (\d+) \]", _more(1, 4)),
     Kind("global load 4 bytes on", r"ld\.global[^\[]*\[ %rd\d+ \+ (\d+) \]", _more(1, 4)),
@@ -94,13 +98,12 @@ KINDS = [
     Kind("cp.async to 16 bytes on", r"cp\.async\.c[ag]\.shared\.global \[ %r\d+ \+ (\d+) \]", _more(1, 16)),
     Kind("wgmma descriptor 32 bytes on", r"(?:or|add)\.[bs]64\s+[^;]*, (46116862933\d+);", _more(1, 2)),
     Kind("mma of other columns", r"(mma\.sync[^{]*\{[^}]*\}, \{[^}]*\}, \{ )(%r\d+), (%r\d+)", _swapped),
-    Kind("shuffle over another distance", r"shfl\.sync\.bfly\.b32[^;]*, (\d+), 31, -1;", _more(1, 1)),
+    Kind("shuffle over half the distance", r"shfl\.sync\.bfly\.b32[^;]*, (\d+), 31, -1;", _halved),
     Kind("bytes permuted otherwise", r"prmt\.b32[^;]*0x(\d)", lambda m: m[0][:-1] + str(int(m[1]) ^ 1)),
     Kind("atomic add of another value", r"(atom\.global[^;]*\], )%r\d+;", lambda m: f"{m[1]}%tid.x;"),
-    Kind(
-        "atomic without order", r"(atom\.global\.gpu\.)acq_rel", lambda m: f"{m[1]}relaxed", every=True,
-        invisible="blocks run one after the other, so that all see what was written before",
-    ),
+    Kind("atomic without order", r"(atom\.global\.gpu\.)acq_rel", lambda m: f"{m[1]}relaxed", every=True),
+    Kind("atomic without release", r"(atom\.global\.gpu\.)acq_rel", lambda m: f"{m[1]}acquire", every=True),
+    Kind("atomic without acquire", r"(atom\.global\.gpu\.)acq_rel", lambda m: f"{m[1]}release", every=True),
     Kind(
         "load through the L1 cache", r"ld\.global\.cg", lambda m: "ld.global",
         invisible="there are no caches",

@@ -15,10 +15,20 @@ class Clock:
         self.block = block
         self.epoch = 0
         self.interval = np.zeros(threads, np.int64)
+        self._acquired = np.zeros(threads, bool)
+
+    def acquire(self, thread: Array) -> None:
+        """Threads acquire what other blocks released."""
+        self._acquired[thread] = True
+
+    def acquired(self, thread: Array) -> Array:
+        """Which threads come after an acquire: of their own, or of another one before a barrier."""
+        return self._acquired[thread]
 
     def barrier(self) -> None:
         """All threads have arrived."""
         self.epoch += 1
+        self._acquired[:] = self._acquired.any()
         self.interval += 1
 
     def warp_barrier(self, thread: Array) -> None:
