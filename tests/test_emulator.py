@@ -115,8 +115,13 @@ def test_prmt() -> None:
 def test_bit_fields_and_shifts() -> None:
     a, n = words(), torch.arange(256, dtype=torch.int32) % 40
     unsigned = [x & 0xFFFFFFFF for x in a.tolist()]
-    got = compute("\tbfe.s32 %r20, %r2, 5, 7;\n", a, out=torch.int32).tolist()
-    assert got == [((x >> 5 & 127) ^ 64) - 64 for x in unsigned]
+    position, length = (torch.randint(0, 40, (256,), dtype=torch.int32) for _ in range(2))
+    for kind in ("s32", "u32"):
+        got = compute(f"\tbfe.{kind} %r20, %r2, %r3, %r4;\n", a, position, length, out=torch.int32).tolist()
+        for x, first, count, result in zip(unsigned, position.tolist(), length.tolist(), got, strict=True):
+            sign = x >> min(first + count - 1, 31) & 1 if kind == "s32" and count else 0
+            bits = [x >> first + i & 1 if i < count and first + i < 32 else sign for i in range(32)]
+            assert result & 0xFFFFFFFF == sum(bit << i for i, bit in enumerate(bits))
     got = compute("\tshr.s32 %r20, %r2, %r3;\n", a, n, out=torch.int32).tolist()
     assert got == [x >> min(s, 31) for x, s in zip(a.tolist(), n.tolist(), strict=True)]
     got = compute("\tshl.b32 %r20, %r2, %r3;\n", a, n, out=torch.int32).tolist()

@@ -206,12 +206,15 @@ def _funnel(parts: list[str]) -> Operation:
 
 def _field(parts: list[str]) -> Operation:
     kind = parts[-1]
+    width = 8 * SIZES[kind]
 
     def function(a: Array, position: Array, length: Array) -> Array:
-        """`length` bits from `position`, extended by their highest if signed."""
-        if kind not in ("s32", "u32") or not ((position + length <= 32) & (length > 0)).all():
-            raise Unknown(".".join(parts) + " beyond 32 bits")
-        return (a << (32 - length - position).astype(a.dtype)) >> (32 - length).astype(a.dtype)
+        """`length` bits from `position`, extended by the highest of them (if signed) or by 0."""
+        position, length = (value.astype(np.int64) & 255 for value in (position, length))
+        kept = np.clip(length, 0, np.maximum(width - position, 0))
+        up, down = (np.clip(n, 0, width - 1).astype(a.dtype) for n in (width - kept - position, width - kept))
+        nothing = np.where(length > 0, a >> a.dtype.type(width - 1), 0) if kind[0] == "s" else 0
+        return np.where(kept > 0, (a << up) >> down, nothing).astype(a.dtype)
 
     return Operation(kind, (kind, "u32", "u32"), function)
 
@@ -265,14 +268,14 @@ def _product(parts: list[str]) -> Operation:
     """mul and mad of integers: lo, hi or wide."""
     name, part, kind = parts[0], parts[1], parts[-1]
     bits = 8 * SIZES[kind]
+    if part != "lo" and bits == 64:
+        raise Unknown(".".join(parts))
     result = f"{kind[0]}{2 * bits}" if part == "wide" else kind
     wide = DTYPES[f"{kind[0]}{min(64, 2 * bits)}"]
 
     def multiply(a: Array, b: Array) -> Array:
         if part == "lo":
             return a * b
-        if bits == 64:
-            raise Unknown(".".join(parts))
         product = a.astype(wide) * b.astype(wide)
         return product if part == "wide" else (product >> wide.type(bits)).astype(a.dtype)
 
