@@ -605,6 +605,7 @@ def test_threads_that_part_meet_again() -> None:
         ("\tsetp.lt.u32 %p1, %r1, 9;\n\t@%p1 bra $L1;\n\tbar.sync 0;\n$L1:\n", "a barrier that 9 threads never reach"),
         ("\tsetp.lt.u32 %p1, %r1, 9;\n\t@%p1 shfl.sync.bfly.b32 %r5, %r2, 1, 31, -1;\n", "shfl by a part of a warp"),
         ("$L1:\n\tbra.uni $L1;\n", "no end after"),
+        ("\tatom.global.gpu.relaxed.inc.u32 %r5, [%rd1], 3;\n", r"does not have atom.global.gpu.relaxed.inc.u32"),
         ("\tbrev.b32 %r5, %r2;\n", r"does not have brev.b32 \(line"),
         ("\tadd.rz.f32 %r5, %r2, %r2;\n", r"does not have add.rz.f32 \(line"),
         ("\tfma.rn.bf16x2 %r5, %r2, %r2, %r2;\n", "does not have fma.rn.bf16x2"),

@@ -270,9 +270,9 @@ class _Assembler:
         target = self.target(operands.pop(0)) if parts[0] == "atom" else None
         address_of = self.address(operands[0])
         values = [self.register(operand, kind) for operand in operands[1:]]
-        name = next(p for p in parts if p in ("add", "min", "max", "and", "or", "exch", "cas"))
+        name = next((p for p in parts if p in ("add", "min", "max", "and", "or", "exch", "cas")), None)
         order = next((p for p in parts if p in ("acquire", "release", "acq_rel")), "relaxed")
-        if "global" not in parts or len(values) != (2 if name == "cas" else 1):
+        if name is None or "global" not in parts or len(values) != (2 if name == "cas" else 1):
             raise Unknown(instruction.opcode)
         compute = None if name in ("exch", "cas") else operation(f"{name}.{kind}").function
 
