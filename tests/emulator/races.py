@@ -9,7 +9,7 @@ NOBODY, SEVERAL = -1, -2
 
 
 class Clock:
-    """The time of a block: its barriers end an epoch, these and barriers of a warp end an interval of a thread."""
+    """The time of a block: its barriers end an epoch, in which barriers of a warp end an interval of its threads."""
 
     def __init__(self, block: int, threads: int) -> None:
         self.block = block
@@ -29,7 +29,6 @@ class Clock:
         """All threads have arrived."""
         self.epoch += 1
         self._acquired[:] = self._acquired.any()
-        self.interval += 1
 
     def warp_barrier(self, thread: Array) -> None:
         """The threads of some warps have arrived."""
