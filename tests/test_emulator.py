@@ -18,7 +18,7 @@ import torch
 pytest.importorskip("triton")
 
 from emulator import Fault, Log, emulated, execute, mutations, trial
-from emulator.__main__ import report, report_mutations
+from emulator.__main__ import main, report, report_mutations
 from emulator.arithmetic import operation
 from emulator.cases import CASES
 from lowbit_kernels import configs, linear_triton
@@ -693,6 +693,12 @@ def test_a_mutation_is_noticed() -> None:
     assert outcome.tried == outcome.noticed == 1 and outcome.by["out of bounds"]
     assert "1 of 1 noticed" in report_mutations([outcome])
     assert not mutations.Outcome("barrier removed", tried=3, noticed=1).good
+
+
+def test_a_name_that_no_case_has(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--only", "nothing"])
+    assert stopped.value.code == 2 and "no case has 'nothing' in its name" in capsys.readouterr().err
 
 
 def test_all_is_as_before_afterwards() -> None:

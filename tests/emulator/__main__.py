@@ -69,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.no_mutations:
         bases = [i for i, (name, arch) in enumerate(mutations.BASES) if options.only in name and arch in archs]
         changes = [(base, kind.name) for base in bases for kind in mutations.KINDS]
+    if not cases and not changes:
+        parser.error(f"no case has {options.only!r} in its name; those that there are: tests/emulator/cases")
     start, good = time.perf_counter(), True
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
         running = [pool.submit(run_case, *job) for job in cases], [pool.submit(run_mutations, *job) for job in changes]
