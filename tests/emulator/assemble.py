@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable
 
 import numpy as np
 
+from . import wgmma
 from .arithmetic import BITS, DTYPES, SIZES, Unknown, comparison, decode, encode, operation
 from .findings import Fault
-from .machine import Block, Groups, Kernel, Product, Step
-from .parse import Address, Instruction, Operand, Program
+from .machine import Block, Groups, Kernel, Step
+from .operands import Operands
+from .parse import Address, Instruction, Program
 from .products import (
-    Descriptor,
     columns_of_b,
     lanes_of_matrices,
     matrices_of_lanes,
@@ -22,11 +22,9 @@ from .products import (
     registers_of_d,
     rows_of_a,
 )
-from .shared_memory import SharedMemory
 
 Array = np.ndarray
 Run = Callable[[Block], int | None]
-_SPECIAL = re.compile(r"^%(tid|ntid|ctaid|nctaid)\.[xyz]$|^%(laneid|warpid)$")
 
 
 def assemble(program: Program) -> Kernel:
@@ -49,18 +47,8 @@ def assemble(program: Program) -> Kernel:
     )
 
 
-class _Assembler:
-    """Numbers registers and constants; `step` makes the step of an instruction by the method of its name."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self.widths: list[int] = []
-        self.constants: dict[int, Array] = {}
-        self.specials: dict[str, int] = {}
-        self.sizes: set[int] = set()  # bytes of accesses to shared memory
-        self.names: dict[object, int] = {}
-        self.touched: set[int] = set()
-        self.written: list[int] = []
+class _Assembler(Operands):
+    """Makes the step of an instruction by the method of its name."""
 
     def step(self, instruction: Instruction) -> Step:
         self.touched, self.written = set(), []
@@ -76,47 +64,6 @@ class _Assembler:
             run, predicate, instruction.negated, frozenset(self.touched), tuple(self.written),
             parts[0] in ("bra", "ret", "exit"), str(instruction),
         )  # fmt: skip
-
-    # ----------------------------------------------------------------------------------------------- operands
-
-    def _number(self, key: object, width: int) -> int:
-        if key not in self.names:
-            self.names[key] = len(self.widths)
-            self.widths.append(width)
-        return self.names[key]
-
-    def register(self, operand: Operand, kind: str) -> int:
-        """The register of an operand that is read; constants of a PTX type have one too."""
-        if not isinstance(operand, str):
-            raise Unknown(f"operand {operand}")
-        declared = self.program.registers.get(operand) or self.program.registers.get(re.sub(r"\d+$", "", operand))
-        if declared is not None:
-            index = self._number(operand, 0 if declared == "pred" else SIZES[declared])
-        elif _SPECIAL.match(operand):
-            index = self.specials.setdefault(operand, self._number(operand, 4))
-        else:
-            bits = SharedMemory.START if operand == "global_smem" else _immediate(operand, kind)
-            index = self._number((bits, kind), 0 if kind == "pred" else SIZES[kind])
-            dtype = np.bool_ if kind == "pred" else BITS[SIZES[kind]]
-            self.constants[index] = np.full(self.program.threads, bits, dtype)
-        self.touched.add(index)
-        return index
-
-    def target(self, operand: Operand) -> int:
-        """The register of an operand that is written."""
-        index = self.register(operand, "b64")
-        self.written.append(index)
-        return index
-
-    def vector(self, operand: Operand, find: Callable[..., int], *kind: str) -> list[int]:
-        return [find(part, *kind) for part in (operand if isinstance(operand, tuple) else (operand,))]
-
-    def address(self, operand: Operand) -> Callable[[Block, Array], Array]:
-        """Addresses of the given threads, int64."""
-        if not isinstance(operand, Address):
-            raise Unknown(f"address {operand}")
-        base = self.register(operand.base, "b64")
-        return lambda block, lanes: block.registers[base][lanes].astype(np.int64) + operand.offset
 
     # --------------------------------------------------------------------------------------------- arithmetic
 
@@ -452,115 +399,8 @@ class _Assembler:
 
     def _wgmma(self, instruction: Instruction) -> Run:
         action = instruction.parts[1]
-        if action == "fence":
-
-            def fence(block: Block) -> None:
-                block.changed.clear()
-
-            return fence
         if action == "commit_group":
             return self._commit(lambda block: block.products)
-        if action == "wait_group":
-            pending = int(str(instruction.operands[0]))
-
-            def wait(block: Block) -> None:
-                block.need_all("wgmma.wait_group")
-                for product in block.products.wait(pending):
-                    product.complete()
-                left = [product for group in block.products.committed for product in group] + block.products.open
-                block.busy = frozenset().union(*(product.registers for product in left))
-
-            return wait
-        return self._product_async(instruction)
-
-    def _product_async(self, instruction: Instruction) -> Run:
-        found = re.match(r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(\d+)\.(\w+)\.(\w+)\.(\w+)$", instruction.opcode)
-        if found is None or found[4] != found[5]:
-            raise Unknown(instruction.opcode)
-        columns, kind, result = int(found[1]), found[4], found[3]
-        if (kind, found[2], result) not in (
-            ("s8", "32", "s32"), ("f16", "16", "f32"), ("bf16", "16", "f32"), ("tf32", "8", "f32")
-        ):  # fmt: skip
-            raise Unknown(instruction.opcode)
-        d, a, b, scale, *flags = instruction.operands
-        expected = 0 if kind == "s8" else 2 if kind == "tf32" else 4 - isinstance(a, tuple)
-        if len(flags) != expected or set(flags[:2]) - {"1"}:
-            raise Unknown(f"{instruction.opcode} with flags {flags}")
-        transposed = [int(str(flag)) == 1 for flag in flags[2:]]  # of A, if it has a descriptor, and of B
-        transposed_b = transposed.pop() if transposed else False
-        transposed_a = transposed.pop() if transposed else False
-        targets = self.vector(d, self.target)
-        left = self.vector(a, self.register, "b32" if isinstance(a, tuple) else "b64")
-        right = self.register(b, "b64")
-        keeps = self.register(scale, "pred")
-        own_registers = frozenset(targets) | (frozenset(left) if isinstance(a, tuple) else frozenset())
-        self.sizes.add(16)
-        # The next wgmma may continue the same sums, without a wait or a fence.
-        self.touched -= own_registers
-        self.written.clear()
-
-        def run(block: Block) -> None:
-            block.need_all("wgmma")
-            if not block.changed.isdisjoint(own_registers):
-                block.findings.note("order", "wgmma on registers written since the last wgmma.fence")
-            keep = block.registers[keeps]
-            if len(block.thread) % 128:
-                raise Fault("wgmma by a part of four warps")
-            operands = []
-            for first in range(0, len(block.thread), 128):
-                lanes = slice(first, first + 128)
-                own = [_operand_of(block, right, lanes, columns, transposed_b)]
-                if not isinstance(a, tuple):
-                    own.insert(0, _operand_of(block, left[0], lanes, 64, transposed_a))
-                operands.append((lanes, own))
-
-            def compute(bytes_of: Callable[[tuple], Array]) -> None:
-                results = []
-                for lanes, own in operands:
-                    matrices = [bytes_of(operand) for operand in own]
-                    if isinstance(a, tuple):
-                        matrices.insert(0, rows_of_a([block.registers[i][lanes] for i in left]))
-                    before = matrix_of_d([block.get(i, result)[lanes] for i in targets])
-                    before = np.where(keep[lanes].reshape(4, 32)[:, :1, None], before, before.dtype.type(0))
-                    after = multiply(matrices[0].reshape(4, 16, 32), matrices[1], before, kind)
-                    results.append(np.stack(registers_of_d(after)))
-                whole = np.concatenate(results, 1)
-                everyone = block.thread
-                for target, values in zip(targets, whole, strict=True):
-                    block.put_lanes(target, everyone, values, result)
-
-            if block.early:
-                compute(lambda operand: operand[0])
-
-            def complete() -> None:
-                late = {id(operand): operand[1]() for _, own in operands for operand in own}
-                if not block.early:
-                    compute(lambda operand: late[id(operand)])
-
-            block.products.open.append(Product(own_registers, complete))
-            block.busy |= own_registers
-
-        return run
-
-
-def _operand_of(
-    block: Block, register: int, lanes: slice, rows: int, transposed: bool
-) -> tuple[Array, Callable[[], Array]]:
-    """(an operand in shared memory as it is now, what gives it as it is when the product is waited for), [rows, 32]."""
-    bits = block.registers[register][lanes]
-    if (bits != bits[0]).any():
-        raise Fault(f"a wgmma descriptor that differs between threads, {block.findings.where()}")
-    addresses = Descriptor.of(int(bits[0])).addresses(rows, transposed).reshape(-1)
-    now, end = block.shared.begin_product(addresses, block.thread[lanes][::32])
-    arrange = functools.partial(Descriptor.arrange, rows=rows, transposed=transposed)
-    return arrange(now), lambda: arrange(end())
-
-
-def _immediate(text: str, kind: str) -> int:
-    """The bits of a constant: an integer, or 0f or 0d and the bits of a float32 or float64."""
-    if text[:2].lower() in ("0f", "0d"):
-        if SIZES[kind] != (4 if text[1] in "fF" else 8):
-            raise Unknown(f"{text} as {kind}")
-        return int(text[2:], 16)
-    number = int(text.rstrip("U"), 0)
-    return int(number != 0) if kind == "pred" else number & ((1 << 8 * SIZES[kind]) - 1)
+        return {"fence": wgmma.fence, "wait_group": wgmma.wait, "mma_async": wgmma.multiplication}[action](
+            self, instruction
+        )
