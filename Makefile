@@ -65,6 +65,10 @@ interpreter: $(VENV)/.installed  ## Triton kernels in the interpreter, on CPU te
 aot: $(VENV)/.installed  ## Triton kernels compiled for sm_80, 89, 90 and 100: no spills, tensor cores used
 	$(BIN)/python -m lowbit_kernels.aot
 
+.PHONY: emulate
+emulate: $(VENV)/.installed  ## Triton kernels compiled for sm_80 and 90, executed by an emulator, and changes of their code (minutes)
+	OMP_NUM_THREADS=1 PYTHONPATH=tests:kernels $(BIN)/python -m emulator
+
 aoti: $(VENV)/.installed  ## an AOTInductor package of a packed model, run in a process without lowbit (minutes of compiling)
 	$(OFFLINE) OMP_NUM_THREADS=1 LOWBIT_AOTI=1 $(BIN)/python -m pytest -q tests/test_exporting.py
 
