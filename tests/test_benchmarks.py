@@ -124,7 +124,7 @@ def test_roofline_counts_bytes_and_operations() -> None:
 
 def test_models_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tiers = gpu_model.models("BERT-base", device="cpu", **SMALL)
-    builders = tiers["first"] | tiers["more"]
+    builders = tiers["first"] | tiers["compiled"] | tiers["more"]
     del builders["bitsandbytes LLM.int8"]
     # fp16 arithmetic of peers on a CPU is too coarse to compare with
     monkeypatch.setattr(gpu_model, "check", lambda name, inputs, output, expected: None)
@@ -144,7 +144,7 @@ def test_the_targets_models_come_first_and_nothing_is_measured_twice() -> None:
         for batch in ("1, length 128", "32, length 128", "32, length 128, ragged")
     ]  # fmt: skip
     tiers = [tier for tier, _ in plan]
-    assert tiers[:6] == ["first"] * 6 and tiers[6:8] == ["dropping"] * 2 and tiers[-3:] == ["slow"] * 3
+    assert tiers[:14] == ["first"] * 6 + ["compiled"] * 6 + ["dropping"] * 2 and tiers[-3:] == ["slow"] * 3
 
 
 def test_every_runner_gets_the_same_batch() -> None:
@@ -289,8 +289,8 @@ def fake_models(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return {name: functools.partial(build, name) for name in names}
 
-    tiers = {"first": builders(["HF SDPA", "lowbit"]), "more": builders(["HF eager"]), "slow": builders(["compiled"])}
-    monkeypatch.setattr(gpu_model, "models", lambda size: tiers)
+    tiers = {"first": ["HF SDPA", "lowbit"], "compiled": ["compiled"], "more": ["HF eager"], "slow": ["slow"]}
+    monkeypatch.setattr(gpu_model, "models", lambda size: {tier: builders(names) for tier, names in tiers.items()})
     monkeypatch.setattr(gpu_model, "dropping", lambda size: builders(["lowbit", "lowbit, dropping tokens"]))
     monkeypatch.setattr(gpu_model, "batch", functools.partial(gpu_model.batch, device="cpu"))
     monkeypatch.setattr(gpu_parts, "model_ms", lambda run: 1.0)
@@ -308,7 +308,8 @@ def test_the_model_part_measures_nothing_twice(monkeypatch: pytest.MonkeyPatch, 
     assert len(measured) == len(gpu_model.FIRST + gpu_model.REST) == calls.count("HF SDPA") == calls.count("lowbit")
     dropped = measured["BERT-base, batch 32, length 384"]
     assert dropped["lowbit, dropping tokens"]["times as fast as with all tokens"] == 1.0
-    assert set(dropped) == {"HF SDPA", "lowbit", "lowbit, dropping tokens", "HF eager"}
+    assert set(dropped) == {"HF SDPA", "lowbit", "lowbit, dropping tokens"}
+    assert set(measured["BERT-base, batch 1, length 128"]) == {"HF SDPA", "lowbit", "compiled", "HF eager", "slow"}
     with_energy = [case for case, rows in measured.items() if "J/batch" in rows["HF SDPA"]]
     assert len(with_energy) == 4 and all("length 128" in case and "ragged" not in case for case in with_energy)
 

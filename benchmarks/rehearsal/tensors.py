@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -20,11 +22,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from . import autograd
 
 KNOWN_INTEGERS, KNOWN_FLOATS = 2**20, 2**10  # most elements that are computed
+OVERWRITES = ("copy_", "fill_", "zero_", "log_normal_", "normal_", "uniform_", "random_")  # whatever was there
 CAPTURE_ERROR = "operation not permitted when stream is capturing"
 
 
@@ -38,8 +41,11 @@ class Values(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if _composite(op):  # in inference mode nothing took it apart before
+            with self:
+                return op.decompose(*args, **kwargs)
         self.operations += 1
-        on_device = any(isinstance(x, torch.Tensor) and x.device.type == "cuda" for x in tree_leaves((args, kwargs)))
+        on_device = any(x.device.type == "cuda" for x in _tensors(args, kwargs))
         if op.namespace == "lowbit_kernels" and on_device:
             with self:
                 return op._op_dk(torch._C.DispatchKey.CUDA, *args, **kwargs)
@@ -80,6 +86,22 @@ class Values(TorchDispatchMode):
             else:
                 numbers.append(index)
         return numbers
+
+
+@functools.cache
+def _composite(op: Any) -> bool:
+    return op.namespace == "aten" and op._can_decompose()
+
+
+def _tensors(args: Iterable[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """All tensors among arguments and in their lists: what operations of torch take and give."""
+    found: list[torch.Tensor] = []
+    for x in itertools.chain(args, kwargs.values()):
+        if isinstance(x, torch.Tensor):
+            found.append(x)
+        elif isinstance(x, list | tuple):
+            found += [part for part in x if isinstance(part, torch.Tensor)]
+    return found
 
 
 class _Known(NamedTuple):
@@ -126,13 +148,17 @@ def _places(tensor: torch.Tensor) -> torch.Tensor:
 
 def _compute_beside(op: Any, args: tuple, kwargs: dict, result: Any) -> None:
     """Give the results their values, where they are small and those of the arguments are known."""
-    results = [x for x in tree_leaves(result) if isinstance(x, FakeTensor)]
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    results = [x for x in _tensors((result,), {}) if isinstance(x, FakeTensor)]
+    given = _tensors(args, kwargs)
     values = [value_of(x) for x in given]
-    if op._schema.name.removeprefix("aten::").startswith(("empty", "new_empty")):
+    name = op._schema.name.removeprefix("aten::")
+    if name.startswith(("empty", "new_empty")):
         return  # kernels write what it holds
     small = all(x.numel() <= (KNOWN_FLOATS if x.dtype.is_floating_point else KNOWN_INTEGERS) for x in results)
-    if op._schema.name == "aten::any" and values[0] is None:
+    if small and name in OVERWRITES and values[0] is None and not any(value is None for value in values[1:]):
+        with _really():
+            values[0] = torch.empty(given[0].shape, dtype=given[0].dtype)
+    if name == "any" and values[0] is None:
         with _really():
             result._known = _Known(torch.zeros(result.shape, dtype=torch.bool), [True])
         return
@@ -149,7 +175,7 @@ def _compute_beside(op: Any, args: tuple, kwargs: dict, result: Any) -> None:
 
     real_args, real_kwargs = tree_map(real, (args, kwargs))
     with _really():
-        found = [x for x in tree_leaves(op(*real_args, **real_kwargs)) if isinstance(x, torch.Tensor)]
+        found = _tensors((op(*real_args, **real_kwargs),), {})
         owners = {
             _address(x): fake._known.valid for x, fake in zip(values, given, strict=True) if hasattr(fake, "_known")
         }
@@ -204,7 +230,7 @@ def _let_guards_pass() -> None:
 
 
 def _apply(module: nn.Module, change: Any, recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply` that does not exchange the insides of fake parameters; it cannot where others refer to them."""
+    """`nn.Module._apply` but for fake parameters, whose insides it cannot exchange where others refer to them."""
     for child in module.children() if recurse else ():
         child._apply(change)
     with torch.no_grad():

@@ -74,6 +74,9 @@ class _Pointer:
     def data_ptr(self) -> int:
         return self._offset
 
+    def key(self) -> tuple[torch.dtype, int]:
+        return self.dtype, self._offset % 16
+
 
 @contextlib.contextmanager
 def recording(arch: int, noted: Callable[[Binary], object] | None = None) -> Iterator[list[Binary]]:
@@ -90,6 +93,7 @@ def recording(arch: int, noted: Callable[[Binary], object] | None = None) -> Ite
     from triton.runtime.jit import JITFunction
 
     binaries: list[Binary] = []
+    earlier: dict[object, Binary] = {}  # launches with the same arguments; Triton needs half a millisecond for each
     run, compile_one, active = JITFunction.run, JITFunction._do_compile, driver._active
 
     def note(
@@ -102,7 +106,15 @@ def recording(arch: int, noted: Callable[[Binary], object] | None = None) -> Ite
 
     def launch(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
         stand_ins = [_Pointer(x) if isinstance(x, torch.Tensor) else x for x in arguments]
-        run(self, *stand_ins, grid=grid, warmup=True, **options)
+        values = tuple(x.key() if isinstance(x, _Pointer) else x for x in stand_ins)
+        key = id(self), tuple(map(type, values)), values, *options.items()
+        if key in earlier:
+            binaries.append(earlier[key])
+            if noted is not None:
+                noted(earlier[key])
+        else:
+            run(self, *stand_ins, grid=grid, warmup=True, **options)
+            earlier[key] = binaries[-1]
         if any(not 0 < blocks <= most for blocks, most in zip(grid, _MOST_BLOCKS, strict=False)):
             raise ValueError(f"{self.__name__} has a grid of {tuple(grid)} blocks, CUDA takes {_MOST_BLOCKS}")
 

@@ -1,0 +1,92 @@
+"""`make rehearse`: walk `make gpu` on a machine without a GPU, and say what is wrong with it before there is one.
+
+Every part runs its real code at the real sizes on tensors without memory (`benchmarks.rehearsal`). Launches of Triton
+kernels are noted by the binary that each would take; timers call once and give a made-up constant; numbers are not
+checked, for there are none. What this shows: that every part ends, that its JSON is valid, is rendered and has the rows
+that the targets need, how many binaries are compiled, and a plan of seconds, which is no measurement.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from . import gpu, gpu_parts
+from .rehearsal import cost, failures, required
+from .rehearsal.stage import walk
+from .results import count, read
+
+
+def table(notes: list[cost.Notes], folder: Path) -> str:
+    """One line a part; seconds by the model of `rehearsal.cost`."""
+    expected, new = cost.expected_seconds(notes), cost.new_binaries(notes)
+    lines = [f"{'part':10}  {'planned s':>9}  {'share s':>7}  {'new binaries':>12}  {'timings':>7}  {'rows':>5}"]
+    for part in notes:
+        path = folder / f"gpu-{part.part}.json"
+        rows = count(read(path))[0] if path.exists() else 0
+        lines.append(
+            f"{part.part:10}  {expected[part.part]:9.0f}  {gpu.PARTS[part.part]:7.0f}  {new[part.part]:12}  "
+            f"{part.timings:7}  {rows:5}"
+        )
+    lines.append(f"{'all':10}  {sum(planned(notes).values()):9.0f}  {gpu.BUDGET:7.0f}  {sum(new.values()):12}")
+    return "\n".join(lines)
+
+
+def planned(notes: list[cost.Notes]) -> dict[str, float]:
+    """Part -> seconds; of what stops by itself when its share is over (the tuner, which has more to do), its share."""
+    expected = cost.expected_seconds(notes)
+    return expected | {"tune": min(expected["tune"], float(gpu.PARTS["tune"]))}
+
+
+def collect() -> list[str]:
+    """What keeps pytest from collecting the kernel tests with the options of the run; none is run."""
+    command = [*gpu_parts.pytest_command(), "-n", "0", "--collect-only", "-q"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    last = (ended.stdout.strip().splitlines() or [""])[-1]
+    return [] if ended.returncode == 0 else [f"tests: pytest ended with {ended.returncode}: {last}"]
+
+
+def main() -> int:
+    logging.disable(logging.ERROR)  # what fake tensors say of operations that a part expects to fail
+    warnings.simplefilter("ignore")
+    begin, found, notes = time.process_time(), [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["LOWBIT_CACHE_DIR"] = str(folder / "tiles")
+        for part in gpu.PARTS:
+            clock = time.process_time()
+            try:
+                notes.append(walk(part, folder))
+            except Exception as error:
+                found.append(f"{part}: {type(error).__name__}: {error}")
+                notes.append(cost.Notes(part))
+            print(f"walked {part} in {time.process_time() - clock:.0f} CPU seconds", flush=True)
+        print(f"\nNo GPU: seconds are a plan for {cost.PROCESSES} cores (rehearsal/cost.py).\n")
+        print(table(notes, folder))
+        found += required.problems(folder)
+        found += [f"smoke launches no {kernel}" for kernel in required.unlaunched(notes[0].binaries)]
+        if not required.tuned(folder / "tiles"):
+            found.append("tune has written no table")
+        if (total := sum(planned(notes).values())) > gpu.BUDGET:
+            found.append(f"the plan is {total:.0f} s, the budget {gpu.BUDGET:.0f} s")
+    with tempfile.TemporaryDirectory() as name:
+        print("\nParts that fail:\n")
+        outcomes = failures.walk(Path(name))
+        print(gpu.table(outcomes))
+        found += failures.problems(outcomes)
+    found += collect()
+    print(
+        *(["", "WRONG:", *found] if found else ["", f"All as it should be, {time.process_time() - begin:.0f} CPU s."]),
+        sep="\n",
+    )
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
