@@ -35,13 +35,13 @@ TIME_UP = 3
 # stated for; what can be done again elsewhere, last.
 PARTS = {
     "smoke": 45,
-    "warm": 50,
+    "warm": 60,
     "model": 130,
     "ceilings": 10,
-    "linear": 55,
+    "linear": 50,
     "attention": 45,
     "training": 25,
-    "tests": 80,
+    "tests": 75,
     "tune": 40,
 }
 

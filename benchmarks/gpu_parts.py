@@ -59,8 +59,12 @@ def model(folder: Path, clock: Clock) -> None:
     def built(size: str, tier: str) -> dict[str, gpu_model.Built]:
         return gpu_model.build(gpu_model.dropping(size) if tier == "dropping" else tiers(size)[tier])
 
+    skipped = False
     for tier, case in gpu_model.plan():
         clock.check()
+        if clock.left() < gpu_model.TIER_SECONDS.get(tier, 0.0):
+            skipped = True
+            continue
         rows = suite.results.get(str(case), {})
         runners = {name: item for name, item in built(case.size, tier).items() if name not in rows}
         with torch.inference_mode():
@@ -69,6 +73,8 @@ def model(folder: Path, clock: Clock) -> None:
             for name, row in gpu_model.measure(runners, inputs, model_ms, power):
                 suite.add(str(case), name, row)
                 clock.check()
+    if skipped:
+        raise TimeUp
 
 
 def ceilings(folder: Path, clock: Clock) -> None:

@@ -94,6 +94,16 @@ def small_linear(device: str) -> Outputs:
     return _linear("ternary", 5, 768, 768, device)
 
 
+@_check
+def linear_of_codes(device: str) -> Outputs:
+    codes, scale = kernels.ternarize(_random(768, 300))
+    x, x_scale, x_zero = kernels.quantize_per_token(_random(70, 300, seed=1), symmetric=False)
+    assert x_zero is not None
+    given = [part.to(device) for part in (x, codes, scale)]
+    quantized = [x_scale.to(device), x_zero.to(device)]
+    return _named(kernels.codes_linear(*given, None, *quantized, "ternary", torch.float32))
+
+
 # ------------------------------------------------------------------------------------------- packing and quantization
 
 

@@ -44,6 +44,7 @@ def run(arch: int, folder: Path, clock: Clock) -> None:
 def compile_part(part: str, arch: int, processes: int, clock: Clock) -> tuple[int, int]:
     """(binaries that were compiled, or were there; those that were not, or failed) of a part's launches."""
     from . import gpu_model
+    from .rehearsal.cost import Notes
     from .rehearsal.stage import walk
 
     ours = [(tier, case) for tier, case in gpu_model.plan() if tier in ("first", "dropping")]  # peers are torch's
@@ -51,7 +52,7 @@ def compile_part(part: str, arch: int, processes: int, clock: Clock) -> tuple[in
     try:
         # The folder is for its results, in which every number is made up.
         with tempfile.TemporaryDirectory() as folder, mock.patch.object(gpu_model, "plan", lambda: ours):
-            walk(part, Path(folder), compilers.submit, arch)
+            walk(Notes(part), Path(folder), noted=compilers.submit, arch=arch)
         futures = compilers.futures()
         for future in futures:
             try:

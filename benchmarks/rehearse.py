@@ -23,25 +23,37 @@ from .rehearsal.stage import walk
 from .results import count, read
 
 
+def walk_all(folder: Path) -> tuple[list[cost.Notes], list[str]]:
+    """Every part, with the seconds that `gpu.run` would give it; what failed, in words."""
+    notes: list[cost.Notes] = []
+    problems = []
+    left, names = gpu.BUDGET, list(gpu.PARTS)
+    for i, name in enumerate(names):
+        share = max(0.0, left) * gpu.PARTS[name] / sum(gpu.PARTS[rest] for rest in names[i:])
+        part, begin = cost.Notes(name, frozenset().union(*(before.binaries for before in notes))), time.process_time()
+        try:
+            walk(part, folder, share)
+        except Exception as error:
+            part.state = "failed"
+            problems.append(f"{name}: {type(error).__name__}: {error}")
+        notes.append(part)
+        left -= part.seconds()
+        print(f"walked {name} in {time.process_time() - begin:.0f} CPU seconds", flush=True)
+    return notes, problems
+
+
 def table(notes: list[cost.Notes], folder: Path) -> str:
     """One line a part; seconds by the model of `rehearsal.cost`."""
-    expected, new = cost.expected_seconds(notes), cost.new_binaries(notes)
-    lines = [f"{'part':10}  {'planned s':>9}  {'share s':>7}  {'new binaries':>12}  {'timings':>7}  {'rows':>5}"]
+    lines = [f"{'part':10}  {'planned s':>9}  {'share s':>7}  {'new binaries':>12}  {'timings':>7}  {'rows':>5}  state"]
     for part in notes:
         path = folder / f"gpu-{part.part}.json"
         rows = count(read(path))[0] if path.exists() else 0
         lines.append(
-            f"{part.part:10}  {expected[part.part]:9.0f}  {gpu.PARTS[part.part]:7.0f}  {new[part.part]:12}  "
-            f"{part.timings:7}  {rows:5}"
+            f"{part.part:10}  {part.seconds():9.0f}  {gpu.PARTS[part.part]:7.0f}  {len(part.new()):12}  "
+            f"{part.timings:7}  {rows:5}  {part.state}"
         )
-    lines.append(f"{'all':10}  {sum(planned(notes).values()):9.0f}  {gpu.BUDGET:7.0f}  {sum(new.values()):12}")
-    return "\n".join(lines)
-
-
-def planned(notes: list[cost.Notes]) -> dict[str, float]:
-    """Part -> seconds; of what stops by itself when its share is over (the tuner, which has more to do), its share."""
-    expected = cost.expected_seconds(notes)
-    return expected | {"tune": min(expected["tune"], float(gpu.PARTS["tune"]))}
+    total, new = sum(part.seconds() for part in notes), sum(len(part.new()) for part in notes)
+    return "\n".join([*lines, f"{'all':10}  {total:9.0f}  {gpu.BUDGET:7.0f}  {new:12}"])
 
 
 def collect() -> list[str]:
@@ -55,26 +67,21 @@ def collect() -> list[str]:
 def main() -> int:
     logging.disable(logging.ERROR)  # what fake tensors say of operations that a part expects to fail
     warnings.simplefilter("ignore")
-    begin, found, notes = time.process_time(), [], []
+    begin = time.process_time()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["LOWBIT_CACHE_DIR"] = str(folder / "tiles")
-        for part in gpu.PARTS:
-            clock = time.process_time()
-            try:
-                notes.append(walk(part, folder))
-            except Exception as error:
-                found.append(f"{part}: {type(error).__name__}: {error}")
-                notes.append(cost.Notes(part))
-            print(f"walked {part} in {time.process_time() - clock:.0f} CPU seconds", flush=True)
-        print(f"\nNo GPU: seconds are a plan for {cost.PROCESSES} cores (rehearsal/cost.py).\n")
+        notes, found = walk_all(folder)
+        print(f"\nNo GPU: seconds are a plan for {cost.PROCESSES} cores (rehearsal/cost.py), not measured.\n")
         print(table(notes, folder))
         found += required.problems(folder)
         found += [f"smoke launches no {kernel}" for kernel in required.unlaunched(notes[0].binaries)]
         if not required.tuned(folder / "tiles"):
             found.append("tune has written no table")
-        if (total := sum(planned(notes).values())) > gpu.BUDGET:
+        if (total := sum(part.seconds() for part in notes)) > gpu.BUDGET:
             found.append(f"the plan is {total:.0f} s, the budget {gpu.BUDGET:.0f} s")
+        if (ahead := cost.warm_seconds(notes)) > gpu.PARTS["warm"]:
+            found.append(f"compiling ahead takes {ahead:.0f} s, its share is {gpu.PARTS['warm']} s")
     with tempfile.TemporaryDirectory() as name:
         print("\nParts that fail:\n")
         outcomes = failures.walk(Path(name))

@@ -29,6 +29,7 @@ from benchmarks import (
     results,
     sentences,
 )
+from benchmarks.rehearsal import failures
 
 SMALL = {
     "vocab_size": 20001,
@@ -433,52 +434,24 @@ def test_a_kernel_that_ends_its_process_is_named(monkeypatch: pytest.MonkeyPatch
 
 # --- parts of a run ----------------------------------------------------------------------------------------------
 
-REPORT_OF_ROWS = """
-import json, sys
-rows = {{"a": {{"us": 1.0}}, "b": {{"note": "WRONG: relative error 0.3"}}, "c": {{"note": "not measured: no peer"}}}}
-report = dict(suite="gpu-{part}", model="m", machine={{}}, method="m", results={{"case": rows}})
-open("{folder}/gpu-{part}.json", "w").write(json.dumps(report))
-"""
-PROGRAMS = {
-    "hangs": "import subprocess, sys, time\nsubprocess.Popen([sys.executable, '-c', \"import time, pathlib\\n"
-    "while True: pathlib.Path('{folder}/alive').write_text(str(time.time())); time.sleep(0.05)\"])\ntime.sleep(60)",
-    "right": "print('fine')",
-    "rows": REPORT_OF_ROWS,
-    "slow": "raise SystemExit(3)",
-    "raises": "raise RuntimeError('an illegal memory access')",
-    "killed": "import os; os.kill(os.getpid(), 9)",
-}
-
-
-def program(part: str, folder: Path, seconds: float) -> list[str]:
-    return [sys.executable, "-c", PROGRAMS[part].format(part=part, folder=folder)]
-
 
 def test_parts_that_fail_hang_or_are_wrong_take_no_other_with_them(tmp_path: Path, capsys: Any) -> None:
-    outcomes = gpu.run(dict.fromkeys(PROGRAMS, 1), tmp_path, budget=12, grace=0.5, command=program)
-    states = {outcome.part: (outcome.state, outcome.rows, outcome.wrong, outcome.failed) for outcome in outcomes}
-    hanging = states.pop("hangs")
-    assert hanging[0].startswith("ended after") and hanging[1:] == (0, 0, True)
-    assert states == {
-        "right": ("ok", 0, 0, False),
-        "rows": ("ok", 3, 1, False),
-        "slow": ("time was up", 0, 0, False),
-        "raises": ("failed, exit code 1", 0, 0, True),
-        "killed": ("failed, exit code -9", 0, 0, True),
-    }
+    outcomes = failures.walk(tmp_path)
+    assert failures.problems(outcomes) == []
     written = (tmp_path / "alive").read_text()
     time.sleep(0.3)
     assert (tmp_path / "alive").read_text() == written  # what the part has started has ended with it
     assert "an illegal memory access" in capsys.readouterr().out
     assert "fine" in (tmp_path / "logs" / "right.log").read_text()
     told = gpu.table(outcomes).splitlines()
-    assert len(told) == 2 + len(PROGRAMS) and told[3].split() == ["rows", "0", "3", "1", "ok"]
+    assert len(told) == 2 + len(outcomes) and told[4].split() == ["wrong", "0", "3", "1", "ok"]
+    assert len(failures.problems([outcome._replace(wrong=2) for outcome in outcomes])) == len(outcomes)
 
 
 def test_rows_of_an_earlier_run_do_not_count(tmp_path: Path) -> None:
-    assert gpu.run_part("rows", tmp_path, 20, command=program).wrong == 1
-    PROGRAM_THAT_WRITES_NOTHING = [sys.executable, "-c", ""]
-    outcome = gpu.run_part("rows", tmp_path, 20, command=lambda *_: PROGRAM_THAT_WRITES_NOTHING)
+    assert gpu.run_part("wrong", tmp_path, 20, command=failures.command).wrong == 1
+    writes_nothing = [sys.executable, "-c", ""]
+    outcome = gpu.run_part("wrong", tmp_path, 20, command=lambda *_: writes_nothing)
     assert (outcome.state, outcome.rows, outcome.wrong) == ("ok", 0, 0)
 
 

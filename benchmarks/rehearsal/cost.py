@@ -26,63 +26,59 @@ GRAPH_REPLAYS = 10
 TEST_SECONDS = 1314 * 0.4 / PROCESSES + 2 * START_SECONDS
 
 
+WALK_SECONDS = 30.0  # assumed: of a part by gpu_warm, which finds what to compile
+
+
 @dataclass
 class Notes:
-    """What one part did."""
+    """What one part did, and the seconds that it takes on a machine of `PROCESSES` cores."""
 
     part: str
-    binaries: list[Binary] = field(default_factory=list)
+    earlier: frozenset[Binary] = frozenset()  # what parts before it have compiled
+    binaries: set[Binary] = field(default_factory=set)
     timings: int = 0
-    seconds: float = 0.0  # of timings, compilers of torch, and energy
     operations: int = 0
+    state: str = "ok"
     compiled: set[object] = field(default_factory=set)  # by torch.compile
+    _seconds: float = 0.0  # of timings, compilers of torch, and energy
 
     def bench(self, warmup: float, rep: float, operations: int) -> None:
         """do_bench of a call of so many operations; `warmup` and `rep` in milliseconds."""
         self.timings += 1
-        self.seconds += (warmup + rep) / 1000 + BENCH_CALLS * operations * OPERATION_SECONDS
+        self.wait((warmup + rep) / 1000 + BENCH_CALLS * operations * OPERATION_SECONDS)
 
     def bench_graph(self, rep: float, operations: int) -> None:
         """do_bench_cudagraph, whose graph holds what Python could call in `rep` milliseconds."""
         self.timings += 1
         calls = GRAPH_CALLS * operations * OPERATION_SECONDS + rep / 1000
-        self.seconds += calls + GRAPH_REPLAYS * rep / 1000
+        self.wait(calls + GRAPH_REPLAYS * rep / 1000)
 
     def compile(self, what: object, seconds: float) -> None:
         """torch.compile, once for what is equal."""
         if what not in self.compiled:
             self.compiled.add(what)
-            self.seconds += seconds
+            self.wait(seconds)
+
+    def wait(self, seconds: float) -> None:
+        """Whatever else takes time."""
+        self._seconds += seconds
+
+    def new(self) -> set[Binary]:
+        """Binaries that no part before it has launched."""
+        return self.binaries - self.earlier
+
+    def seconds(self) -> float:
+        """So far."""
+        own = START_SECONDS + self._seconds + self.operations * OPERATION_SECONDS
+        own += len(self.binaries) * BINARY_LOAD_SECONDS
+        # gpu_warm compiles those of its parts; what smoke and the tuner launch is compiled by as many processes, too.
+        return own + (0.0 if self.part in WARMED else len(self.new()) * BINARY_SECONDS / PROCESSES)
 
 
-WARMED = ("model", "linear", "attention", "training")  # parts whose binaries are compiled before
+WARMED = ("model", "linear", "attention", "training")
 
 
-def new_binaries(notes: Iterable[Notes]) -> dict[str, int]:
-    """Part -> how many binaries it is the first to launch."""
-    seen: set[Binary] = set()
-    found = {}
-    for part in notes:
-        found[part.part] = len(set(part.binaries) - seen)
-        seen |= set(part.binaries)
-    return found
-
-
-def expected_seconds(notes: list[Notes]) -> dict[str, float]:
-    """Part -> seconds on a machine of `PROCESSES` cores."""
-    new = new_binaries(notes)
-    ahead = sum(new[part] for part in WARMED if part in new) * BINARY_SECONDS / PROCESSES
-    found = {}
-    for part in notes:
-        own = START_SECONDS + part.seconds + part.operations * OPERATION_SECONDS
-        loads = len(set(part.binaries)) * BINARY_LOAD_SECONDS
-        if part.part == "smoke":  # a start of Python for each check, as many at a time as there are cores
-            own += -(-part.timings // PROCESSES) * START_SECONDS + new["smoke"] * BINARY_SECONDS / PROCESSES
-        elif part.part == "warm":  # walks the parts once, each in a process of its own
-            own += ahead + START_SECONDS
-        elif part.part == "tests":
-            own += TEST_SECONDS
-        elif part.part not in WARMED:  # tiles are compiled in as many processes while others are timed
-            own += new[part.part] * BINARY_SECONDS / PROCESSES
-        found[part.part] = own + loads
-    return found
+def warm_seconds(notes: Iterable[Notes]) -> float:
+    """What compiling ahead takes: a walk through the longest part, and all that is new in those that are warmed."""
+    new = sum(len(part.new()) for part in notes if part.part in WARMED)
+    return START_SECONDS + WALK_SECONDS + new * BINARY_SECONDS / PROCESSES

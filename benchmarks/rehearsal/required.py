@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lowbit_kernels import configs
@@ -71,7 +71,7 @@ def problems(folder: Path) -> list[str]:
     return found
 
 
-def unlaunched(binaries: list[Binary]) -> list[str]:
+def unlaunched(binaries: Iterable[Binary]) -> list[str]:
     """Kernels of the package of which none was launched."""
     launched = {(binary.module, binary.kernel) for binary in binaries}
     modules = [importlib.import_module(f"lowbit_kernels.{name}") for name in MODULES]

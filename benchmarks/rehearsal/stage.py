@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +19,7 @@ from lowbit_kernels import configs
 from lowbit_kernels.ahead import Binary, recording
 
 from .. import gpu_parts
-from ..gpu_timing import WATTS_SECONDS, Clock
+from ..gpu_timing import WATTS_SECONDS, Clock, TimeUp
 from . import cost
 from .cuda import ARCH, fake_cuda
 from .tensors import Values, fake_tensors
@@ -115,6 +117,8 @@ def _smoke(notes: cost.Notes) -> Callable[..., Any]:
 
     def isolated(name: str, seconds: float, log: Path) -> Any:
         notes.timings += 1
+        if notes.timings % cost.PROCESSES == 1:  # as many processes at a time as there are cores
+            notes.wait(cost.START_SECONDS)
         return row_of(name)
 
     return isolated
@@ -129,15 +133,21 @@ def stage(notes: cost.Notes, noted: Callable[[Binary], object] | None = None, ar
 
     from .. import gpu_model, gpu_smoke, gpu_warm
 
+    def note(binary: Binary) -> None:
+        notes.binaries.add(binary)
+        notes.operations = values.operations
+        if noted is not None:
+            noted(binary)
+
     def watts(run: Callable[[], Any]) -> float:
         run()
-        notes.seconds += WATTS_SECONDS
+        notes.wait(WATTS_SECONDS)
         return MADE_UP_WATTS
 
     with contextlib.ExitStack() as replaced:
         values = replaced.enter_context(fake_tensors())
         replaced.enter_context(fake_cuda(values, arch))
-        notes.binaries = replaced.enter_context(recording(arch, noted))
+        replaced.enter_context(recording(arch, note))
         replacements: list[tuple[Any, dict[str, Any]]] = [
             (triton.testing, _timers(notes, values)),
             (torch, {"compile": _compile(notes)}),
@@ -145,7 +155,8 @@ def stage(notes: cost.Notes, noted: Callable[[Binary], object] | None = None, ar
             (gpu_model, {"mean_watts": watts}),
             (gpu_smoke, {"ThreadPoolExecutor": Inline, "isolated": _smoke(notes)}),
             (gpu_parts, {"pytest_command": lambda: [sys.executable, "-c", f"print({TEST_LINE!r})"]}),
-            (gpu_warm, {"run": lambda arch, folder, clock: None}),
+            (gpu_warm, {"run": lambda arch, folder, clock: notes.wait(clock.left())}),
+            (tune, {"time": SimpleNamespace(monotonic=notes.seconds)}),
             (tune.ahead, {"Compilers": NoCompilers}),
         ]
         for where, what in replacements:
@@ -158,9 +169,29 @@ def stage(notes: cost.Notes, noted: Callable[[Binary], object] | None = None, ar
             notes.operations = values.operations
 
 
-def walk(part: str, folder: Path, noted: Callable[[Binary], object] | None = None, arch: int = ARCH) -> cost.Notes:
-    """Walk a part of the run to its end; its JSON, with made-up numbers, goes to `folder`."""
-    notes = cost.Notes(part)
+class PlannedClock(Clock):
+    """A part's clock that goes by the seconds of its notes."""
+
+    def __init__(self, notes: cost.Notes, seconds: float) -> None:
+        self.notes, self.seconds = notes, seconds
+
+    def left(self) -> float:
+        return self.seconds - self.notes.seconds()
+
+
+def walk(
+    notes: cost.Notes,
+    folder: Path,
+    seconds: float = math.inf,
+    noted: Callable[[Binary], object] | None = None,
+    arch: int = ARCH,
+) -> cost.Notes:
+    """Walk a part of the run until its planned seconds are over; its JSON, with made-up numbers, goes to `folder`."""
     with stage(notes, noted, arch):
-        gpu_parts.PARTS[part](folder, Clock(1e9))
+        if notes.part == "tests":
+            notes.wait(cost.TEST_SECONDS)
+        try:
+            gpu_parts.PARTS[notes.part](folder, PlannedClock(notes, seconds))
+        except TimeUp:
+            notes.state = "time was up"
     return notes

@@ -19,6 +19,7 @@ from unittest import mock
 
 import torch
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -44,7 +45,7 @@ class Values(TorchDispatchMode):
         if _composite(op):  # in inference mode nothing took it apart before
             with self:
                 return op.decompose(*args, **kwargs)
-        self.operations += 1
+        self.operations += op.namespace != "prim"
         on_device = any(x.device.type == "cuda" for x in _tensors(args, kwargs))
         if op.namespace == "lowbit_kernels" and on_device:
             with self:
@@ -247,5 +248,8 @@ def fake_tensors() -> Iterator[Values]:
     """Everything made inside is fake."""
     values = Values()
     _let_guards_pass()
-    with FakeTensorMode(allow_non_fake_inputs=True), values, _Python(), mock.patch.object(nn.Module, "_apply", _apply):
+    # In a build of torch for CUDA, the first fake tensor would begin to use the device.
+    no_device = mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None)
+    apply = mock.patch.object(nn.Module, "_apply", _apply)
+    with no_device, apply, FakeTensorMode(allow_non_fake_inputs=True), values, _Python():
         yield values

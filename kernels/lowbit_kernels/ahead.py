@@ -94,7 +94,8 @@ def recording(arch: int, noted: Callable[[Binary], object] | None = None) -> Ite
 
     binaries: list[Binary] = []
     earlier: dict[object, Binary] = {}  # launches with the same arguments; Triton needs half a millisecond for each
-    run, compile_one, active = JITFunction.run, JITFunction._do_compile, driver._active
+    replaced, compile_one, active = JITFunction.run, JITFunction._do_compile, driver._active
+    run = getattr(replaced, "run", replaced)  # inside of another `recording`, too
 
     def note(
         self: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, attrs: Any, warmup: bool
@@ -118,12 +119,13 @@ def recording(arch: int, noted: Callable[[Binary], object] | None = None) -> Ite
         if any(not 0 < blocks <= most for blocks, most in zip(grid, _MOST_BLOCKS, strict=False)):
             raise ValueError(f"{self.__name__} has a grid of {tuple(grid)} blocks, CUDA takes {_MOST_BLOCKS}")
 
+    launch.run = run  # type: ignore[attr-defined]
     try:
         JITFunction.run, JITFunction._do_compile = launch, note
         driver.set_active(_Driver(arch))
         yield binaries
     finally:
-        JITFunction.run, JITFunction._do_compile = run, compile_one
+        JITFunction.run, JITFunction._do_compile = replaced, compile_one
         driver._active = active
 
 
