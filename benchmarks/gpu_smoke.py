@@ -305,11 +305,12 @@ def run(folder: Path, clock: Clock, machine: dict[str, Any]) -> None:
     suite = Suite(folder, head(machine))
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
+
+    def check(name: str) -> Row:
+        return isolated(name, max(0.0, min(SECONDS, clock.left())), logs / f"smoke-{name.replace(' ', '-')}.log")
+
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        pending = {}
-        for name in CHECKS:
-            log = logs / f"smoke-{name.replace(' ', '-')}.log"
-            pending[pool.submit(isolated, name, min(SECONDS, clock.left()), log)] = name
+        pending = {pool.submit(check, name): name for name in CHECKS}
         for future in as_completed(pending):
             suite.add(CASE, pending[future], future.result())
 

@@ -8,6 +8,8 @@ that the targets need, how many binaries are compiled, and a plan of seconds, wh
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import subprocess
@@ -32,7 +34,8 @@ def walk_all(folder: Path) -> tuple[list[cost.Notes], list[str]]:
         share = max(0.0, left) * gpu.PARTS[name] / sum(gpu.PARTS[rest] for rest in names[i:])
         part, begin = cost.Notes(name, frozenset().union(*(before.binaries for before in notes))), time.process_time()
         try:
-            walk(part, folder, share)
+            with contextlib.redirect_stdout(io.StringIO()):  # the tuner's table, whose times are made up
+                walk(part, folder, share)
         except Exception as error:
             part.state = "failed"
             problems.append(f"{name}: {type(error).__name__}: {error}")

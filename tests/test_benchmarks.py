@@ -623,7 +623,7 @@ def test_plots_and_the_page_of_gpu_results(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 1000 for path in written)
     page = report.page([REPORT], {"gpu-linear": written})
     assert (
-        "Not measured yet: gpu-attention, gpu-ceilings, gpu-model, gpu-training" in page
+        "Not measured yet: gpu-attention, gpu-ceilings, gpu-model, gpu-smoke, gpu-tests, gpu-training" in page
         and "| b |  |  |  | no |" in page
     )
 

@@ -11,7 +11,7 @@ from lowbit_kernels.ahead import Binary
 from lowbit_kernels.aot import MODULES
 
 from .. import gpu_linear, report
-from ..gpu import PARTS
+from ..gpu import PARTS, WITHOUT_JSON
 from ..results import count, read
 
 SIZES = ("BERT-base", "BERT-large")
@@ -20,7 +20,6 @@ MODEL_RUNNERS = ("HF SDPA", "lowbit ternary, fused", "lowbit ternary, fused, gra
 COMPILED_CASES = [(1, 128, ""), (32, 128, ""), (32, 128, ", ragged")]
 LINEAR_RUNNERS = ("torch bf16", "torch._int_mm, quantizing x", "lowbit ternary, x int8", "lowbit binary, x int8")
 ATTENTION_RUNNERS = ("SDPA, padded", "lowbit", "lowbit, importance", "lowbit 8 bits", "HF eager, importance")
-WITHOUT_JSON = ("warm", "tune")
 
 Row = tuple[str, str, str, str]  # suite, case, runner, column
 

@@ -221,13 +221,18 @@ def _numbered(x: Any) -> Any:
     return torch.device("cuda", 0) if isinstance(x, str | torch.device) and str(x) == "cuda" else x
 
 
-def _let_guards_pass() -> None:
+@contextlib.contextmanager
+def _guards_pass() -> Iterator[None]:
     """Let torch's CPU build guard the CUDA device as it guards "meta", which does nothing; it refuses to otherwise."""
     library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
     guards = (ctypes.c_void_p * 15).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
     cuda, meta = 1, 14  # c10::DeviceType
-    if not guards[cuda]:
-        guards[cuda] = guards[meta]
+    before = guards[cuda]
+    guards[cuda] = before or guards[meta]
+    try:
+        yield
+    finally:
+        guards[cuda] = before
 
 
 def _apply(module: nn.Module, change: Any, recurse: bool = True) -> nn.Module:
@@ -247,9 +252,8 @@ def _apply(module: nn.Module, change: Any, recurse: bool = True) -> nn.Module:
 def fake_tensors() -> Iterator[Values]:
     """Everything made inside is fake."""
     values = Values()
-    _let_guards_pass()
     # In a build of torch for CUDA, the first fake tensor would begin to use the device.
     no_device = mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None)
     apply = mock.patch.object(nn.Module, "_apply", _apply)
-    with no_device, apply, FakeTensorMode(allow_non_fake_inputs=True), values, _Python():
+    with _guards_pass(), no_device, apply, FakeTensorMode(allow_non_fake_inputs=True), values, _Python():
         yield values
