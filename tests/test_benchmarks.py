@@ -148,6 +148,34 @@ def test_the_targets_models_come_first_and_nothing_is_measured_twice() -> None:
     assert tiers[:14] == ["first"] * 6 + ["compiled"] * 6 + ["dropping"] * 2 and tiers[-3:] == ["slow"] * 3
 
 
+def test_what_there_is_no_time_to_compile_has_a_row_that_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_models(monkeypatch)
+    gpu_parts.model(tmp_path, gpu_timing.Clock(19))  # compiled layers want 20 seconds
+    rows = results.read(tmp_path / "gpu-model.json")["results"]["BERT-base, batch 1, length 128"]
+    assert rows["compiled"] == rows["slow"] == {"note": gpu_parts.NO_TIME} and "ms" in rows["HF eager"]
+    monkeypatch.setattr(
+        gpu_attention, "cases", lambda slow: [gpu_attention.Case("BERT-base", 2, 7, False)][: int(slow)]
+    )
+    gpu_parts.attention(tmp_path, gpu_timing.Clock(19))
+    (rows,) = results.read(tmp_path / "gpu-attention.json")["results"].values()
+    assert rows == {"flex_attention, compiled": {"note": gpu_parts.NO_TIME}}
+    built: dict[str, Any] = {"torchao": lambda x: pytest.fail("compiled"), "gemlite": "not measured: not there"}
+    monkeypatch.setattr(gpu_linear, "build", lambda N, K, slow: (None, built if slow else {}))
+    monkeypatch.setattr(
+        gpu_linear, "measure", lambda weight, built, *_: [(name, {"note": built[name]}) for name in built]
+    )
+    results.write(
+        {"suite": "gpu-ceilings", **{k: {} for k in ("machine", "results")}, "model": "", "method": ""}
+        | {"results": {"ceilings": {"torch": {"copy_tb_per_s": 1.0}}}},
+        tmp_path,
+    )
+    gpu_parts.linear(tmp_path, gpu_timing.Clock(19))
+    rows = results.read(tmp_path / "gpu-linear.json")["results"]["M=1 N=768 K=768"]
+    assert rows == {"torchao": {"note": gpu_parts.NO_TIME}, "gemlite": {"note": "not measured: not there"}}
+
+
 def test_every_runner_gets_the_same_batch() -> None:
     once_more = [gpu_model.batch(32, 128, True, "cpu") for _ in range(2)]
     assert torch.equal(once_more[0]["input_ids"], once_more[1]["input_ids"])
