@@ -6,6 +6,7 @@ TORCH_INDEX ?=
 RESULTS ?= benchmarks/results
 ONLY ?=
 SINCE ?= HEAD
+BUDGET ?= 480
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -15,7 +16,7 @@ VERSIONS_UNIT := tests/kernels/test_aot.py $(addprefix tests/test_,compile.py tr
 # Nothing that runs from here may reach for a model hub.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test lint quick unit docs interpreter aot aoti versions bench soak gpu clean
+.PHONY: help demo test lint quick unit docs interpreter aot emulate aoti versions bench soak gpu rehearse clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -91,8 +92,11 @@ bench: $(VENV)/.installed-bench  ## CPU benchmarks against float32, torch int8 a
 soak: $(VENV)/.installed  ## damaged checkpoints, fuzzed ops, surgery, load, concurrency, interruption; writes docs/reliability.md (about 15 minutes)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.soak
 
-gpu:  ## the GPU run with the current python: correctness, then attention, models and linears against every peer installed
-	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --results $(RESULTS) $(if $(ONLY),--only $(ONLY))
+gpu:  ## the GPU run with the current python, in BUDGET seconds: kernels, models, linears, attention, training, tests, tiles
+	PYTHONPATH=.:kernels $(PYTHON) -m benchmarks.gpu --results $(RESULTS) --budget $(BUDGET) $(if $(ONLY),--only $(ONLY))
+
+rehearse: $(VENV)/.installed  ## walk the GPU run without a GPU: every part, what fails, the rows, a plan of seconds
+	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.rehearse
 
 clean:  ## remove .venv and everything generated
 	rm -rf $(VENV) .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

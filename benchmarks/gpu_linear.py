@@ -6,7 +6,7 @@ takes); int8 peers quantize x in the timed region unless their name says otherwi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,12 +23,13 @@ from lowbit_kernels import (
     ternary_linear,
 )
 
-from .results import Row, reason
+from .gpu_timing import check_alive
+from .results import Row, WrongResult, failure, reason
 
 # (N, K): query, key and value together, attention output, FFN in and out.
 BERT_BASE = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
 BERT_LARGE = [(3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096)]
-TOKENS = (1, 16, 128, 512, 2048, 8192, 32768)
+TOKENS = (32768, 8192, 2048, 512, 128, 16, 1)  # where a product takes longest, first
 
 Run = Callable[[], torch.Tensor]
 Bind = Callable[[torch.Tensor], Run]  # takes x, outside of the timed region
@@ -181,14 +182,14 @@ WEIGHT_BITS = {
 
 
 def check(name: str, weight: Weight, x: torch.Tensor, output: torch.Tensor) -> None:
-    """Raise RuntimeError unless `output` is x W^T: 5 % for x in 8 bits, 20 % for peers that quantize W to 4 bits."""
+    """Raise WrongResult unless `output` is x W^T: 5 % for x in 8 bits, 20 % for peers that quantize W to 4 bits."""
     if output.shape != (x.shape[0], weight.N) or not bool(torch.isfinite(output).all()):
-        raise RuntimeError(f"{name} is wrong for {tuple(x.shape)}: shape {tuple(output.shape)} or not finite")
+        raise WrongResult(f"shape {tuple(output.shape)} or not finite")
     rows = slice(0, 256)  # float64 products of all would take longer than the benchmark
     expected = x[rows].double() @ expected_weight(name, weight).t()
     error = float((output[rows].double() - expected).norm() / expected.norm())
     if not error < (0.2 if "int4" in name or "NF4" in name else 0.05):
-        raise RuntimeError(f"{name} is wrong for {tuple(x.shape)}: relative error {error:.3f}")
+        raise WrongResult(f"relative error {error:.3f}")
 
 
 def roofline_us(name: str, M: int, N: int, K: int, ceilings: dict[str, float]) -> float | None:
@@ -218,52 +219,51 @@ def build(N: int, K: int, slow: bool = False, device: str = "cuda") -> tuple[Wei
 
 def measure(
     weight: Weight, built: dict[str, Bind | str], M: int, replay: Median, eager: Median, ceilings: dict[str, float]
-) -> dict[str, Row]:
-    """All runners at M tokens: microseconds on the device, and as Python calls them.
+) -> Iterator[tuple[str, Row]]:
+    """Rows of all runners at M tokens: microseconds on the device, and as Python calls them.
 
-    One that cannot run says why; one that computes something else stops the benchmark.
+    One that cannot run says why; one that computes something else is not timed.
     """
     x = torch.randn(M, weight.K, device=weight.device, dtype=torch.bfloat16)
-    rows: dict[str, Row] = {}
     for name, bind in built.items():
-        if isinstance(bind, str):
-            rows[name] = {"note": bind}
-            continue
-        try:
-            run = bind(x)
-            output = run()
-        except Exception as error:  # a shape that a peer does not take, say
-            rows[name] = {"note": reason(error)}
-            continue
-        check(name, weight, x, output)
-        rows[name] = {"us, called": round(1000 * eager(run), 2)}
-        try:
-            microseconds = 1000 * replay(run)
-        except Exception as error:  # a peer that waits for the device, say
-            rows[name]["note"] = f"no graph: {reason(error)}"
-            continue
-        rows[name]["us"] = round(microseconds, 2)
-        floor = roofline_us(name, M, weight.N, weight.K, ceilings)
-        if floor is not None:
-            rows[name]["of roofline"] = round(floor / microseconds, 3)
-    return rows
+        yield name, {"note": bind} if isinstance(bind, str) else _row(name, weight, x, bind, replay, eager, ceilings)
+
+
+def _row(
+    name: str, weight: Weight, x: torch.Tensor, bind: Bind, replay: Median, eager: Median, ceilings: dict[str, float]
+) -> Row:
+    try:
+        run = bind(x)
+        check(name, weight, x, run())
+    except Exception as error:  # a shape that a peer does not take, say
+        check_alive()
+        return failure(name, error)
+    row: Row = {"us, called": round(1000 * eager(run), 2)}
+    try:
+        microseconds = 1000 * replay(run)
+    except Exception as error:  # a peer that waits for the device, say
+        check_alive()
+        return row | {"note": f"no graph: {reason(error)}"}
+    row["us"] = round(microseconds, 2)
+    floor = roofline_us(name, x.shape[0], weight.N, weight.K, ceilings)
+    return row if floor is None else row | {"of roofline": round(floor / microseconds, 3)}
 
 
 def compared(rows: dict[str, Row]) -> dict[str, Row]:
     """The rows with their speed-up over bfloat16."""
-    base = rows["torch bf16"].get("us")
+    base = rows.get("torch bf16", {}).get("us")
     for row in rows.values():
         if "us" in row and isinstance(base, float):
             row["times as fast as bf16"] = round(base / float(row["us"]), 2)
     return rows
 
 
-def suite(machine: dict[str, Any], results: dict[str, dict[str, Row]]) -> dict[str, Any]:
+def head(machine: dict[str, Any]) -> dict[str, Any]:
     """The report around results."""
     return {
         "suite": "gpu-linear",
         "model": "linears of BERT-base and BERT-large, bfloat16 input and output",
         "machine": machine,
-        "method": "us: median in a CUDA graph; us, called: median of calls from Python, caches flushed between",
-        "results": results,
+        "method": "us: median in a CUDA graph, x and weights in L2 where they fit (so that 'of roofline', "
+        "by what DRAM gives, can pass 1); us, called: median of calls from Python, caches flushed between",
     }

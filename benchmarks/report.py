@@ -7,13 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .gpu import PARTS, WITHOUT_JSON
 from .results import read
 
 RESULTS = Path("benchmarks/results")
 NOTES = Path("benchmarks/notes.md")  # what was measured by hand, and what was tried before
 DOCS = Path("docs")
 OWN_PAGES = ("features", "reliability", "transformers-suite")  # their scripts render them
-GPU_SUITES = ("gpu-attention", "gpu-ceilings", "gpu-linear", "gpu-model", "gpu-training")
+GPU_SUITES = tuple(f"gpu-{part}" for part in sorted(PARTS) if part not in WITHOUT_JSON)
 
 Report = dict[str, Any]
 

@@ -6,13 +6,15 @@
      "method": "medians of 15 turns",
      "results": {case: {runner: {column: number or text}}}}
 
-A runner that could not run has the one column "note": why it was not measured. Long suites are written case by case,
-so a run that is cut off keeps what it has.
+A runner that could not run has the one column "note": why it was not measured; one that computed something else has a
+note that begins with WRONG. Long suites are written row by row (`Suite`), so a run that is cut off keeps what it has.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,5 +66,54 @@ def read(path: Path) -> dict[str, Any]:
 
 def reason(error: Exception) -> str:
     """The note of a runner that an error kept from running."""
+    return f"not measured: {_line(error)}"
+
+
+def _line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"not measured: {type(error).__name__}: {lines[0][:120]}"
+    return f"{type(error).__name__}: {lines[0][:120]}"
+
+
+WRONG = "WRONG: "
+
+
+class WrongResult(Exception):
+    """A runner computed something else than it should."""
+
+
+def wrong(error: Exception) -> str:
+    """The note of a runner that is wrong; of our own that does not run, too."""
+    return WRONG + (str(error) if isinstance(error, WrongResult) else f"does not run: {_line(error)}")
+
+
+def failure(name: str, error: Exception) -> Row:
+    """The row of a runner that raised: not measured where it is a peer, wrong where it is lowbit's."""
+    return {"note": wrong(error) if isinstance(error, WrongResult) or name.startswith("lowbit") else reason(error)}
+
+
+def count(report: dict[str, Any]) -> tuple[int, int]:
+    """How many rows a report has, and how many of them are wrong."""
+    notes = [str(row.get("note", "")) for rows in report["results"].values() for row in rows.values()]
+    return len(notes), sum(WRONG in note for note in notes)
+
+
+Rows = dict[str, Row]
+
+
+@dataclass
+class Suite:
+    """A suite that is being measured: its file holds every row as soon as it is there.
+
+    `head` is the report without results; `compared` adds the columns that come from other rows of a case.
+    """
+
+    folder: Path
+    head: dict[str, Any]
+    compared: Callable[[Rows], Rows] = lambda rows: rows
+    results: dict[str, Rows] = field(default_factory=dict)
+
+    def add(self, case: str, runner: str, row: Row) -> None:
+        """Keep a row and write the file."""
+        self.results.setdefault(case, {})[runner] = row
+        self.results[case] = self.compared(self.results[case])
+        write({**self.head, "results": self.results}, self.folder)

@@ -21,8 +21,9 @@ from emulator import Fault, Log, emulated, execute, mutations, trial
 from emulator.__main__ import main, report, report_mutations
 from emulator.arithmetic import operation
 from emulator.cases import CASES
-from lowbit_kernels import configs, linear_triton
+from lowbit_kernels import configs
 from lowbit_kernels._triton import INTERPRET, tl, triton
+from lowbit_kernels.linear import gpu as linear_gpu
 
 if INTERPRET:
     pytest.skip("TRITON_INTERPRET=1 keeps Triton from compiling", allow_module_level=True)
@@ -656,14 +657,12 @@ def _one(out_ptr):
 
 def test_launches_that_a_device_refuses() -> None:
     x, packed = torch.zeros(64, 2048, dtype=torch.int8), torch.zeros(64, 512, dtype=torch.uint8)
-    tile = linear_triton.Tile(64, 64, 256, 4, 8, 1)  # eight stages of 80 KiB
+    tile = linear_gpu.Tile(64, 64, 256, 4, 8, 1)  # eight stages of 80 KiB
     with (
         emulated(80),
         pytest.raises(Fault, match=r"_linear_kernel asks for \d+ bytes of shared .*, sm_80 has 166912"),
     ):
-        linear_triton.launch(
-            x, packed, torch.ones(64), None, torch.ones(64), None, None, torch.float32, "ternary", tile
-        )
+        linear_gpu.launch(x, packed, torch.ones(64), None, torch.ones(64), None, None, torch.float32, "ternary", tile)
     out = torch.zeros(1)
     with emulated(80) as log, pytest.raises(Fault, match=r"_one has a grid of \(1, 65536\), at most"):
         _one[(1, 65536)](out)

@@ -3,9 +3,11 @@
     python -m lowbit_kernels.tune [--layout ternary binary split] [--shapes N,K ..] [--tokens M ..]
                                   [--output FILE | --family NAME] [--minutes LIMIT] [--again]
 
-By default: BERT-base and BERT-large, every bucket of M, into the user's table, which kernels consult first from the
-next process on. Each candidate must first give the exact integers. The table is saved after every shape, and what it
-holds already is skipped: the command can be stopped at any time and called again. Exit code 2 without a GPU.
+By default: BERT-base and BERT-large, every bucket of M, most tokens first, into the user's table, which kernels consult
+first from the next process on. Tiles are compiled ahead in as many processes as there are cores; each must give the
+right numbers, and is timed as a node of a CUDA graph (the CPU needs longer to launch a small one than the device to run
+it). The table is saved after every shape, and what it holds already is skipped: the command can be stopped at any time
+and called again. Exit code 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import configs
+from . import ahead, configs
 from ._triton import INTERPRET, triton
 from .linear import gpu as linear
 from .linear.gpu import LAYOUTS, Tile
@@ -69,7 +71,11 @@ def candidates(case: Case, shared: int) -> list[Tile]:
 
 
 class Inputs:
-    """Random arguments of one case on the device, and what the sums must be."""
+    """Random arguments of one case on the device, and what the result must be.
+
+    Per-row scales, zero points, bias and 16-bit output, as models have them. Scales are powers of two and the bias is
+    integers, so that float32 holds every result, and float16 rounds it once: it is known to the bit.
+    """
 
     def __init__(self, case: Case, device: str) -> None:
         self.case = case
@@ -80,58 +86,74 @@ class Inputs:
         self.x = torch.randint(-128, 128, (case.M, case.K), dtype=torch.int8, device=device)
         self.packed = pack_codes(codes, case.layout)
         self.w_sum = codes.sum(-1, dtype=torch.int32)
-        self.scale = torch.rand(*pair, case.N, device=device) + 0.5
-        self.bias = torch.randn(case.N, device=device)
-        self.x_scale = torch.rand(case.M, device=device) + 0.5
+        self.scale = 2.0 ** torch.randint(-1, 2, (*pair, case.N), device=device)
+        self.bias = torch.randint(-99, 100, (case.N,), device=device).float()
+        self.x_scale = 2.0 ** torch.randint(-7, -5, (case.M,), device=device)  # float16 ends at 65504
         self.x_zero = torch.randint(-99, 99, (case.M,), dtype=torch.int32, device=device)
-        planes = codes if pair else codes.unsqueeze(0)
-        # GPUs have no int32 product; float64 holds the sums exactly, and the kernel's float32 rounds them as here.
-        self.sums = [(self.x.double() @ plane.double().T).float() for plane in planes]
+        planes, scales = (x if pair else x.unsqueeze(0) for x in (codes, self.scale))
+        # GPUs have no int32 product; float64 holds the sums exactly.
+        centred = self.x.double() - self.x_zero.double().unsqueeze(1)
+        product = sum(centred @ plane.double().T * scale.double() for plane, scale in zip(planes, scales, strict=True))
+        self.expected = (product * self.x_scale.double().unsqueeze(1) + self.bias.double()).to(torch.float16)
 
     def run(self, tile: Tile) -> torch.Tensor:
-        """The launch that is timed: everything per row, zero points, bias, 16-bit output."""
+        """The launch that is timed, and checked: one binary serves both."""
         return linear.launch(
-            self.x, self.packed, self.scale, self.bias, self.x_scale, self.x_zero, None, torch.bfloat16,
+            self.x, self.packed, self.scale, self.bias, self.x_scale, self.x_zero, None, torch.float16,
             self.case.layout, tile, self.w_sum,
         )  # fmt: skip
 
-    def exact(self, tile: Tile) -> bool:
-        """Whether the integers are right: with unit scales they are the result, one plane of a pair at a time."""
-        one, layout = torch.ones(1, device=self.x.device), self.case.layout
-        scales = torch.eye(2, device=self.x.device).unsqueeze(-1) if layout == "split" else [one]
-        for scale, sums in zip(scales, self.sums, strict=True):
-            got = linear.launch(self.x, self.packed, scale, None, one, None, None, torch.float32, layout, tile)
-            if not torch.equal(got, sums):
-                return False
-        return True
+    def right(self, tile: Tile) -> bool:
+        """Whether the tile gives every result to the bit."""
+        return torch.equal(self.run(tile), self.expected)
 
 
-def gpu_timer(case: Case) -> Callable[[Tile], float]:
-    """A function that gives the median microseconds of a tile; infinity for one that does not launch or is wrong."""
-    from triton.runtime.errors import TritonError
-    from triton.testing import do_bench
+def gpu_timer(case: Case, compilers: ahead.Compilers, tiles: list[Tile]) -> Callable[[Tile], float]:
+    """A function that gives the median microseconds of one of the tiles, which are compiled meanwhile.
+
+    Infinity, and a line on stderr that says why, for one that does not compile or launch, or is wrong.
+    """
+    from triton.testing import do_bench_cudagraph
 
     inputs = Inputs(case, "cuda")
+    compiled = {}
+    for tile in tiles:
+        with ahead.recording(compilers.arch) as binaries:
+            inputs.run(tile)
+        compiled[tile] = compilers.submit(binaries[-1])
 
     def microseconds(tile: Tile) -> float:
         try:
-            if not inputs.exact(tile):
-                print(f"{case.op} {tile} gives wrong integers at M={case.M}, N={case.N}, K={case.K}", file=sys.stderr)
-                return math.inf
-            return 1000 * do_bench(lambda: inputs.run(tile), warmup=5, rep=20, return_mode="median")
-        except TritonError:  # more shared memory or registers than there are
+            compiled[tile].result()
+            if not inputs.right(tile):
+                raise ValueError("wrong numbers")
+            return 1000 * do_bench_cudagraph(lambda: inputs.run(tile), rep=5, return_mode="median")
+        except Exception as error:  # more shared memory or registers than there are, say
+            torch.cuda.synchronize()  # raises where no tile can be timed after this one
+            print(f"{case}, {tile} is left out: {type(error).__name__}: {error}", file=sys.stderr)
             return math.inf
 
     return microseconds
 
 
-def fastest(tiles: Iterable[Tile], untuned: Tile, microseconds: Callable[[Tile], float]) -> dict[str, Any]:
+class TimeUp(Exception):
+    """The deadline passed while a case was measured."""
+
+
+def fastest(
+    tiles: Iterable[Tile], untuned: Tile, microseconds: Callable[[Tile], float], deadline: float = math.inf
+) -> dict[str, Any]:
     """The part of an entry that was measured; `untuned`, which would be used otherwise, is timed too, and wins ties.
 
     Raises:
         RuntimeError: no tile works.
+        TimeUp: the deadline (`time.monotonic()`) passed before all were timed.
     """
-    times = {tile: microseconds(tile) for tile in dict.fromkeys((untuned, *tiles))}
+    times = {}
+    for tile in dict.fromkeys((untuned, *tiles)):
+        if time.monotonic() >= deadline:
+            raise TimeUp
+        times[tile] = microseconds(tile)
     best = min(times, key=lambda tile: times[tile])
     if math.isinf(times[best]):
         raise RuntimeError(f"none of {len(times)} tiles works; the first is {untuned}")
@@ -159,7 +181,7 @@ def tune(
 
     Args:
         cases: what to measure.
-        measure: case -> {"tile", "us", ...}, what is known of it but its key.
+        measure: case -> {"tile", "us", ...}, what is known of it but its key; TimeUp ends the run.
         output: the table.
         again: measure what is there, too.
         deadline: `time.monotonic()` after which no case is begun.
@@ -175,7 +197,11 @@ def tune(
         if time.monotonic() >= deadline:
             break
         key = {"op": case.op, "M": case.M, "N": case.N, "K": case.K}
-        table[_key(case)] = {**key, **measure(case), "source": "tuned"}
+        try:
+            found = measure(case)
+        except TimeUp:
+            break
+        table[_key(case)] = {**key, **found, "source": "tuned"}
         configs.save(output, table.values())
         measured += 1
     return measured
@@ -228,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     target.add_argument("--output", type=Path, help="table to write; default: the user's, which kernels consult first")
     families = sorted(path.stem for path in configs.SHIPPED.glob("*.json"))
     target.add_argument("--family", choices=families, help="write the package's own table of this name")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no shape after so many minutes")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="end after so many minutes")
     parser.add_argument("--again", action="store_true", help="measure what the table holds already, too")
     return parser
 
@@ -255,23 +281,29 @@ def main(arguments: list[str] | None = None) -> int:
         configs.read(output)
     except (OSError, ValueError) as error:
         parser.error(f"{output} cannot be continued: {error}; delete it or name another with --output")
-    shared = triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
     versions = {"device": name, "torch": torch.__version__, "triton": triton.__version__}
+
+    compilers, deadline = ahead.Compilers(arch), time.monotonic() + 60 * options.minutes
 
     def measure(case: Case) -> dict[str, Any]:
         untuned = configs.untuned(case.op, Tile, case.M, arch)
-        return {**fastest(candidates(case, shared), untuned, gpu_timer(case)), **versions}
+        tiles = [untuned, *candidates(case, shared)]
+        return {**fastest(tiles, untuned, gpu_timer(case, compilers, tiles), deadline), **versions}
 
     cases = [
         Case(layout, N, K, M)
-        for layout, (N, K), M in itertools.product(options.layout, options.shapes, sorted(set(options.tokens)))
+        for M, layout, (N, K) in itertools.product(
+            sorted(set(options.tokens), reverse=True), options.layout, options.shapes
+        )
     ]
-    deadline = time.monotonic() + 60 * options.minutes
     try:
         measured = tune(cases, measure, output, again=options.again, deadline=deadline, progress=_progress)
     except KeyboardInterrupt:
         print(f"interrupted; {output} has what was measured, and the same command goes on from there", file=sys.stderr)
         return 130
+    finally:
+        compilers.close()
     print(report(cases, output))
     print(f"{measured} shapes measured now, all that are in {output} shown")
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -324,10 +325,34 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(table) == len(CASES) + 1 and table[OP, 512, None, None] == entry(OTHER, M=512)
 
 
+def test_the_deadline_is_looked_at_between_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[Tile] = []
+
+    def microseconds(tile: Tile) -> float:
+        timed.append(tile)
+        return 1.0
+
+    clock = iter(range(100))
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
+    with pytest.raises(tune.TimeUp):
+        tune.fastest([OTHER, Tile(32, 32, 32, 4, 3), Tile(64, 32, 32, 4, 3)], MINE, microseconds, deadline=2)
+    assert timed == [MINE, OTHER]
+
+    def measure(case: tune.Case) -> dict:
+        if case == CASES[2]:
+            raise tune.TimeUp
+        return fake_measure(case)
+
+    monkeypatch.undo()
+    assert tune.tune(CASES, measure, tmp_path / "table.json") == 2  # what was measured stays
+    assert len(configs.read(tmp_path / "table.json")) == 2
+
+
 def test_no_shape_begins_after_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
     monkeypatch.setattr(tune.time, "monotonic", lambda: next(clock))
-    assert tune.tune(CASES, fake_measure, tmp_path / "table.json", deadline=3) == 3
+    found = {"tile": entry(MINE)["tile"], "us": 1.0}
+    assert tune.tune(CASES, lambda _case: found, tmp_path / "table.json", deadline=3) == 3
 
 
 def test_candidates_fit_the_device_and_the_case() -> None:
@@ -367,14 +392,14 @@ def test_without_a_gpu_the_command_says_so(capsys: pytest.CaptureFixture[str], c
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device by name only; tiles take as long as they are high."""
     pytest.importorskip("triton")
-    utils = SimpleNamespace(get_device_properties=lambda _device: {"max_shared_mem": 227 * 1024})
+    properties = SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
     monkeypatch.setattr(tune, "INTERPRET", False)
-    monkeypatch.setattr(tune.triton.runtime.driver, "_active", SimpleNamespace(utils=utils))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: properties)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA Fake")
     monkeypatch.setattr(configs, "device_arch", lambda _device: 90)
-    monkeypatch.setattr(tune, "gpu_timer", lambda case: lambda tile: 1.0 + tile.block_m)
+    monkeypatch.setattr(tune, "gpu_timer", lambda case, compilers, tiles: lambda tile: 1.0 + tile.block_m)
 
 
 def test_the_command_fills_the_users_table(hopper: None, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -389,6 +414,55 @@ def test_the_command_fills_the_users_table(hopper: None, cache: Path, capsys: py
     assert "0 shapes measured" in capsys.readouterr().out
     assert tune.main([*arguments, "--again", "--minutes", "0"]) == 0
     assert configs.read(cache / "sm_90.json") == table
+
+
+def test_the_command_begins_with_most_tokens(hopper: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[int, int]] = []
+
+    def timer(case: tune.Case, *_: object):
+        order.append((case.M, case.N))
+        return lambda tile: 1.0
+
+    monkeypatch.setattr(tune, "gpu_timer", timer)
+    assert tune.main(["--layout", "binary", "--shapes", "70,300", "768,768", "--tokens", "64", "2048"]) == 0
+    assert order == [(2048, 70), (2048, 768), (64, 70), (64, 768)]
+
+
+def test_a_tile_that_fails_is_left_out_and_the_others_are_timed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    triton_testing = pytest.importorskip("triton.testing")
+    wrong, unlaunchable, uncompilable = (Tile(16, 32, 32, 4, stages) for stages in (3, 4, 5))
+
+    class Inputs:
+        def __init__(self, case: tune.Case, device: str) -> None:
+            pass
+
+        def run(self, tile: Tile) -> None:
+            pass
+
+        def right(self, tile: Tile) -> bool:
+            if tile == unlaunchable:
+                raise RuntimeError("out of resource: shared memory")
+            return tile != wrong
+
+    def submit(binary: Tile) -> SimpleNamespace:
+        def result() -> None:
+            if binary == uncompilable:
+                raise RuntimeError("PassManager::run failed")
+
+        return SimpleNamespace(result=result)
+
+    tiles = [MINE, wrong, unlaunchable, uncompilable, OTHER]
+    recorded = iter(tiles)
+    monkeypatch.setattr(tune, "Inputs", Inputs)
+    monkeypatch.setattr(tune.ahead, "recording", lambda arch: contextlib.nullcontext([next(recorded)]))
+    monkeypatch.setattr(triton_testing, "do_bench_cudagraph", lambda run, **_: 0.004)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    microseconds = tune.gpu_timer(CASES[0], SimpleNamespace(arch=90, submit=submit), tiles)
+    assert [microseconds(tile) for tile in tiles] == [4.0, *[float("inf")] * 3, 4.0]
+    told = capsys.readouterr().err
+    assert all(reason in told for reason in ("wrong numbers", "out of resource", "PassManager"))
 
 
 def test_the_command_refuses_tables_it_cannot_continue(
@@ -408,7 +482,7 @@ def test_the_command_refuses_tables_it_cannot_continue(
 def test_an_interrupted_command_says_how_to_go_on(
     hopper: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupt(_case: tune.Case) -> None:
+    def interrupt(_case: tune.Case, *_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "gpu_timer", interrupt)
@@ -430,7 +504,7 @@ def test_bad_arguments_are_named(arguments: list[str], capsys: pytest.CaptureFix
 @pytest.mark.parametrize("layout", linear_gpu.LAYOUTS)
 def test_triton_tiles_are_checked_before_they_are_timed(layout: str) -> None:
     inputs = tune.Inputs(tune.Case(layout, 70, 300, 16), "cuda" if torch.cuda.is_available() else "cpu")
-    assert inputs.exact(OTHER) and inputs.exact(MINE)
-    assert inputs.run(OTHER).isfinite().all()
-    inputs.sums[-1][3, 5] += 1
-    assert not inputs.exact(OTHER)
+    assert inputs.right(OTHER) and inputs.right(MINE)
+    assert inputs.expected.isfinite().all()
+    inputs.expected[3, 5] *= 1.001  # a unit of float16's last place
+    assert not inputs.right(OTHER)

@@ -8,14 +8,18 @@ from dataclasses import dataclass
 
 import torch
 
-from lowbit_kernels import attention_backward, prune, reference, varlen_attention
+from lowbit_kernels import reference
+from lowbit_kernels.prune import gpu as prune_gpu
+from lowbit_kernels.varlen_attention import backward_gpu as varlen_attention_backward_gpu
+from lowbit_kernels.varlen_attention import cpu as varlen_attention_cpu
+from lowbit_kernels.varlen_attention import gpu as varlen_attention_gpu
 
 from ..trial import Case, Tensors, Trial, guarded, off_by
 
 # Of results that lie between the extremes of the values: float32 sums and exponentials, or one rounding of the output
 # and of the probabilities.
 ROUNDING = {torch.float32: 1e-5, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
-PROBS, ALL = ("attention_probs",), varlen_attention.SITES
+PROBS, ALL = ("attention_probs",), varlen_attention_cpu.SITES
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def _draw(form: Form) -> Trial:
     )
 
     def launch() -> Tensors:
-        return varlen_attention.launch(
+        return varlen_attention_gpu.launch(
             query, key, value, cu_seqlens, longest, scaling, form.bits, form.asymmetric, bias, True, form.importance
         )
 
@@ -107,7 +111,7 @@ def _draw_gradient(form: Form) -> Trial:
     out, lse = guarded(out.to(form.dtype)), guarded(lse.float())
 
     def launch() -> Tensors:
-        return attention_backward.launch(
+        return varlen_attention_backward_gpu.launch(
             grad_out, query, key, value, out, lse, cu_seqlens, longest, scaling, form.bits, form.asymmetric, bias
         ).unbind(0)
 
@@ -137,7 +141,7 @@ def _draw_selection(dtype: torch.dtype, protects: bool) -> Trial:
     want = torch.cat([want, torch.zeros(2, dtype=torch.int64)])
     return Trial(
         [importance, old, new, protected],
-        lambda: [prune.launch(importance, old, new, protected, max(lengths), sum(room) + 2)],
+        lambda: [prune_gpu.launch(importance, old, new, protected, max(lengths), sum(room) + 2)],
         lambda got: off_by(got[0], want),
     )
 

@@ -7,7 +7,10 @@ import itertools
 
 import torch
 
-from lowbit_kernels import embedding, fused_embedding, layernorm, reference
+from lowbit_kernels import reference
+from lowbit_kernels.embedding import gpu as embedding_gpu
+from lowbit_kernels.fused_embedding import gpu as fused_embedding_gpu
+from lowbit_kernels.layernorm import gpu as layernorm_gpu
 
 from ..trial import ROUNDING, Case, Tensors, Trial, guarded, off_by
 
@@ -39,7 +42,7 @@ def _embedding(kind: str, dim: int, dtype: torch.dtype) -> Trial:
     want = torch.cat([want, torch.full((3, dim), torch.nan, dtype=torch.float64)])
     return Trial(
         [ids, packed, scale],
-        lambda: [embedding.launch(ids, packed, scale, bits, dim, dtype)],
+        lambda: [embedding_gpu.launch(ids, packed, scale, bits, dim, dtype)],
         lambda got: off_by(got[0], want, (ROUNDING[dtype] + 2.0**-23) * want.abs() + 2.0**-25),
     )
 
@@ -62,7 +65,7 @@ def _layernorm(K: int, dtype: torch.dtype, residual: bool, bits: int, symmetric:
     want = reference.add_layernorm(x.double(), second, weight, bias, EPS)
     return Trial(
         [x, second, weight, bias],
-        lambda: layernorm.launch(x, second, weight, bias, EPS, bits, symmetric),
+        lambda: layernorm_gpu.launch(x, second, weight, bias, EPS, bits, symmetric),
         lambda got: _normalized(got, want, bits, symmetric),
     )
 
@@ -79,7 +82,7 @@ def _fused(kind: str, dim: int, bits: int, symmetric: bool) -> Trial:
     tensors = [value for value in (*given, positions, position_table, weight, bias) if isinstance(value, torch.Tensor)]
     return Trial(
         tensors,
-        lambda: fused_embedding.launch(
+        lambda: fused_embedding_gpu.launch(
             *given, positions, position_table, weight, bias, EPS, bits, symmetric, torch.float32
         ),
         lambda got: _normalized(got, want, bits, symmetric),

@@ -8,8 +8,9 @@ from unittest import mock
 
 import torch
 
-from lowbit_kernels import linear_triton, reference
-from lowbit_kernels.linear_triton import Tile
+from lowbit_kernels import reference
+from lowbit_kernels.linear import gpu as linear_gpu
+from lowbit_kernels.linear.gpu import Tile
 
 from ..trial import ROUNDING, Case, Tensors, Trial, guarded, off_by
 
@@ -73,8 +74,8 @@ def _draw(form: Form, layout: str) -> Trial:
         return workspaces[-1]
 
     def launch() -> Tensors:
-        with mock.patch.object(linear_triton, "_workspace", workspace):  # of the least size, to see its bounds kept
-            out = linear_triton.launch(
+        with mock.patch.object(linear_gpu, "_workspace", workspace):  # of the least size, to see its bounds kept
+            out = linear_gpu.launch(
                 x, packed, scale if layout == "split" else scale[0], bias, x_scale, zero, form.activation,
                 form.out_dtype, layout, form.tile, residual=residual, out_scale=out_scale,
             )  # fmt: skip
@@ -135,6 +136,6 @@ def _definition(
 
 CASES = [
     Case(f"linear {layout}, {name}", functools.partial(_draw, form, layout))
-    for layout in linear_triton.LAYOUTS
+    for layout in linear_gpu.LAYOUTS
     for name, form in FORMS.items()
 ]

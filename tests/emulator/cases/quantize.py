@@ -6,7 +6,8 @@ import functools
 
 import torch
 
-from lowbit_kernels import quantize, reference
+from lowbit_kernels import reference
+from lowbit_kernels.quantize import gpu as quantize_gpu
 
 from ..trial import Case, Tensors, Trial, guarded, off_by
 
@@ -33,7 +34,7 @@ def _per_token(shape: tuple[int, int], dtype: torch.dtype, bits: int, symmetric:
     x = _values(*shape, dtype=dtype)
     want = reference.quantize_per_token(x, bits, symmetric)
     return Trial(
-        [x], lambda: quantize.launch_per_token(x, bits, symmetric), lambda got: _compared(got, want, symmetric)
+        [x], lambda: quantize_gpu.launch_per_token(x, bits, symmetric), lambda got: _compared(got, want, symmetric)
     )
 
 
@@ -45,7 +46,7 @@ def _per_tensor(shape: tuple[int, int], symmetric: bool) -> Trial:
         own = off_by(got[0], codes) + off_by(got[1], scale)
         return own if symmetric else own + off_by(got[2], zero)
 
-    return Trial([x], lambda: quantize.launch_per_tensor(x, 8, symmetric, None, None), wrong)
+    return Trial([x], lambda: quantize_gpu.launch_per_tensor(x, 8, symmetric, None, None), wrong)
 
 
 def _fake(shape: tuple[int, ...], dtype: torch.dtype, bits: int, symmetric: bool) -> Trial:
@@ -55,7 +56,9 @@ def _fake(shape: tuple[int, ...], dtype: torch.dtype, bits: int, symmetric: bool
     codes, scale, zero = reference.quantize_per_token(x, bits, symmetric)
     shift = 0 if zero is None else zero.unsqueeze(-1)
     want = ((codes.float() - shift) * scale.unsqueeze(-1)).to(dtype)
-    return Trial([x], lambda: [quantize.launch_fake_per_token(x, bits, symmetric)], lambda got: off_by(got[0], want))
+    return Trial(
+        [x], lambda: [quantize_gpu.launch_fake_per_token(x, bits, symmetric)], lambda got: off_by(got[0], want)
+    )
 
 
 def _cases() -> list[Case]:

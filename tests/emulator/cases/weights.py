@@ -7,7 +7,9 @@ import itertools
 
 import torch
 
-from lowbit_kernels import packing, reference, weights
+from lowbit_kernels import packing, reference
+from lowbit_kernels.split import gpu as split_gpu
+from lowbit_kernels.weights import gpu as weights_gpu
 
 from ..trial import Case, Tensors, Trial, guarded, off_by
 
@@ -26,7 +28,7 @@ def _ternarize(shape: tuple[int, int], per_row: bool, iterations: int | None) ->
     want = reference.ternarize(w, granularity=granularity, curvature=curvature, iterations=iterations or 0)
     return Trial(
         [w, curvature],
-        lambda: weights.launch_ternarize(w, per_row, curvature, iterations or 0),
+        lambda: weights_gpu.launch_ternarize(w, per_row, curvature, iterations or 0),
         lambda got: _codes(got, want, 2),
     )
 
@@ -34,7 +36,7 @@ def _ternarize(shape: tuple[int, int], per_row: bool, iterations: int | None) ->
 def _binarize(shape: tuple[int, int], per_row: bool) -> Trial:
     w = guarded(torch.randn(shape))
     want = reference.binarize(w, granularity="per_row" if per_row else "per_tensor")
-    return Trial([w], lambda: weights.launch_binarize(w, per_row), lambda got: _codes(got, want, 0))
+    return Trial([w], lambda: weights_gpu.launch_binarize(w, per_row), lambda got: _codes(got, want, 0))
 
 
 def _split(shape: tuple[int, int], per_row: bool) -> Trial:
@@ -44,7 +46,7 @@ def _split(shape: tuple[int, int], per_row: bool) -> Trial:
     def wrong(got: Tensors) -> int:
         return sum(off_by(a, b, 1e-6 + 1e-5 * b.abs()) for a, b in zip(got, want, strict=True))
 
-    return Trial([w], lambda: weights.launch_split(w, per_row), wrong)
+    return Trial([w], lambda: split_gpu.launch_split(w, per_row), wrong)
 
 
 def _pack(layout: str, N: int, K: int) -> Trial:
