@@ -9,10 +9,13 @@ BUDGET ?= 480
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# Where versions of torch and transformers differ: kernels, compiling, export, checkpoints, training, adapters.
+VERSIONS_UNIT := tests/kernels/test_aot.py $(addprefix tests/test_,compile.py tracing.py torch.py conversion.py \
+	loading.py plugin.py encoder.py distill.py peft.py)
 # Nothing that runs from here may reach for a model hub.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help demo test lint unit docs interpreter aot aoti bench soak gpu rehearse clean
+.PHONY: help demo test lint unit docs interpreter aot aoti versions bench soak gpu rehearse clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +64,19 @@ aot: $(VENV)/.installed  ## Triton kernels compiled for sm_80, 89, 90 and 100: n
 aoti: $(VENV)/.installed  ## an AOTInductor package of a packed model, run in a process without lowbit (minutes of compiling)
 	$(OFFLINE) OMP_NUM_THREADS=1 LOWBIT_AOTI=1 $(BIN)/python -m pytest -q tests/test_exporting.py
 
+.PRECIOUS: .venv-%/.installed
+.venv-%/.installed: tests/stacks/%.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -e . -r tests/stacks/$*.txt
+	@touch $@
+
+versions: versions-oldest versions-newest  ## the oldest and the newest torch, Triton and transformers: interpreter, aot, a part of the unit tests
+
+versions-%: .venv-%/.installed
+	$(OFFLINE) OMP_NUM_THREADS=1 TRITON_INTERPRET=1 .venv-$*/bin/python -m pytest -q -n 2 tests/kernels -k triton
+	.venv-$*/bin/python -m lowbit_kernels.aot
+	$(OFFLINE) OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -q -n 2 $(VERSIONS_UNIT)
+
 bench: $(VENV)/.installed-bench  ## CPU benchmarks against float32, torch int8 and onnxruntime
 	$(OFFLINE) $(BIN)/python -m benchmarks.cpu --results $(RESULTS)
 
@@ -74,6 +90,6 @@ rehearse: $(VENV)/.installed  ## walk the GPU run without a GPU: every part, wha
 	$(OFFLINE) OMP_NUM_THREADS=1 PYTHONPATH=.:kernels $(BIN)/python -m benchmarks.rehearse
 
 clean:  ## remove .venv and everything generated
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	rm -rf demo-output soak-output
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

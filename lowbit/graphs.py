@@ -7,6 +7,7 @@ and spare tokens at its end, which belong to no sequence.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
+
+from lowbit_kernels.linear import made_of
 
 from . import models
 from .heads import reads_first_token_only
@@ -53,10 +56,10 @@ def compile_for(
 
     A batch takes the graph with the fewest tokens that holds it; one that no graph holds runs without.
 
-    Graphs hold the weights and lengths as they are and share their buffers: do not move, retype or edit the model
-    afterwards (`lowbit.set_length` gives the graphs up), and run it from one thread and stream at a time. A head that
-    reads the first token only has graphs that compute no other in the last layer; the base model called without its
-    head, and tokens protected by name, run without graphs.
+    Graphs hold the weights and lengths as they are and share their buffers: edits of weights are not seen afterwards
+    (moving or retyping the model and `lowbit.set_length` give the graphs up), and one thread and stream at a time may
+    run it. A head that reads the first token only has graphs that compute no other in the last layer; the base model
+    called without its head, and tokens protected by name, run without graphs.
 
     Args:
         model: fused (`convert(..., fused=True)` or `fuse`), on a CUDA device.
@@ -84,7 +87,10 @@ def compile_for(
         raise ValueError(f"compile_for captures CUDA graphs, the model is on {model.device}; use lowbit.compile there")
     available, width = shapes(batch_sizes, seq_lens), model.config.hidden_size
     first_token_only = reads_first_token_only(model)
-    encoder.run = Graphs(encoder._run, available, width, model.dtype, model.device, first_token_only, progress=progress)
+    weights = (*encoder.parameters(), *encoder.buffers())
+    encoder.run = Graphs(
+        encoder._run, available, width, model.dtype, model.device, first_token_only, progress=progress, weights=weights
+    )
     return model
 
 
@@ -120,11 +126,23 @@ def _capturing(device: torch.device) -> Capture:
                 run()
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool, stream=stream):
-                output = run()
+            try:
+                # By default calls of other threads would break a capture, and it theirs.
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    output = run()
+            except BaseException:
+                _forget_failed_capture(stream)
+                raise
         return graph.replay, output
 
     return capture
+
+
+def _forget_failed_capture(stream: torch.cuda.Stream) -> None:
+    """Capture something else: until a capture succeeds, the device's random generator raises when it is used."""
+    graph = torch.cuda.CUDAGraph()
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        torch.zeros(1, device=stream.device)
 
 
 class Graphs:
@@ -137,6 +155,7 @@ class Graphs:
         first_token_only: whether the last layer computes no other; batches that ask for something else are not held.
         capture: makes a replay and its output of a call; default: CUDA graphs.
         progress: show a bar.
+        weights: that `run` reads. They stay, with what was made of them, as long as graphs hold their addresses.
     """
 
     def __init__(
@@ -149,6 +168,7 @@ class Graphs:
         first_token_only: bool = False,
         capture: Capture | None = None,
         progress: bool = False,
+        weights: Iterable[torch.Tensor] = (),
     ) -> None:
         self.uncaptured, self.first_token_only = run, first_token_only
         self.graphs: dict[Shape, Graph] = {}
@@ -161,6 +181,8 @@ class Graphs:
                 sequences = Sequences(steps.to(torch.int32), shape.length)
                 replay, output = capture(functools.partial(run, tokens, sequences, first_token_only))
                 self.graphs[shape] = Graph(tokens, sequences.cu_seqlens, replay, output)
+        weights = list(weights)
+        self.held = [*weights, *made_of(weights)]
 
     def __call__(
         self,

@@ -38,6 +38,8 @@ def reads_first_token_only(model: PreTrainedModel) -> bool:
     """
     if model.base_model is model or torch.compiler.is_compiling():  # Dynamo cannot trace how it is found out
         return False
+    if getattr(model, "_is_replica", False):  # of torch.nn.DataParallel, which runs by its modules
+        return False
     if model.device.type == "meta":
         return type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
     after = list(_after_encoder(model))

@@ -128,7 +128,7 @@ class LowbitQuantizer(HfQuantizer):
                     "load with a device_map that keeps all weights on devices, or device_map='cpu'"
                 )
             # transformers has already noted the wanted config on the model, which is still float.
-            wanted, model.config.quantization_config = self.quantization_config, None
+            wanted, model.config.quantization_config, model.hf_quantizer = self.quantization_config, None, None
             return _set_asked_attention(quantize(model, wanted), self.asked_attention)
         if self.quantization_config.stage == "packed":
             _expand_trits(model)
@@ -194,7 +194,8 @@ def _set_saved_length(model: PreTrainedModel) -> PreTrainedModel:
 def current_config(model: PreTrainedModel) -> LowbitConfig:
     """The model's `LowbitConfig`; a fresh one with stage "float" where it has none.
 
-    A model built from the configuration of another one is float, whatever became of the other.
+    A model built from the configuration of another one is float, whatever became of the other. A head on a body is at
+    the stage of its body, which may have come there by a verb for the body alone, or for another head on it.
 
     Raises:
         TypeError, ValueError: not a supported model, or quantized by another method.
@@ -202,12 +203,28 @@ def current_config(model: PreTrainedModel) -> LowbitConfig:
     from .models import check
 
     check(model)
-    config = getattr(model.config, "quantization_config", None)
-    if config is None or not isinstance(getattr(model, "hf_quantizer", None), HfQuantizer):
-        return LowbitConfig(stage="float")
-    if not isinstance(config, LowbitConfig):
+    own, of_body = _quantizers(model)
+    if isinstance(own, HfQuantizer) and not _is_lowbits(own):
+        config = own.quantization_config
         raise ValueError(f"the model is already quantized by another method ({config}); load its float checkpoint")
-    return config
+    if not _is_lowbits(of_body):
+        return LowbitConfig(stage="float")
+    # The decoder of another head is none of this one's.
+    return (
+        of_body.quantization_config
+        if own is of_body
+        else of_body.quantization_config.replace(output_embedding_bits=None)
+    )
+
+
+def _quantizers(model: PreTrainedModel) -> tuple[Any, Any]:
+    """What the model has as `hf_quantizer`, and what its body has: one object unless they went separate ways."""
+    return getattr(model, "hf_quantizer", None), getattr(model.base_model, "hf_quantizer", None)
+
+
+def _is_lowbits(quantizer: Any) -> bool:
+    """By its configuration: the class may be that of another import of this module."""
+    return isinstance(getattr(quantizer, "quantization_config", None), LowbitConfig)
 
 
 def own_config(model: PreTrainedModel) -> None:
@@ -232,8 +249,9 @@ def attach(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     """Make `model` save and load as what `config` says it is."""
     model.config.quantization_config = config
     model.config._is_quantized = config.stage == "packed"
+    quantizer = LowbitQuantizer(config, pre_quantized=True)
     for part in {model, model.base_model}:  # `model.bert.save_pretrained` is a way to drop the head
-        part.hf_quantizer = LowbitQuantizer(config, pre_quantized=True)
+        part.hf_quantizer = quantizer
         # transformers refuses .half() and .float() on models marked quantized; lowbit modules survive both.
         part.is_quantized = False
         for name, method in _METHODS.items():
@@ -247,8 +265,8 @@ def detach(model: PreTrainedModel) -> None:
         for name in (*_METHODS, "hf_quantizer", "quantization_method"):
             part.__dict__.pop(name, None)
         part.is_quantized = False
-    del model.config.quantization_config
-    model.config.__dict__.pop("_is_quantized", None)
+    for name in ("quantization_config", "_is_quantized"):
+        model.config.__dict__.pop(name, None)
 
 
 def _save_pretrained(
@@ -281,6 +299,11 @@ def _save_pretrained(
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file; save_pretrained needs a directory")
     target.mkdir(parents=True, exist_ok=True)
+    own, of_body = _quantizers(model)
+    if own is not of_body:  # the body has gone on alone
+        return type(model).save_pretrained(
+            model, target, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs
+        )
     hub = {name: kwargs.pop(name) for name in publishing.OPTIONS if name in kwargs}
     # Names are the modules' own: those of other libraries, which transformers writes for some types, say other shapes.
     kwargs.setdefault("save_original_format", False)
@@ -325,31 +348,35 @@ def _attention_by_any_name(model: PreTrainedModel) -> Iterator[None]:
 def _save_as_what_it_is(save_pretrained: Callable[..., Any]) -> Callable[..., Any]:
     """transformers' `save_pretrained`, for models that lowbit did not make but that have something of those it made.
 
-    A new model made from the configuration of a packed one is float, and saved as such. A head on the body of a packed
-    model is saved as packed. A model that holds quantized parts otherwise could not be loaded, and is refused.
+    A new model made from the configuration of a packed one is float, and saved as such. A head is saved as what its
+    body is now, which may be another model's, or have gone on alone (`lowbit.convert(model.bert)`). A model that holds
+    quantized parts otherwise could not be loaded, and is refused.
     """
 
     @functools.wraps(save_pretrained)
     def save(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         from .nn import QuantEmbedding, QuantLinear
 
-        kinds = (Packed, QuantLinear, QuantEmbedding, QuantDecoder)
-        if isinstance(getattr(model, "hf_quantizer", None), HfQuantizer):
+        own, of_body = _quantizers(model)
+        if isinstance(own, HfQuantizer) and (own is of_body or not _is_lowbits(own)):
             return save_pretrained(model, *args, **kwargs)
+        kinds = (Packed, QuantLinear, QuantEmbedding, QuantDecoder)
         parts = [n for n, each in model.named_modules() if isinstance(each, kinds)]
-        base = model.base_model
-        if parts and base is not model and isinstance(getattr(base, "hf_quantizer", None), LowbitQuantizer):
-            outside = [name for name in parts if not name.startswith(f"{model.base_model_prefix}.")]
-            if not outside:
-                were = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
-                _take_over(model, base)
-                try:
-                    return model.save_pretrained(*args, **kwargs)
-                except BaseException:
-                    for now, was in were:
-                        now.clear()
-                        now.update(was)
-                    raise
+        outside = [name for name in parts if not name.startswith(f"{model.base_model_prefix}.")]
+        were = [(module.__dict__, dict(module.__dict__)) for module in model.modules()]
+        try:
+            if _is_lowbits(of_body) and not outside:
+                _take_over(model, of_body.quantization_config)
+                return model.save_pretrained(*args, **kwargs)
+            if _is_lowbits(own) and not parts:
+                own_config(model)
+                detach(model)
+                return model.save_pretrained(*args, **kwargs)
+        except BaseException:
+            for now, was in were:
+                now.clear()
+                now.update(was)
+            raise
         if parts:
             raise ValueError(
                 f"{type(model).__name__} holds modules that lowbit quantized ({parts[0]}, {len(parts)} in all) and is "
@@ -370,17 +397,18 @@ def _save_as_what_it_is(save_pretrained: Callable[..., Any]) -> Callable[..., An
     return save
 
 
-def _take_over(model: PreTrainedModel, base: PreTrainedModel) -> None:
-    """Make a head on a body that another model shares save as what the body is."""
+def _take_over(model: PreTrainedModel, config: LowbitConfig) -> None:
+    """Make a head save as what its body is: `config`."""
     from .models import ARCHITECTURES
 
     own_config(model)
+    base = model.base_model
     architecture = ARCHITECTURES.get(base.config.model_type)
     names = ("length_config", *(() if architecture is None else (architecture.intermediate_size,)))
     for name in names:
         if hasattr(base.config, name):
             setattr(model.config, name, copy.deepcopy(getattr(base.config, name)))
-    attach(model, base.config.quantization_config.replace(output_embedding_bits=None))  # a float head
+    attach(model, config.replace(output_embedding_bits=None))  # a float head
 
 
 def _push_to_hub(model: PreTrainedModel, repo_id: str, *, tags: list[str] | None = None, **kwargs: Any) -> Any:
@@ -605,14 +633,30 @@ def _bare(model: PreTrainedModel, name: str) -> str:
     return name.removeprefix(f"{model.base_model_prefix}.")
 
 
-def _guard_saving() -> None:
+def _dequantize_with_body(dequantize: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers' `dequantize`, for a head on a body that lowbit quantized."""
+
+    @functools.wraps(dequantize)
+    def run(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        own, of_body = _quantizers(model)
+        if own is None and _is_lowbits(of_body):
+            return of_body.dequantize(model, *args, **kwargs)
+        return dequantize(model, *args, **kwargs)
+
+    return run
+
+
+def _guard(name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put a wrapper around a method of transformers' models."""
     from transformers import PreTrainedModel
 
-    original = PreTrainedModel.save_pretrained
+    original = getattr(PreTrainedModel, name)
     if getattr(original, "lowbit_guards", False):  # of an earlier import
-        original = original.__wrapped__  # type: ignore[attr-defined]
-    PreTrainedModel.save_pretrained = _save_as_what_it_is(original)  # type: ignore[method-assign]
-    PreTrainedModel.save_pretrained.lowbit_guards = True  # type: ignore[attr-defined]
+        original = original.__wrapped__
+    wrapped: Any = wrap(original)
+    wrapped.lowbit_guards = True
+    setattr(PreTrainedModel, name, wrapped)
 
 
-_guard_saving()
+_guard("save_pretrained", _save_as_what_it_is)
+_guard("dequantize", _dequantize_with_body)

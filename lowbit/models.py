@@ -219,7 +219,7 @@ def check(model: PreTrainedModel) -> None:
         ValueError: an encoder-decoder, an encoder with cross-attention, or one that is not where its class says;
             quantized by an earlier import of lowbit.
     """
-    from transformers import PreTrainedModel
+    from transformers.modeling_utils import PreTrainedModel  # Dynamo of torch 2.11 cannot trace transformers' lazy one
 
     if not isinstance(model, PreTrainedModel) or not hasattr(model.config, "model_type"):
         hint = _WRAPPERS.get(type(model).__name__, "")

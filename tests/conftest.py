@@ -9,7 +9,9 @@ import os
 import random
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from importlib.metadata import version
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,39 @@ from lowbit_kernels import native
 
 # Read at MKL's first product. Else, on AMD, a product with few columns rounds by where in memory it lies.
 os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    """Triton 3.6's interpreter does `int(array of one)` for each loop over an argument, which numpy 2.4 made an error.
+
+    Nothing that a kernel can avoid, and nothing that a GPU meets. Later Tritons do it otherwise.
+    """
+    try:
+        return (yield)
+    except Exception as error:
+        if os.environ.get("TRITON_INTERPRET") != "1" or "only 0-dimensional arrays can be converted" not in str(error):
+            raise
+        if not version("triton").startswith("3.6.") or tuple(map(int, version("numpy").split(".")[:2])) < (2, 4):
+            raise
+        pytest.skip("Triton 3.6's interpreter cannot loop with numpy 2.4 or later: pip install 'numpy<2.4'")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def launches_say_whether_they_fuse() -> Iterator[None]:
+    """Each that the interpreter sees: where one does not, Triton 3.9 warns users, and 3.10 no longer fuses."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            from triton.runtime.interpreter import InterpretedFunction
+
+            run = InterpretedFunction.run
+
+            def checked(self: Any, *args: Any, **options: Any) -> None:
+                assert "enable_fp_fusion" in options, f"the launch of {self} lacks enable_fp_fusion"
+                run(self, *args, **options)
+
+            patch.setattr(InterpretedFunction, "run", checked)
+        yield
 
 
 @pytest.fixture

@@ -70,6 +70,18 @@ def test_offloaded_weights_are_found() -> None:
             assert (got - wanted).norm() < 0.02 * wanted.norm()
 
 
+@pytest.mark.parametrize("stage", ["float", "packed", "fused"])
+def test_an_offloaded_model_may_be_made_shorter(stage: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model, inputs, lengths = tiny(), batch(), lowbit.LengthConfig((0.7, 0.4))
+    if stage != "float":
+        model = lowbit.quantize(model, lowbit.TernaryConfig(), fused=stage == "fused")
+    (expected,) = outputs(lowbit.set_length(copy.deepcopy(model), lengths), inputs)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    (got,) = outputs(lowbit.set_length(model, lengths), inputs)
+    assert (got - expected).norm() < 0.02 * expected.norm()
+
+
 def test_gradients_go_straight_through_packed_linears() -> None:
     model = lowbit.quantize(tiny(hidden_dropout_prob=0.0), lowbit.TernaryConfig())
     inputs = batch()

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrizations, prune
 import lowbit
 from helpers import identical, outputs, outputs_by_module
 from lowbit.heads import reads_first_token_only
+from lowbit.hf import current_config
 from lowbit.nn import PackedEncoder
 
 SIZES = {
@@ -391,6 +392,61 @@ def test_a_head_on_a_shared_body_is_saved_as_what_it_holds(slim: bool, tmp_path:
     loaded = reloaded(tagger, tmp_path)
     assert identical(outputs(loaded, inputs), outputs(tagger, inputs))
     assert loaded.config.quantization_config.stage == "packed" and loaded.bert.encoder.lengths is not None
+
+
+ALONE = {
+    "quantize": (None, lambda body: lowbit.quantize(body, lowbit.TernaryConfig()), "packed"),
+    "convert": (lambda model: lowbit.prepare(model, lowbit.TernaryConfig()), lowbit.convert, "packed"),
+    "split": (lambda model: lowbit.prepare(model, lowbit.TernaryConfig()), lowbit.split, "prepared"),
+    "dequantize": (
+        lambda model: lowbit.quantize(model, lowbit.TernaryConfig()),
+        lambda body: body.dequantize(),
+        "float",
+    ),
+    "slim": (None, lambda body: lowbit.slim(body, 0.5), "float"),
+}
+
+
+@pytest.mark.parametrize("verb", ALONE)
+@pytest.mark.parametrize("head", ["BertForSequenceClassification", "BertForMaskedLM"])
+def test_a_body_that_went_on_alone_is_saved_as_what_it_is(verb: str, head: str, tmp_path: Path) -> None:
+    before, alone, stage = ALONE[verb]
+    model = made(head)
+    if before is not None:
+        before(model)
+    alone(model.bert)
+    assert current_config(model).stage == stage
+    expected = outputs(model, {"input_ids": (tokens := ids())})
+    for _ in range(2):  # saving has not changed what it is
+        again = reloaded(model, tmp_path)
+        assert (again.config.to_dict().get("quantization_config") is None) == (verb == "dequantize")
+        for a, b in zip(outputs(again, {"input_ids": tokens}), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_body_that_went_on_alone_leaves_its_decoder_behind(tmp_path: Path) -> None:
+    model = lowbit.prepare(made("BertForMaskedLM"), lowbit.TernaryConfig(output_embedding_bits=8))
+    lowbit.convert(model.bert)
+    with pytest.raises(ValueError, match="holds modules that lowbit quantized"):
+        model.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", [lowbit.fuse, lambda model: model.dequantize()])
+def test_verbs_take_a_second_head_for_what_its_body_is(verb: Callable[[Any], Any], tmp_path: Path) -> None:
+    first, second = packed(), made("BertForTokenClassification")
+    second.bert = first.bert
+    inputs = {"input_ids": ids()}
+    expected = [outputs(model, inputs) for model in (first, second)]
+    with pytest.raises(ValueError, match="already packed"):
+        lowbit.convert(second)
+    verb(second)
+    assert current_config(first).stage == current_config(second).stage
+    for model, before in zip((first, second), expected, strict=True):
+        again = reloaded(model, tmp_path / type(model).__name__)
+        for a, b, c in zip(outputs(model, inputs), outputs(again, inputs), before, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+            assert (a - c).norm() <= 0.02 * c.norm()  # activations are float now, where it is
 
 
 def test_other_models_that_hold_quantized_parts_are_not_saved(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +61,17 @@ class Derived:
         made_from = [(weakref.ref(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors]
         with torch.inference_mode(False):  # or what is derived from it in turn could not be kept
             value = make()
-        if not tensors[0].is_cuda or outlives_capture(value):
-            self._kept[tensors[0]] = _Entry(made_from, key, value)
+        if tensors[0].is_cuda:
+            if not outlives_capture(value):
+                return value
+            # Other streams read the value as soon as it is kept, and nothing else would make them wait for this one.
+            torch.cuda.current_stream(tensors[0].device).synchronize()
+        self._kept[tensors[0]] = _Entry(made_from, key, value)
         return value
+
+    def of(self, tensors: Iterable[torch.Tensor]) -> list[Any]:
+        """The values kept now that have one of these as their first tensor."""
+        return [entry.value for tensor in tensors if (entry := self._kept.get(tensor)) is not None]
 
     def values(self) -> list[Any]:
         """All values kept now."""

@@ -39,13 +39,13 @@ MODULES = (
 )
 
 KIB = 1024
-# Compute capability -> (shared memory of a block, SASS of its tensor-core products of int8 and of floats). Triton has
-# no int8 product of the fifth-generation tensor cores: on 100 it becomes the warp-level IMMA of Ampere.
+# Compute capability -> (shared memory of a block, SASS of its tensor-core products of int8 and of floats: any will do).
+# On 100 Triton 3.6 and 3.7 make int8 products the warp-level IMMA of Ampere, later ones those of the fifth generation.
 ARCHITECTURES = {
-    80: (163 * KIB, "IMMA", "HMMA"),
-    89: (99 * KIB, "IMMA", "HMMA"),
-    90: (227 * KIB, "IGMMA", "HGMMA"),
-    100: (227 * KIB, "IMMA", "UTCHMMA"),
+    80: (163 * KIB, ("IMMA",), ("HMMA",)),
+    89: (99 * KIB, ("IMMA",), ("HMMA",)),
+    90: (227 * KIB, ("IGMMA",), ("HGMMA",)),
+    100: (227 * KIB, ("IMMA", "UTCIMMA"), ("UTCHMMA",)),
 }
 
 
@@ -58,14 +58,19 @@ class Compiled:
     registers: int
     spilled: int  # bytes of local memory a thread
     shared: int
-    products: tuple[str, ...]  # the instructions that its products should become; none for full float32
+    products: tuple[tuple[str, ...], ...]  # what each kind of product should become, any of them; none for full float32
     opcodes: dict[str, int]
     loop: dict[str, int]  # opcodes of the innermost loop with products
 
     @property
     def multiplications(self) -> int:
         """Instructions that multiply."""
-        return sum(self.opcodes.get(product, 0) for product in self.products)
+        return sum(self.opcodes.get(opcode, 0) for opcode in self.multiplying)
+
+    @property
+    def multiplying(self) -> tuple[str, ...]:
+        """The opcodes of its products."""
+        return tuple(opcode for either in self.products for opcode in either)
 
     def faults(self) -> list[str]:
         """What is wrong with it; empty if nothing is."""
@@ -75,7 +80,8 @@ class Compiled:
             found.append(f"spills {self.spilled} bytes")
         if self.shared > limit:
             found.append(f"shared memory {self.shared} exceeds {limit}")
-        return found + [f"no {product} instruction" for product in self.products if not self.opcodes.get(product)]
+        missing = [either for either in self.products if not any(self.opcodes.get(opcode) for opcode in either)]
+        return found + [f"no {' or '.join(either)} instruction" for either in missing]
 
 
 def cases(archs: Iterable[int], only: str = "") -> list[tuple[str, int, int]]:
@@ -101,7 +107,10 @@ def compile_case(module: str, index: int, arch: int) -> Compiled:
 def compile_kernel(
     label: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], warps: int, stages: int, arch: int
 ) -> Compiled:
-    """The same for a case that is in no table (to try a tile, say)."""
+    """The same for a case that is in no table (to try a tile, say).
+
+    Constants that are no arguments of the kernel are options of the compiler, as in a launch.
+    """
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 keeps Triton from compiling: unset it")
     import triton
@@ -109,6 +118,10 @@ def compile_kernel(
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
+    # As every launch says, and not as Triton's default is: that of 3.10 is no fusion.
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options |= {name: value for name, value in constants.items() if name not in names}
+    constants = {name: value for name, value in constants.items() if name in names}
     types = {name: "constexpr" if name in constants else signature[name].split(":")[0] for name in names}
     aligned = [name for name in signature if signature[name].startswith("*") or signature[name].endswith(":16")]
     source = ASTSource(
@@ -117,7 +130,6 @@ def compile_kernel(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": warps, "num_stages": stages}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage, listing = _disassemble(built.asm["cubin"])
     opcodes = Counter(opcode for _, opcode, _ in listing)
@@ -135,7 +147,7 @@ def compile_kernel(
     )
 
 
-def _products(ttir: str, arch: int) -> tuple[str, ...]:
+def _products(ttir: str, arch: int) -> tuple[tuple[str, ...], ...]:
     """The instructions that the products in Triton's intermediate code should become."""
     dots = re.findall(r"tt\.dot (.*) : tensor<(\d+)x\d+x(\w+)> \*", ttir)
     found = set()
@@ -143,7 +155,7 @@ def _products(ttir: str, arch: int) -> tuple[str, ...]:
         _, int8, floats = ARCHITECTURES[arch if int(rows) >= 64 else 80]  # the later instructions take 64 rows
         if dtype != "f32" or "tf32" in attributes:
             found.add(int8 if dtype == "i8" else floats)
-    return tuple(sorted(found | ({"IDP"} if "dp4a" in ttir else set())))
+    return tuple(sorted(found | ({("IDP",)} if "dp4a" in ttir else set())))
 
 
 Listing = list[tuple[int, str, int | None]]  # address, opcode, target where it is a branch
@@ -170,14 +182,14 @@ def _disassemble(cubin: bytes) -> tuple[dict[str, int], Listing]:
     return usage, listing
 
 
-def _loop(listing: Listing, products: tuple[str, ...]) -> Counter[str]:
+def _loop(listing: Listing, products: tuple[tuple[str, ...], ...]) -> Counter[str]:
     """Opcodes between the nearest backward branch and its target that enclose a product."""
     bodies = [
         Counter(opcode for place, opcode, _ in listing if target <= place <= address)
         for address, _, target in listing
         if target is not None and target < address
     ]
-    with_product = (body for body in bodies if any(body[product] for product in products))
+    with_product = (body for body in bodies if any(body[opcode] for either in products for opcode in either))
     return min(with_product, key=Counter.total, default=Counter())
 
 
@@ -199,7 +211,7 @@ def _mix(result: Compiled) -> str:
     """The loop in words: its length, products, what decodes weights (SHF LOP3 IADD PRMT), loads and stores of tiles."""
     if not result.loop:
         return ""
-    shown = (*result.products, "SHF", "LOP3", "IADD", "VIADD", "PRMT", "LDSM", "LDS", "STS", "LDGSTS", "LDG")
+    shown = (*result.multiplying, "SHF", "LOP3", "IADD", "VIADD", "PRMT", "LDSM", "LDS", "STS", "LDGSTS", "LDG")
     parts = [f"{result.loop[opcode]} {opcode}" for opcode in shown if opcode in result.loop]
     return f"{sum(result.loop.values())}: {', '.join(parts)}"
 

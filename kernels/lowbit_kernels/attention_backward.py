@@ -253,7 +253,7 @@ def launch(
         blocks = triton.cdiv(max_seqlen, block)
         kernel[(blocks * (len(cu_seqlens) - 1), H)](
             *pointers, T, H, blocks, scaling, *strides, **flags, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
     for_query, for_key = choose_tiles(max_seqlen, D, query.dtype, bits)
@@ -349,7 +349,7 @@ def _fake(grad_out: torch.Tensor, query: torch.Tensor, *_: object) -> torch.Tens
     return query.new_empty(3, *query.shape)
 
 
-_op = define(
+attention_backward_op = define(
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, "
     "Tensor cu_seqlens, SymInt max_seqlen, float scaling, int? bits, str[] asymmetric, Tensor? bias) -> Tensor",
     cpu=_cpu,
@@ -420,7 +420,7 @@ def attention_backward(
         raise ValueError(f"asymmetric={unknown}, accepted: {', '.join(SITES)}")
     if D == 0 or (query.device.type == "cuda" and D not in HEAD_DIMS):
         raise ValueError(f"query has D={D}, accepted: {', '.join(map(str, HEAD_DIMS))} on CUDA, any above 0 on the CPU")
-    grads = _op(
+    grads = attention_backward_op(
         grad_out.detach(), query.detach(), key.detach(), value.detach(), out.detach(), lse.detach(), cu_seqlens,
         max_seqlen, scaling, bits, list(asymmetric), None if bias is None else bias.detach(),
     )  # fmt: skip

@@ -88,7 +88,8 @@ def launch(
         _embedding_kernel[(ids.shape[0],)](
             ids.contiguous(), packed, scale, out, packed.shape[0], packed.shape[1], dim,
             int(scale.shape[-1] > 1), scale.shape[-1],
-            LAYOUT=layout_of(scale, bits), BLOCK=triton.next_power_of_2(packed.shape[1]), num_warps=4,
+            LAYOUT=layout_of(scale, bits), BLOCK=triton.next_power_of_2(packed.shape[1]),
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 

@@ -113,6 +113,7 @@ def aot_cases(arch: int) -> list[tuple]:
             for bits, symmetric in ((0, True), (8, True), (8, False)):
                 pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "bias_ptr", "y_ptr"), dtype)
                 constants = {"HAS_RESIDUAL": True, "BITS": bits, "SYMMETRIC": symmetric, "BLOCK": tile["BLOCK"]}
+                constants["enable_fp_fusion"] = tile["enable_fp_fusion"]
                 name = "" if not bits else " symmetric" if symmetric else " asymmetric"
                 label = f"add_layernorm{name} {dtype} {tile['BLOCK']}"
                 cases.append((label, _add_layernorm_kernel, pointers | outputs, constants, tile["num_warps"], 3))

@@ -22,7 +22,7 @@ from . import native
 from ._derived import Derived
 from ._ops import FLOATS, check_choice, check_device, check_flag, check_tensor, define, traced_on_cpu
 from .linear_cpu import codes_linear_cpu, dynamic_linears_cpu, joint_bias, linears_cpu
-from .linear_triton import ACTIVATIONS, LAYOUTS, launch
+from .linear_triton import ACTIVATIONS, LAYOUTS, launch, w_sums
 from .packing import launch_pack
 from .quantize import quantize_per_token, static_codes
 
@@ -110,6 +110,12 @@ def _joined(
     given = [own for own in bias if own is not None]
     make_bias = functools.partial(joint_bias, bias, sizes, packed[0].device)
     return *weights, _joint_biases.get(given, (tuple(sizes),), make_bias) if given else None
+
+
+def made_of(weights: Sequence[torch.Tensor]) -> list[Any]:
+    """What is kept beside these weights and read on the GPU, for who holds addresses of it: CUDA graphs."""
+    joint = _joint_weights.of(weights)
+    return [*joint, *_joint_biases.of(weights), *w_sums.of([*weights, *(packed for packed, _ in joint)])]
 
 
 def _joint_fake(

@@ -361,6 +361,8 @@ def shipped_tiles(layout: str, arch: int) -> list[Tile]:
     return configs.shipped(f"{layout}_linear", Tile, arch)
 
 
+LEAST_ARCH = 80  # compute capability of the devices that the kernels compile for
+MAX_GRID = 65_535  # programs along axis y
 SMALL_M = 8  # up to this M a tile of 16 tokens is at least half empty
 SMALL_W = 64  # words a step: two a lane, so that x and the weights are read in one layout, without an exchange
 
@@ -433,6 +435,8 @@ def launch(
         return out
     if K >= 2**18:
         raise ValueError(f"x has K={K} columns, the GPU kernels take less than {2**18}")
+    arch = configs.device_arch(x.device)
+    _check_arch(arch, x.device)
     if x_zero_point is not None:
         x_zero_point, w_sum = x_zero_point.contiguous(), _w_sum(packed, K, layout) if w_sum is None else w_sum
     x, packed = _aligned(x), _aligned(packed)
@@ -447,16 +451,18 @@ def launch(
     constants = {
         "LAYOUT": LAYOUTS[layout], "ACTIVATION": ACTIVATIONS[activation], "HAS_BIAS": bias is not None,
         "HAS_ZERO": x_zero_point is not None, "HAS_RESIDUAL": residual is not None,
-        "HAS_OUT_SCALE": out_scale is not None, "INTERPRET": INTERPRET,
+        "HAS_OUT_SCALE": out_scale is not None, "INTERPRET": INTERPRET, "enable_fp_fusion": True,
     }  # fmt: skip
     if tile is None and M <= SMALL_M:
         block_m = triton.next_power_of_2(M)
         _small_kernel[(N,)](*arguments, **constants, BLOCK_M=block_m, BLOCK_W=SMALL_W, num_warps=1)
         return out
-    arch, planes = configs.device_arch(x.device), 8 if layout == "binary" else 4
+    planes = 8 if layout == "binary" else 4
     tile = tile or choose_tile(layout, M, N, K, arch)
     split_k = tile.split_k or choose_split_k(M, N, K, tile, planes, _processors(x.device))
     tiles = triton.cdiv(N, tile.block_n), triton.cdiv(M, tile.block_m)
+    if tiles[1] > MAX_GRID:
+        raise ValueError(f"x has M={M} rows, the GPU kernels take up to {MAX_GRID * tile.block_m} of them")
     workspace, slice_bytes = None, row_bytes
     if split_k > 1:
         sums = tile.block_n * tile.block_m * (2 if layout == "split" else 1)
@@ -472,16 +478,27 @@ def launch(
     return out
 
 
+def _check_arch(arch: int | None, device: torch.device) -> None:
+    """Raise RuntimeError for a GPU without the int8 tensor cores that the kernels use, or not of NVIDIA."""
+    if arch is None or (arch >= LEAST_ARCH and torch.version.hip is None):
+        return
+    raise RuntimeError(
+        f"the GPU kernels of lowbit take NVIDIA GPUs of compute capability 8.0 (Ampere) and later, {device} is "
+        f"{torch.cuda.get_device_name(device)} ({'ROCm' if torch.version.hip else f'{arch // 10}.{arch % 10}'}); "
+        "move the model and its inputs to the CPU, or train and run it in float"
+    )
+
+
 def _concat(arch: int | None) -> bool:
     """One product of all planes on Hopper, whose wgmma takes the joined tile from registers; elsewhere it costs."""
     return arch is not None and arch // 10 == 9
 
 
-_w_sums = Derived()
+w_sums = Derived()
 
 
 def _w_sum(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
-    return _w_sums.get([packed], (K, layout), lambda: unpacked(packed, K, layout).sum(-1, dtype=torch.int32))
+    return w_sums.get([packed], (K, layout), lambda: unpacked(packed, K, layout).sum(-1, dtype=torch.int32))
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

@@ -70,7 +70,8 @@ def launch_pack(codes: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.T
     if N:
         _pack_kernel[(N,)](
             codes.contiguous(), packed, sums, N, K, row_bytes,
-            VALUES=values, SPLIT=layout == "split", BLOCK=_block(row_bytes), num_warps=4,
+            VALUES=values, SPLIT=layout == "split", BLOCK=_block(row_bytes),
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return packed, sums
 

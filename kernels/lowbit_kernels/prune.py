@@ -22,7 +22,7 @@ KEEP_DTYPES = (torch.float64, torch.int64, torch.int32)  # float32 would turn th
 # ---------------------------------------------------------------------------------------------------------- Triton
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _select_kernel(
     importance_ptr, protected_ptr, cu_seqlens_ptr, new_cu_seqlens_ptr, index_ptr, num_tokens,
     PROTECTED: tl.constexpr, BLOCK: tl.constexpr,
@@ -48,7 +48,8 @@ def _select_kernel(
     key = tl.where(key == lowest, 0, key)
     key = tl.where(s == s, key ^ ((key >> (BITS - 1)) & ~lowest), lowest)
 
-    kept = (j == 0) & (j < length) & (room > 0)
+    # A single condition is never joined with a block of them: Triton 3.9's interpreter refuses such masks.
+    kept = (j == 0) & (j < tl.minimum(length, room))
     candidate = (j > 0) & (j < length)
     room -= 1
     if PROTECTED:
@@ -56,7 +57,7 @@ def _select_kernel(
         count = tl.sum(protected.to(tl.int32))
         all_fit = count <= room
         candidate = tl.where(all_fit, candidate & ~protected, protected)
-        kept |= protected & all_fit
+        kept |= protected & (j < tl.where(all_fit, length, 0))
         room -= tl.where(all_fit, count, 0)
 
     last = lowest
@@ -103,7 +104,7 @@ def launch(
     _select_kernel[(B,)](
         importance.contiguous(), None if protected is None else protected.contiguous().view(torch.uint8),
         cu_seqlens.contiguous(), new_cu_seqlens.contiguous(), index, num_tokens,
-        PROTECTED=protected is not None, BLOCK=BLOCK, num_warps=warps(BLOCK),
+        PROTECTED=protected is not None, BLOCK=BLOCK, num_warps=warps(BLOCK), enable_fp_fusion=True,
     )  # fmt: skip
     return index
 

@@ -136,7 +136,7 @@ def _row_kernel(
     _store_codes(x_ptr, q_ptr + row * K, K, inverse, zero, BITS, SYMMETRIC, BLOCK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "size1", "size2"])
 def _fake_kernel(
     x_ptr, out_ptr, rows, size1, size2, K,
     stride_x0, stride_x1, stride_x2, stride_xk, stride_o0, stride_o1, stride_o2, stride_ok,
@@ -206,7 +206,7 @@ def launch_per_token(x: torch.Tensor, bits: int, symmetric: bool) -> Quantized:
     block = min(triton.next_power_of_2(x.shape[1]), MAX_BLOCK)
     _row_kernel[(x.shape[0],)](
         x, q, scale, zero_point, x.shape[1],
-        BITS=bits, SYMMETRIC=symmetric, BLOCK=block, num_warps=4 if block <= 1024 else 8,
+        BITS=bits, SYMMETRIC=symmetric, BLOCK=block, num_warps=4 if block <= 1024 else 8, enable_fp_fusion=True,
     )  # fmt: skip
     return q, scale, zero_point
 
@@ -224,7 +224,8 @@ def launch_fake_per_token(x: torch.Tensor, bits: int, symmetric: bool) -> torch.
     rows, block = x.numel() // K, triton.next_power_of_2(K)
     _fake_kernel[(triton.cdiv(rows, _rows_held(block)),)](
         x4, out4, rows, x4.shape[1], x4.shape[2], K, *x4.stride(), *out4.stride(),
-        BITS=bits, SYMMETRIC=symmetric, ROWS=_rows_held(block), BLOCK=block, num_warps=warps_holding(block),
+        BITS=bits, SYMMETRIC=symmetric, ROWS=_rows_held(block), BLOCK=block,
+        num_warps=warps_holding(block), enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -260,11 +261,9 @@ def launch_per_tensor(
     q, new_scale, new_zero = outputs(x, symmetric, 1)
     chunks = triton.cdiv(n, CHUNK)
     low, high = new_scale.new_empty(chunks), new_scale.new_empty(chunks)
-    _extrema_kernel[(chunks,)](x, low, high, n, CHUNK=CHUNK, BLOCK=MAX_BLOCK, num_warps=8)
-    _chunk_kernel[(chunks,)](
-        x, q, low, high, new_scale, new_zero, n, chunks,
-        BITS=bits, SYMMETRIC=symmetric, CHUNK=CHUNK, BLOCK=MAX_BLOCK, num_warps=8,
-    )  # fmt: skip
+    options = {"CHUNK": CHUNK, "BLOCK": MAX_BLOCK, "num_warps": 8, "enable_fp_fusion": True}
+    _extrema_kernel[(chunks,)](x, low, high, n, **options)
+    _chunk_kernel[(chunks,)](x, q, low, high, new_scale, new_zero, n, chunks, BITS=bits, SYMMETRIC=symmetric, **options)
     return q, new_scale, new_zero
 
 

@@ -385,7 +385,7 @@ def launch(
     )  # fmt: skip
     shape = {"D": D, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n}
     extras = {"HAS_BIAS": bias is not None, "STORE_LSE": return_lse or importance is not None}
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
     grid = (blocks * (len(cu_seqlens) - 1), H)
     if bits is None:
         _attention_kernel[grid](*arguments, **extras, **shape, **options)
@@ -400,10 +400,10 @@ def launch(
             *query.stride()[:2], *key.stride()[:2], *bias_strides,
             BITS=bits, SYMMETRIC_QUERY="query" not in asymmetric, SYMMETRIC_KEY="key" not in asymmetric,
             HAS_BIAS=bias is not None, CLS=importance == "cls", D=D, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
         _sum_heads_kernel[(triton.cdiv(T, 256),)](
-            partial, cu_seqlens, received, T, H, len(cu_seqlens) - 1, BLOCK=256, num_warps=4
+            partial, cu_seqlens, received, T, H, len(cu_seqlens) - 1, BLOCK=256, num_warps=4, enable_fp_fusion=True
         )
     return out, lse if return_lse else lse.new_empty(0), received
 
@@ -512,20 +512,21 @@ class _Attention(torch.autograd.Function):
             query, key, value, cu_seqlens, max_seqlen, scaling, bits, asymmetric, bias, True, importance
         )
         ctx.save_for_backward(query, key, value, out, lse, cu_seqlens, bias)
-        ctx.max_seqlen = max_seqlen
-        ctx.options = {"scaling": scaling, "bits": bits, "asymmetric": asymmetric}
+        ctx.max_seqlen, ctx.scaling, ctx.bits, ctx.asymmetric = max_seqlen, scaling, bits, asymmetric
         ctx.mark_non_differentiable(lse, received)
         return out, lse, received
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        from .attention_backward import attention_backward
+        from .attention_backward import attention_backward_op
 
         query, key, value, out, lse, cu_seqlens, bias = ctx.saved_tensors
-        gradients = attention_backward(
-            grads[0], query, key, value, out, lse, cu_seqlens, ctx.max_seqlen, bias=bias, **ctx.options
-        )
+        # The op itself: shapes were checked forward, and Dynamo refuses the checks in a backward pass.
+        gradients = attention_backward_op(
+            grads[0], query, key, value, out, lse, cu_seqlens, ctx.max_seqlen, ctx.scaling, ctx.bits, ctx.asymmetric,
+            bias,
+        ).unbind(0)  # fmt: skip
         return *gradients, None, None, None, None, None, None, None
 
 

@@ -226,10 +226,10 @@ def _split_row_kernel(w_ptr, codes_ptr, w1_ptr, w2_ptr, K, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _split_kernel(w_ptr, kept_ptr, side_ptr, a_ptr, b_ptr, w1_ptr, w2_ptr, length, BLOCK: tl.constexpr):
-    """Both halves of block p of group g (a long row, or the whole tensor)."""
-    g = tl.program_id(0).to(tl.int64)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+def _split_kernel(w_ptr, kept_ptr, side_ptr, a_ptr, b_ptr, w1_ptr, w2_ptr, length, blocks, BLOCK: tl.constexpr):
+    """Both halves of one of the blocks of a group (a long row, or the whole tensor, of more blocks than axis y has)."""
+    g = (tl.program_id(0) // blocks).to(tl.int64)
+    offs = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     at, mask = g * length + offs, offs < length
     w = tl.load(w_ptr + at, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
     kept = tl.load(kept_ptr + at, mask=mask, other=0) != 0
@@ -245,12 +245,12 @@ CHUNK = 16384  # values a program when one scale serves the whole tensor
 
 def _block(K: int) -> dict[str, int]:
     block = min(triton.next_power_of_2(K), MAX_BLOCK)
-    return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8}
+    return {"BLOCK": block, "num_warps": 4 if block <= 1024 else 8, "enable_fp_fusion": True}
 
 
 def _held(K: int) -> dict[str, int]:
     block = triton.next_power_of_2(K)
-    return {"BLOCK": block, "num_warps": warps_holding(block)}
+    return {"BLOCK": block, "num_warps": warps_holding(block), "enable_fp_fusion": True}
 
 
 def launch_ternarize(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | None, iterations: int) -> Codes:
@@ -271,7 +271,7 @@ def launch_ternarize(w: torch.Tensor, per_row: bool, curvature: torch.Tensor | N
         return codes, scale
     chunks = triton.cdiv(n, CHUNK)
     first, before, after = scale.new_empty(3, 2, chunks)
-    options = {"HAS_V": has_v, "CHUNK": CHUNK, "BLOCK": MAX_BLOCK, "num_warps": 8}
+    options = {"HAS_V": has_v, "CHUNK": CHUNK, "BLOCK": MAX_BLOCK, "num_warps": 8, "enable_fp_fusion": True}
     _sums_chunk_kernel[(chunks,)](w, v, first, first, n, chunks, FIRST=True, **options)
     rounds = iterations if has_v else 1
     last = [first, first]
@@ -297,7 +297,7 @@ def launch_binarize(w: torch.Tensor, per_row: bool) -> Codes:
     chunks = triton.cdiv(length, chunk)
     sums = scale.new_empty(groups * chunks)
     _binary_chunk_kernel[(groups * chunks,)](w, codes, sums, n, chunk, **_block(chunk))
-    _binary_scale_kernel[(groups,)](sums, scale, length, chunks, num_warps=4)
+    _binary_scale_kernel[(groups,)](sums, scale, length, chunks, num_warps=4, enable_fp_fusion=True)
     return codes, scale
 
 
@@ -314,14 +314,16 @@ def launch_split(w: torch.Tensor, per_row: bool) -> tuple[torch.Tensor, torch.Te
         block = triton.next_power_of_2(w.shape[1])
         warps = min(2 * warps_holding(block), 16)  # float64 takes two registers
         codes, _ = _ternarize(w, True, None, 0)
-        _split_row_kernel[(w.shape[0],)](w, codes, w1, w2, w.shape[1], BLOCK=block, num_warps=warps)
+        options = {"BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}
+        _split_row_kernel[(w.shape[0],)](w, codes, w1, w2, w.shape[1], **options)
         return w1, w2
     kept, a, b, side = _split_terms(w, per_row, look=False)
     assert side is not None
     groups, length = kept.shape
-    _split_kernel[(groups, triton.cdiv(length, MAX_BLOCK))](
-        w, kept.to(torch.int8), side.to(torch.int8), a.contiguous(), b.contiguous(), w1, w2, length,
-        BLOCK=MAX_BLOCK, num_warps=8,
+    blocks = triton.cdiv(length, MAX_BLOCK)
+    _split_kernel[(groups * blocks,)](
+        w, kept.to(torch.int8), side.to(torch.int8), a.contiguous(), b.contiguous(), w1, w2, length, blocks,
+        BLOCK=MAX_BLOCK, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return w1, w2
 
@@ -354,7 +356,7 @@ def aot_cases(arch: int) -> list[tuple]:
     signature = {**sums, **scale, "length": "i32:16", "chunks": "i32"}
     cases.append(("binary scale", _binary_scale_kernel, signature, {}, 4, 3))
     signature = {**w, "kept_ptr": "*i8", "side_ptr": "*i8", "a_ptr": "*fp64", "b_ptr": "*fp64"}
-    signature |= {"w1_ptr": "*fp32", "w2_ptr": "*fp32", "length": "i32:16"}
+    signature |= {"w1_ptr": "*fp32", "w2_ptr": "*fp32", "length": "i32:16", "blocks": "i32"}
     cases.append(("split", _split_kernel, signature, {"BLOCK": MAX_BLOCK}, 8, 3))
     for K in (1024, MAX_HELD_SPLIT):
         signature, warps = {**w, **codes, "w1_ptr": "*fp32", "w2_ptr": "*fp32", "K": "i32:16"}, 2 * warps_holding(K)

@@ -185,7 +185,7 @@ def _fits_kernel(
     """Whether `attend_without_padding` gives all that is asked for."""
     return (
         query.is_cuda
-        and not getattr(module, "quantizers", None)
+        and len(getattr(module, "quantizers", ())) == 0  # not `not`: Dynamo of torch 2.11 cannot trace that
         and not (_wants_maps(module, kwargs) or output_scores or (dropout and module.training))
         and (mask is None or mask.dim() == 2)
         and query.shape[-1] in HEAD_DIMS

@@ -89,8 +89,9 @@ class UnpaddedEncoder(StandIn):
     def lengths(self, lengths: LengthConfig | None) -> None:
         self._lengths = lengths
         with torch.inference_mode(False):
-            keep = torch.tensor(() if lengths is None else lengths.keep, dtype=torch.float64)
+            keep = torch.tensor(() if lengths is None else lengths.keep, dtype=torch.float64, device="cpu")
             device = next(self.layer.parameters()).device
+            device = torch.device("cpu") if device.type == "meta" else device  # offloaded
             # Their bits, which `.half()` leaves alone.
             self.register_buffer("_keep_bits", keep.view(torch.int64).to(device), persistent=False)
 

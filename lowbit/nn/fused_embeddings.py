@@ -59,6 +59,7 @@ class FusedEmbeddings(StandIn):
             or given.get("inputs_embeds") is not None
             or not given.keys() <= _ARGUMENTS
             or self.training
+            or self.is_replica
             or not isinstance(word, PackedEmbedding)
             or not has_weights(self)
             or (torch.is_grad_enabled() and any(p.requires_grad for p in (norm.weight, position.weight)))

@@ -151,9 +151,18 @@ class PackedEncoder(UnpaddedEncoder):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._found = None  # `.to(device)` is to free the memory that it leaves
-        return super()._apply(*args, **kwargs)
+        before = self._kinds()
+        result = super()._apply(*args, **kwargs)
+        if self._kinds() != before:
+            self.run = self._run  # graphs read the weights that were there
+        return result
+
+    def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
+        return {(tensor.device, tensor.dtype) for tensor in (*self.parameters(), *self.buffers())}
 
     def _fast(self, hidden_states: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+        if self.is_replica:  # its tensors are no parameters, and `run` is that of the encoder on the first device
+            return None
         norms = [own.ffn_norm.weight for own in self._weights()]
         needs_modules = (
             self.training

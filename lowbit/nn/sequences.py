@@ -20,7 +20,7 @@ class Sequences(NamedTuple):
 def without_padding(
     hidden_states: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, Sequences, torch.Tensor | None]:
-    """The tokens of a padded batch.
+    """The tokens of a padded batch. With a mask on a GPU one copy to the host says all that has to be known there.
 
     Args:
         hidden_states: [B, S, H].
@@ -31,15 +31,19 @@ def without_padding(
     """
     B, S, _ = hidden_states.shape
     rows = hidden_states.flatten(0, 1)
-    if attention_mask is None or bool(attention_mask.all()):
+    if attention_mask is None or (not attention_mask.is_cuda and bool(attention_mask.all())):
         host = torch.arange(B + 1, dtype=torch.int32) * S
-        return rows, Sequences(host.to(rows.device), S, host), None
+        cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=rows.device) * S  # made there, not copied: no wait
+        return rows, Sequences(cu_seqlens, S, host), None
     mask = attention_mask.bool()
     cu_seqlens = nn.functional.pad(mask.sum(1).cumsum(0, dtype=torch.int32), (1, 0))
-    late = (mask.any(1) & ~mask[:, 0]).sum(dtype=torch.int32)
-    *starts, number_late = torch.cat([cu_seqlens, late[None]]).tolist()  # one look at the device for both
-    host = torch.tensor(starts, dtype=torch.int32)
-    places = mask.flatten().nonzero().squeeze(1)
+    late = (mask.any(1) & ~mask[:, :1].any(1)).sum(dtype=torch.int32)
+    *starts, number_late = torch.cat([cu_seqlens, late[None]]).tolist()
+    host, total = torch.tensor(starts, dtype=torch.int32), starts[-1]
+    if total == B * S:
+        return rows, Sequences(cu_seqlens, S, host), None
+    real = mask.flatten()
+    places = (torch.nonzero_static(real, size=total) if real.is_cuda else real.nonzero()).squeeze(1)
     return rows[places], Sequences(cu_seqlens, int(host.diff().max()), host, number_late > 0), places
 
 
@@ -73,8 +77,12 @@ def with_first_tokens(
     if places is None:
         return tokens.unsqueeze(1).expand(shape)
     assert sequences.host is not None
-    real = sequences.host.diff().nonzero().squeeze(1).to(tokens.device)  # an empty sequence has no place
-    return with_padding(tokens[real], places[sequences.cu_seqlens[real].long()], shape)
+    starts = sequences.cu_seqlens[:-1].long()
+    lengths = sequences.host.diff()
+    if not bool(lengths.all()):  # an empty sequence has no place
+        real = lengths.nonzero().squeeze(1).to(tokens.device)
+        tokens, starts = tokens[real], starts[real]
+    return with_padding(tokens, places[starts], shape)
 
 
 def additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:

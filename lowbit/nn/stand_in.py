@@ -37,11 +37,24 @@ class StandIn(nn.Module):
     def original(self) -> nn.Module:
         """The module that this one stands in for; to be run by its `forward`, since hooks are run by ours."""
         original = self._original[0]
-        if original._modules is not self._modules:  # we are a replica of torch.nn.DataParallel
+        if self.is_replica:
             original = copy.copy(original)
             original.__dict__.update({name: self.__dict__[name] for name in _SHARED})
         original.training = self.training
         return original
+
+    @property
+    def is_replica(self) -> bool:
+        """Whether this is a copy that torch.nn.DataParallel made for one forward pass on one of several devices."""
+        return bool(self.__dict__.get("_is_replica", False))
+
+    def prevented(self) -> str | None:
+        """Why the modules of the original run in place of ours, in words; None where ours do."""
+        raise NotImplementedError
+
+    def _replicate_for_data_parallel(self) -> StandIn:
+        self.prevented()  # found out by trying, which replicas would do in every forward pass
+        return super()._replicate_for_data_parallel()  # type: ignore[no-any-return]
 
     def leave(self) -> nn.Module:
         """The original, to be put back: without buffers of ours, with the configuration and mode of now."""

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter keeps Triton from compiling", allow_module_level=True)
 
-from lowbit_kernels import aot, configs
+from lowbit_kernels import aot, configs, layernorm
 from lowbit_kernels import linear_triton as linear
 
 
@@ -30,7 +30,14 @@ def index_of(layout: str, M: int, arch: int = 90) -> int:
 def test_the_linear_multiplies_on_int8_tensor_cores_without_spilling(arch: int, kind: str) -> None:
     result = aot.compile_case("linear_triton", index_of(kind, 16, arch), arch)
     assert result.faults() == []
-    assert result.products == ({80: "IMMA", 90: "IGMMA"}[arch],) and 0 < result.shared < 99 * 1024
+    assert result.products == (({80: "IMMA", 90: "IGMMA"}[arch],),) and 0 < result.shared < 99 * 1024
+
+
+def test_int8_products_of_blackwell_use_tensor_cores_of_either_generation() -> None:
+    """Warp-level products with Triton 3.6 and 3.7, those of the fifth generation with later ones."""
+    result = aot.compile_case("linear_triton", index_of("ternary", 16, 100), 100)
+    assert result.products == (("IMMA", "UTCIMMA"),)
+    assert result.faults() == [] and result.multiplications > 0
 
 
 def test_decoded_weights_stay_in_registers_on_hopper() -> None:
@@ -57,7 +64,7 @@ def test_the_loop_is_found_and_decodes_four_weights_in_two_instructions() -> Non
 @pytest.mark.parametrize("arch", [80, 90])
 def test_the_small_kernel_multiplies_four_at_a_time_without_exchanging_data(arch: int) -> None:
     result = aot.compile_case("linear_triton", case_named("linear ternary small, 1 tokens", arch), arch)
-    assert result.faults() == [] and result.products == ("IDP",)
+    assert result.faults() == [] and result.products == (("IDP",),)
     # 64 words on 32 lanes: two words a lane, 4 planes each
     assert result.loop["IDP"] == result.multiplications == 8
     assert result.loop["LDG"] == 5 and not {"BAR", "STS", "LDS", "SHFL", "PRMT"} & set(result.loop)
@@ -92,7 +99,7 @@ def test_faults_are_found_and_named() -> None:
         registers=64,
         spilled=0,
         shared=1024,
-        products=("HGMMA", "IGMMA"),
+        products=(("HGMMA",), ("IGMMA",)),
         opcodes={"HGMMA": 4, "IGMMA": 2},
         loop={},
     )
@@ -103,12 +110,25 @@ def test_faults_are_found_and_named() -> None:
         "shared memory 102400 exceeds 101376": dataclasses.replace(good, arch=89, shared=100 * 1024),
         "no IGMMA instruction": dataclasses.replace(good, opcodes={"HGMMA": 4}),
         "no HGMMA instruction; no IGMMA instruction": dataclasses.replace(good, opcodes={}),
-        "no IDP instruction": dataclasses.replace(good, products=("IDP",)),
+        "no IDP instruction": dataclasses.replace(good, products=(("IDP",),)),
+        "no IMMA or UTCIMMA instruction": dataclasses.replace(good, products=(("IMMA", "UTCIMMA"),)),
     }
     for text, result in faults.items():
         assert "; ".join(result.faults()) == text
         assert text in aot.report([result])
     assert dataclasses.replace(good, products=(), opcodes={}).faults() == []
+    for opcode in ("IMMA", "UTCIMMA"):  # one of them is enough
+        either = dataclasses.replace(good, products=(("IMMA", "UTCIMMA"),), opcodes={opcode: 3})
+        assert either.faults() == [] and either.multiplications == 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_constants_that_are_no_arguments_are_options(fused: bool) -> None:
+    case = layernorm.aot_cases(90)[0]
+    assert case[3]["enable_fp_fusion"] is layernorm.row_tile(1024)["enable_fp_fusion"] is False
+    label, kernel, signature, constants, warps, stages = case
+    options = {**constants, "enable_fp_fusion": fused}
+    assert ("FFMA" in aot.compile_kernel(label, kernel, signature, options, warps, stages, 90).opcodes) == fused
 
 
 def test_a_spilling_kernel_is_caught() -> None:

@@ -345,15 +345,15 @@ def test_output_alone_carries_gradients_and_only_where_they_are_wanted(lengths: 
 def test_gradients_through_the_op_are_handed_what_the_kernel_needs(
     lengths: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What CUDA tensors take: the op forward, `attention_backward` for the gradients."""
-    given = {}
+    """What CUDA tensors take: the op forward, the op `attention_backward` for the gradients."""
+    given: list = []
 
-    def backward(*arguments: object, **options: object) -> tuple:
-        given.update(options, arguments=arguments)
-        return tuple(arguments[0] * scale for scale in (1, 2, 3))
+    def backward(*arguments: object) -> torch.Tensor:
+        given.extend(arguments)
+        return torch.stack([arguments[0] * scale for scale in (1, 2, 3)])
 
     module = ModuleType("attention_backward")
-    module.attention_backward = backward
+    module.attention_backward_op = backward
     monkeypatch.setitem(sys.modules, "lowbit_kernels.attention_backward", module)
     query, key, value, cu_seqlens, max_seqlen = wanting_gradients(joint(lengths, 2, 8))
     bias = bias_of(2, 5)
@@ -365,11 +365,10 @@ def test_gradients_through_the_op_are_handed_what_the_kernel_needs(
     out.backward(upstream)
     for x, scale in ((query, 1), (key, 2), (value, 3)):
         assert torch.equal(x.grad, upstream * scale)
-    for a, b in zip(given["arguments"][:7], (upstream, query, key, value, out, lse, cu_seqlens), strict=True):
+    for a, b in zip(given[:7], (upstream, query, key, value, out, lse, cu_seqlens), strict=True):
         assert torch.equal(a, b)
-    assert given["arguments"][7:] == (max_seqlen,)
-    assert torch.equal(given["bias"], bias)
-    assert (given["scaling"], given["bits"], given["asymmetric"]) == (0.3, 8, ["key"])
+    assert given[7:-1] == [max_seqlen, 0.3, 8, ["key"]]
+    assert torch.equal(given[-1], bias)
 
 
 def test_dropout_leaves_importance_alone_and_the_output_right_on_average() -> None:

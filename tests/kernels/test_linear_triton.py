@@ -100,6 +100,19 @@ def test_every_tile_gives_the_same_integers(concat: bool, kind: str, tile: linea
         assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("tile", [None, *(replace(SMALL_TILE, block_b=1024, split_k=split_k) for split_k in (1, 3))])
+def test_the_longest_K_sums_exactly_and_a_longer_one_is_refused(tile: linear.Tile | None) -> None:
+    """Devices differ beyond int32: wgmma and dp4a wrap, mma saturates. 64 x 128 x K is below 2^31 up to this K."""
+    K = 2**18 - 1
+    signs = torch.tensor([1, -1], dtype=torch.int8)[:, None].expand(2, K)
+    packed, x = reference.pack_ternary(signs), torch.full((1, K), -128, dtype=torch.int8)
+    (got,) = integer_sums("ternary", x, packed, tile)
+    assert got.tolist() == [[-128.0 * K, 128.0 * K]]  # 18 bits and 7 zeros: exact in float32
+    x, packed = torch.zeros(1, 2**18, dtype=torch.int8), torch.zeros(1, 2**16, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="x has K=262144 columns, the GPU kernels take less than 262144"):
+        launch("ternary", x, packed, torch.ones(1), None, torch.ones(1), tile=tile)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("per_token", "per_row", "with_zero"), itertools.product([True, False], repeat=3))
 def test_equals_definition(kind: str, per_token: bool, per_row: bool, with_zero: bool) -> None:
