@@ -39,7 +39,7 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 demo: $(VENV)/.installed  ## compress a real BERT to 2 and 1 bits, offline, and print the table (about 10 minutes)
 	$(OFFLINE) $(BIN)/python examples/demo.py
 
-test: lint unit docs interpreter aot  ## everything CI runs
+test: lint unit docs interpreter aot rehearse  ## everything CI runs
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -39,7 +39,8 @@ def test_launches_are_noted_and_not_run() -> None:
     assert pickle.loads(pickle.dumps(binaries[0])) == binaries[0]
 
 
-def test_a_grid_beyond_what_cuda_takes_is_an_error() -> None:
+def test_a_grid_beyond_what_cuda_takes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_gpu, "MAX_GRID", 2**31)  # the launcher's own check
     x = torch.empty(2**21, 16, dtype=torch.int8)
     with ahead.recording(90), pytest.raises(ValueError, match="CUDA takes"):
         linear_gpu.launch(
@@ -79,7 +80,7 @@ def test_what_does_not_compile_says_so_and_stops_no_other(tmp_path: Path, monkey
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     with ahead.recording(90) as binaries:
         launch()
-    broken = ahead.Binary("lowbit_kernels.linear_triton", "_no_such_kernel", "", {}, {})
+    broken = ahead.Binary("lowbit_kernels.linear.gpu", "_no_such_kernel", "", {}, {})
     failed, done = ahead.compile_all([broken, binaries[0]], 90, processes=1)
     assert "_no_such_kernel" in str(failed.exception()) and done.exception() is None
 
