@@ -1,6 +1,6 @@
 """peft on prepared and packed models: adapters beside quantized linears, prompts before a quantized word embedding.
 
-Importing this registers with peft (`_plugin` does it, once peft has loaded). Three private functions of peft are
+Importing this registers with peft (`_register` does it, once peft has loaded). Three private functions of peft are
 replaced by ones that look for lowbit's modules first and then do what they did:
 
     _maybe_include_all_linear_layers   called when the targets are known and no module is replaced yet: LoRA gets its

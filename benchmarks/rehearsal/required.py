@@ -74,7 +74,9 @@ def unlaunched(binaries: Iterable[Binary]) -> list[str]:
     """Kernels of the package of which none was launched."""
     launched = {(binary.module, binary.kernel) for binary in binaries}
     modules = [importlib.import_module(f"lowbit_kernels.{name}") for name in MODULES]
-    kernels = {(value.__module__, n) for module in modules for n, value in vars(module).items() if n.endswith("_kernel")}
+    kernels = {
+        (value.__module__, n) for module in modules for n, value in vars(module).items() if n.endswith("_kernel")
+    }
     return [f"{module}.{name}" for module, name in sorted(kernels - launched)]
 
 
