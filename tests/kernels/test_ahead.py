@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lowbit_kernels import ahead, configs
+from lowbit_kernels import ahead, configs, packing
 from lowbit_kernels._triton import INTERPRET
 from lowbit_kernels.linear import gpu as linear_gpu
 from lowbit_kernels.linear.gpu import Tile
@@ -39,14 +39,14 @@ def test_launches_are_noted_and_not_run() -> None:
     assert pickle.loads(pickle.dumps(binaries[0])) == binaries[0]
 
 
-def test_a_grid_beyond_what_cuda_takes_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_gpu, "MAX_GRID", 2**31)  # the launcher's own check
-    x = torch.empty(2**21, 16, dtype=torch.int8)
-    with ahead.recording(90), pytest.raises(ValueError, match="CUDA takes"):
-        linear_gpu.launch(
-            x, torch.empty(16, 32, dtype=torch.uint8), torch.ones(1), None, torch.ones(1), None, None, torch.float16,
-            "ternary", TILE,
-        )  # fmt: skip
+def test_a_grid_beyond_what_cuda_takes_is_an_error() -> None:
+    codes, packed, sums = (torch.empty(4, 256, dtype=dtype) for dtype in (torch.int8, torch.uint8, torch.int32))
+    constants = {"VALUES": 4, "SPLIT": False, "BLOCK": 128}
+    with ahead.recording(90):
+        packing._pack_kernel[(4, 65535)](codes, packed, sums, 4, 256, 64, **constants)
+        for grid in ((4, 65536), (0,), (2**31,)):
+            with pytest.raises(ValueError, match="CUDA takes"):
+                packing._pack_kernel[grid](codes, packed, sums, 4, 256, 64, **constants)
 
 
 def test_what_was_compiled_ahead_a_launch_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
