@@ -370,7 +370,7 @@ def test_nothing_outside_the_output_is_written() -> None:
         canvas[2:, 3:], 3, 5, 144, packed.shape[1], 144, packed.shape[1], 40, 0, 0, 0, 1,
     )  # fmt: skip
     constants = {"LAYOUT": 0, "ACTIVATION": 0, "HAS_BIAS": False, "HAS_ZERO": False, "HAS_RESIDUAL": False}
-    constants |= {"HAS_OUT_SCALE": False, "INTERPRET": linear.INTERPRET}
+    constants |= {"HAS_OUT_SCALE": False, "INTERPRET": linear.INTERPRET, "enable_fp_fusion": True}
     linear._linear_kernel[(1, 1)](
         *arguments, None, packed.shape[1], **constants, CONCAT=False, EVEN_K=False, SLICED=False,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=tile.block_b,
@@ -398,7 +398,7 @@ def test_each_tile_has_a_place_in_the_workspace_and_nothing_around_it_is_written
         16, 2 * tile.block_n, 1024, 256, 1024, 256, out.stride(0), 0, 0, 0, 1, around[32:], step,
         LAYOUT=2, ACTIVATION=0, HAS_BIAS=False, HAS_ZERO=False, HAS_RESIDUAL=False, HAS_OUT_SCALE=False,
         INTERPRET=linear.INTERPRET, CONCAT=False, EVEN_K=False, SLICED=True,
-        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=tile.block_b,
+        BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_B=tile.block_b, enable_fp_fusion=True,
     )  # fmt: skip
     expected = expected_sums("split", x, packed)[0]
     expected[:, tile.block_n :] += 5
