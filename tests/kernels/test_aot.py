@@ -133,14 +133,14 @@ def test_constants_that_are_no_arguments_are_options(fused: bool) -> None:
 
 
 def test_known_spills_pass_with_that_version_only_and_are_shown() -> None:
-    spilling = aot.Compiled(
-        "gradient of key", 90, registers=255, spilled=168, shared=0, products=(), opcodes={}, loop={}
-    )
+    label = "gradient of key *fp32 D=64 up to 128, 8 bits"
+    spilling = aot.Compiled(label, 90, registers=255, spilled=168, shared=0, products=(), opcodes={}, loop={})
     assert spilling.faults() == ["spills 168 bytes"]
-    known = dataclasses.replace(spilling, known=aot.known_spill("gradient of key", "3.6.0"))
+    known = dataclasses.replace(spilling, known=aot.known_spill(label, 90, "3.6.0"))
     assert known.faults() == [] and "168" in aot.report([known]) and "known" in aot.report([known])
-    assert dataclasses.replace(known, spilled=232).faults() == ["spills 232 bytes"]
-    assert aot.known_spill("linear ternary", "3.6.0") == aot.known_spill("gradient of key", "3.7.1") == 0
+    assert dataclasses.replace(known, spilled=176).faults() == ["spills 176 bytes"]
+    for other in (("linear ternary", 90, "3.6.0"), (label, 120, "3.6.0"), (label, 90, "3.7.1"), (label, 90, "3.9.0")):
+        assert aot.known_spill(*other) == 0
 
 
 def test_a_spilling_kernel_is_caught() -> None:

@@ -180,9 +180,10 @@ class Tile:
 def choose_tiles(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None) -> tuple[Tile, Tile]:
     """The tiles of the two kernels for sequences up to `max_seqlen`; neither tuned nor measured.
 
-    None that the gate compiles (`aot_cases`) spills with Triton 3.7 and 3.9. With 3.6 the gradient of the key
-    does: in half precision 8 to 16 bytes (sm_80, 89), in float32 with bits 104 to 224 bytes on every architecture; and
-    that of the query in two cases, 8 bytes on sm_80 and 24 on sm_100.
+    None that the gate compiles (`aot_cases`) spills with Triton 3.7.1. With 3.6 the gradient of the key does: in half
+    precision 8 to 16 bytes (sm_80, 89), in float32 with bits 104 to 224 on every architecture; and that of the query
+    in two cases, 8 bytes on sm_80 and 24 on sm_100. With 3.9 the gradient of the key does in float32, 8 to 248 bytes,
+    on sm_100 up to 840; and that of the query in three cases, 8 bytes.
     """
     if dtype == torch.float32:  # full float32 does without tensor cores, int8 takes 64 rows to a wgmma
         if bits is None:

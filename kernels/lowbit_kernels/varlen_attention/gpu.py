@@ -212,7 +212,7 @@ class Tile:
 def choose_tile(max_seqlen: int, D: int, dtype: torch.dtype, bits: int | None, has_bias: bool) -> Tile:
     """The tile for sequences up to `max_seqlen`; neither tuned nor measured.
 
-    None that the gate compiles (`aot_cases`) spills with Triton 3.7 and 3.9. With 3.6 some do, 8 to 24 bytes: with a
+    None that the gate compiles (`aot_cases`) spills with Triton 3.7.1 and 3.9. With 3.6 some do, 8 to 24 bytes: with a
     bias, D=128 on sm_80 and 89 and float32 D=64 on sm_80; beside the gate, 8 bits with D=32 on sm_100.
 
     Hopper's wgmma takes 64 rows or more; full float32 does without tensor cores and holds its operands in registers.
