@@ -5,7 +5,7 @@
 # Hidden states and attention maps are captured by forward hooks that the first such call registers and nothing removes: the
 # model, every later call, and every deep copy keep them. So "does this module have hooks?" cannot tell whether a user
 # wants to see it run: whoever decides by that (fused paths, wrappers, graph capture) is switched off for the rest of the
-# process by one call. lowbit leaves out hooks that transformers itself registered (lowbit/nn/snapshot.py).
+# process by one call. lowbit leaves out hooks that transformers itself registered (lowbit/nn/unpadded/snapshot.py).
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

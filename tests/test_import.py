@@ -98,13 +98,17 @@ assert still()
 DROPS = {
     "both": "drop('lowbit', 'lowbit_kernels')",
     "lowbit": "drop('lowbit')",
-    "kernels": "drop('lowbit_kernels'); import lowbit_kernels.linear, lowbit_kernels.encoder_cpu",
+    "kernels": "drop('lowbit_kernels'); import lowbit_kernels.linear.op, lowbit_kernels.encoder.cpu",
     "the plug-in": "drop('lowbit.plugin'); import lowbit.plugin",
-    "shared part of the kernels": "drop('lowbit_kernels._ops', 'lowbit_kernels.linear'); import lowbit_kernels.linear",
+    "shared part of the kernels": """
+drop('lowbit_kernels._ops', 'lowbit_kernels.linear')
+import lowbit_kernels.linear.op
+""",
     "the package itself": "del sys.modules['lowbit']",
     "reload of a package": "importlib.reload(lowbit)",
     "reload of modules of kernels": """
-for name in ("configs", "native", "_ops", "linear_cpu", "linear", "quantize", "encoder_cpu", "weights"):
+for name in ("configs", "native", "_ops", "linear.cpu", "linear.codes", "linear.joint", "quantize.op", "encoder.cpu",
+             "weights.op"):
     importlib.reload(sys.modules["lowbit_kernels." + name])
 """,
 }
@@ -250,7 +254,7 @@ import lowbit
 {again}
 print(len({FINDERS}))
 {REGISTERED}
-print(len({FINDERS}), quantizers["lowbit"] is sys.modules["lowbit"].hf.LowbitQuantizer, "lowbit" in configs)
+print(len({FINDERS}), quantizers["lowbit"] is sys.modules["lowbit"].plugin.LowbitQuantizer, "lowbit" in configs)
 """
     assert run(program).splitlines() == ["1", "0 True True"]
 

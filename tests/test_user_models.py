@@ -432,6 +432,25 @@ def test_a_body_that_went_on_alone_leaves_its_decoder_behind(tmp_path: Path) -> 
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("verb", ["convert", "dequantize"])
+def test_such_a_model_is_self_contained_where_it_needs_lowbit(verb: str, tmp_path: Path) -> None:
+    before, alone, stage = ALONE[verb]
+    model = before(made())
+    alone(model.bert)
+    model.save_pretrained(tmp_path, self_contained=True)
+    assert (tmp_path / "modeling_lowbit.py").exists() == (stage == "packed")
+
+
+def test_saving_a_second_head_leaves_the_first_one_its_decoder(tmp_path: Path) -> None:
+    first = lowbit.quantize(made("BertForMaskedLM"), lowbit.TernaryConfig(output_embedding_bits=8))
+    second = made("BertForTokenClassification")
+    second.bert = first.bert
+    for model in (second, first, second):
+        inputs = {"input_ids": ids()}
+        assert identical(outputs(reloaded(model, tmp_path / type(model).__name__), inputs), outputs(model, inputs))
+    assert current_config(first).output_embedding_bits == 8 and current_config(second).output_embedding_bits is None
+
+
 @pytest.mark.parametrize("verb", [lowbit.fuse, lambda model: model.dequantize()])
 def test_verbs_take_a_second_head_for_what_its_body_is(verb: Callable[[Any], Any], tmp_path: Path) -> None:
     first, second = packed(), made("BertForTokenClassification")

@@ -99,6 +99,8 @@ def _save_pretrained(
     target.mkdir(parents=True, exist_ok=True)
     own, of_body = quantizers(model)
     if own is not of_body:  # the body has gone on alone
+        if self_contained and is_lowbits(of_body):  # a float model needs no file for that
+            kwargs["self_contained"] = True
         return type(model).save_pretrained(
             model, target, is_main_process, state_dict, push_to_hub=push_to_hub, **kwargs
         )
@@ -163,7 +165,9 @@ def _save_as_what_it_is(save_pretrained: Callable[..., Any]) -> Callable[..., An
         try:
             if is_lowbits(of_body) and not outside:
                 _take_over(model, of_body.quantization_config)
-                return model.save_pretrained(*args, **kwargs)
+                result = model.save_pretrained(*args, **kwargs)
+                model.base_model.hf_quantizer = of_body  # still that of the head it came from, which may save later
+                return result
             if is_lowbits(own) and not parts:
                 own_config(model)
                 detach(model)

@@ -23,7 +23,7 @@ from ..nn.unpadded.sequences import Sequences
 
 
 class SoftLengths(nn.Module, ABC):
-    """What both have in common; a `lowbit.nn.encoder.SoftMask`.
+    """What both have in common; a `lowbit.nn.unpadded.encoder.SoftMask`.
 
     While a model trains this is a module of its encoder, so that devices, gradients and other ranks take care of its
     parameters; but they are none of the model's and not in its state dict.

@@ -3,9 +3,9 @@
     fuse          the packed encoder in a few operations a layer, the embeddings in one
     set_length    every layer keeps so many tokens of a sequence
 
-Both put an encoder of `lowbit.nn.encoder` in place of transformers', around the same layers: parameters and their names
-do not change. Where a head reads the first token only ([CLS]: sequence classification, multiple choice, next sentence),
-the last layer computes no other, which changes nothing but the time.
+Both put an encoder of `lowbit.nn.unpadded` in place of transformers', around the same layers: parameters and their
+names do not change. Where a head reads the first token only ([CLS]: sequence classification, multiple choice, next
+sentence), the last layer computes no other, which changes nothing but the time.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def fuse(model: PreTrainedModel) -> PreTrainedModel:
 
     A packed model does so anyway in eval mode, whenever that computes the same; this says what prevents it, if
     anything does, and freezes the base model's parameters (`requires_grad`), so that calls with gradients enabled are
-    as fast. The model is run both ways on a few tokens first (`lowbit.nn.proof`).
+    as fast. The model is run both ways on a few tokens first (`lowbit.nn.unpadded.proof`).
 
     Hidden states at padding are 0; elsewhere they are the module-by-module model's up to rounding, with one
     difference: attention probabilities of a padded sentence are quantized over its own tokens only, so that no sentence

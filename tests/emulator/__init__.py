@@ -4,7 +4,7 @@
         y = linear.gpu.launch(x, packed, scale, ...)   # compiled for sm_90 as a launch on it would be, then executed
     log.findings                                          # races, accesses out of bounds, ... ; empty if there are none
 
-`python -m emulator` runs the table of `cases.py` and mutations of the compiled code (`mutations.py`). What this shows
+`python -m emulator` runs the table of `cases` and mutations of the compiled code (`mutations.py`). What this shows
 and what it cannot show: docs/checked-without-a-gpu.md.
 """
 

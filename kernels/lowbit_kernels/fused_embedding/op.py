@@ -1,7 +1,7 @@
 """BERT's embeddings in one pass over each row: packed word row + token type row + position row, then LayerNorm.
 
-    v = (word + token_type_table[token_type_ids]) + position_table[position_ids]      word: formulas in embedding.py
-    y = LayerNorm(v) * weight + bias; codes = quantize_per_token(y)                   formulas in layernorm.py
+    v = (word + token_type_table[token_type_ids]) + position_table[position_ids]      word: formulas in embedding/op.py
+    y = LayerNorm(v) * weight + bias; codes = quantize_per_token(y)                   formulas in layernorm/op.py
 
 Rows and both sums are rounded to the output dtype and added in this order, so that the result is that of
 `quantized_embedding`, two additions and `add_layernorm`. On a GPU that chain writes and reads three [tokens, K] floats

@@ -2,7 +2,7 @@
 
     v = x + residual
     y = (v - mean(v)) / sqrt(var(v) + eps) * weight + bias        (Ba et al. 2016; var divides by K)
-    codes, scale, zero_point = quantize_per_token(y)              formulas in quantize.py
+    codes, scale, zero_point = quantize_per_token(y)              formulas in quantize/op.py
 
 Arithmetic is float32; y is rounded once, to x's dtype, and the codes are those of the rounded y: a model that quantizes
 in a separate step gets the same ones. The GPU and the CPU sum in different orders, so their y may differ in the last

@@ -1,4 +1,4 @@
-"""The GPU path of the linears: Triton kernels, tiles and the launch. Formulas and shapes are those of `linear.py`.
+"""Triton kernels of the linears; their tiles and launches are in `gpu.py`, formulas and shapes in `op.py`.
 
 Weights move N*K/4 (or N*K/8) bytes instead of 2*N*K in float16. The kernel computes y^T = W x^T so that the decoded
 weights are the left operand of the tensor-core product, the only one that may sit in registers on Hopper. Weights are
@@ -16,6 +16,8 @@ from .._triton import tl, triton
 from ..quantize.gpu import _rint, _to_int8
 
 TERNARY, BINARY, SPLIT = 0, 1, 2  # `LAYOUT` of the kernels
+
+# Legend: tile of BLOCK_N weight rows x BLOCK_M tokens; the K loop takes BLOCK_B packed bytes a row at a time.
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-// The sums of embedding.py and fused_embedding.py: (word + token type) + position, rounded after each addition.
+// The sums of embedding/op.py and fused_embedding/op.py: (word + token type) + position, rounded after each addition.
 #pragma once
 
 #include "tokens.h"

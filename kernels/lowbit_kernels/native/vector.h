@@ -122,7 +122,7 @@ struct Range {
     Floats highest() const { return from_bits(ordered(high)); }
 };
 
-// Ranges -> scales, their inverses and zero points, as `_scale_and_zero_torch` in quantize.py, to the last bit.
+// Ranges -> scales, their inverses and zero points, as `_scale_and_zero_torch` in quantize/cpu.py, to the last bit.
 struct Quantizer {
     Floats scale, inverse, zero;  // the zero point, an integer
     Ints shift;                   // the same

@@ -1,5 +1,7 @@
-"""Ternary weight splitting: a weight as the sum of two, whose binary codes give its ternary ones (Bai et al. 2021,
-section 3.2, eq. 8-10)."""
+"""Ternary weight splitting: latent float [N, K] -> two of them.
+
+w -> w1 + w2 with binarize(w1) + binarize(w2) = ternarize(w)      (Bai et al. 2021, section 3.2, eq. 8-10)
+"""
 
 from __future__ import annotations
 

@@ -12,6 +12,9 @@ from ..quantize.gpu import _rint, _scale_and_zero
 from .cpu import SITES
 from .shared_gpu import _flags, _load, _load_bias, _operand, _quantized, _scores, _sequence, _store
 
+# Legend as in `gpu.py`: scores, bias and lse in units of log2; BITS 0 quantizes nothing. Blocks of the first kernel are
+# [queries, keys], those of the second [keys, queries].
+
 
 @triton.jit
 def _values(x_ptr, start, row, length, stride_t, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, D: tl.constexpr):

@@ -15,6 +15,9 @@ from ..quantize.gpu import _rint, _scale_and_zero
 from .cpu import SITES, outputs
 from .shared_gpu import _flags, _load, _load_bias, _operand, _quantized, _scores, _sequence, _store
 
+# Legend: a program takes BLOCK_M queries of one head of one sequence, its loops BLOCK_N keys at a time. Scores are in
+# units of log2: `scaling` holds a factor log2(e), and exp2 is one instruction where exp is two.
+
 
 @triton.jit
 def _finite(highest, HAS_BIAS: tl.constexpr):

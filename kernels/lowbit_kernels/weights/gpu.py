@@ -9,6 +9,8 @@ from ..quantize.gpu import warps_holding
 from .cpu import _outputs, _outputs_of_empty
 from .shared import Codes
 
+# Both ternary forms are rounds of one step: given a threshold, sum v|w| and v over the weights above it.
+
 
 @triton.jit
 def _sums_above(w_ptr, v_ptr, length, threshold, HAS_V: tl.constexpr, BLOCK: tl.constexpr):
@@ -88,6 +90,10 @@ def _held_row_kernel(w_ptr, codes_ptr, scale_ptr, K, BINARY: tl.constexpr, BLOCK
         scale = _mean_above(tl.sum(tl.where(above, magnitude, 0.0), axis=0), tl.sum(above.to(tl.float32), axis=0))
     tl.store(scale_ptr + row, scale + (mean - mean))
     tl.store(codes_ptr + row * K + k, codes.to(tl.int8), mask=k < K)
+
+
+# With one scale for the whole tensor, each launch leaves partial sums of chunks, and all programs of the next add them
+# up in the same order: nothing happens between the launches.
 
 
 @triton.jit

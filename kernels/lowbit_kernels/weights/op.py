@@ -1,13 +1,12 @@
-"""Weight quantization: latent float [N, K] -> codes and scale; and ternary weight splitting.
+"""Weight quantization: latent float [N, K] -> codes and scale.
 
     ternarize       t = sign(w) where |w| > 0.7 mean|w|, else 0; scale = mean |w| over t != 0   (Li et al. 2016)
     loss-aware      min sum v (w - a t)^2: a = sum v|w t| / sum v|t|, t = rint(clamp(w/a, -1, 1)) (Hou & Kwok 2018)
     binarize        b = sign(w), sign(0) = +1;  scale = mean|w|                                  (Rastegari et al. 2016)
-    split_ternary   w -> w1 + w2 with binarize(w1) + binarize(w2) = ternarize(w)                  (Bai et al. 2021)
 
 Sums run over a row or the whole tensor, in float32 and in a fixed order (no float atomics); backends may differ in the
 last bits of a sum, hence in the code of a weight that sits on the threshold. Zero rows get scale 0; NaN or infinity
-makes the scale NaN. Training runs the first three on every weight in every step, so they make few passes.
+makes the scale NaN. Training runs them on every weight in every step, so they make few passes.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def search_length(
 ) -> None:
     """Search which layer of a classifier may drop how many tokens: accuracy against cost.
 
-    Writes OUT/front.json and front.png; `lowbit.LengthConfig.for_budget("2x", "OUT/front.json")` picks from it. To
+    Writes OUT/front.json and front.png; `lowbit.length.Front.load("OUT/front.json").for_budget("2x")` picks from it. To
     resume an interrupted search, run the same command again. Score on examples that the model was not trained on.
     """
     need_one_of(("--task", task), ("--file", file))
