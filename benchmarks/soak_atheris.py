@@ -27,7 +27,8 @@ with atheris.instrument_imports(include=_MEASURED, exclude=["lowbit._register"],
     import torch
 
     import lowbit
-    from lowbit import checkpoints, hf, loading  # noqa: F401 (instrumented)
+    from lowbit import plugin  # noqa: F401 (instrumented)
+    from lowbit.files import loading, records, weights  # noqa: F401
 
     from . import soak_checkpoints, soak_damage, soak_ops
 

@@ -49,6 +49,11 @@ CLASSES = [
 LABELS = {"ForSequenceClassification": 3, "ForTokenClassification": 5}
 
 
+def test_every_row_of_the_table_is_tested() -> None:
+    tested = {getattr(transformers, f"{prefix}Config").model_type for prefix in KNOWN}
+    assert {"bert", *tested} == set(ARCHITECTURES)
+
+
 def tiny(prefix: str, head: str = "ForSequenceClassification", **changes: Any) -> Any:
     """A randomly initialised tiny model with spread-out weights, in eval mode."""
     labels = {"num_labels": LABELS[head]} if head in LABELS else {}

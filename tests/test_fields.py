@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import random
@@ -28,7 +29,7 @@ from transformers import (
 import lowbit
 from benchmarks.soak_damage import STRANGE
 from helpers import SIZES, batch, identical, outputs, tiny
-from lowbit.files.fields import first_that_matters
+from lowbit.files.fields import _OWN_OTHERS, _names_in_code, first_that_matters
 
 MODELS = {
     "bert": tiny,
@@ -155,6 +156,17 @@ def test_a_field_that_is_newer_than_the_checkpoint_may_say_its_default() -> None
         first_that_matters(BertConfig, {**values, "hidden_act": "relu", "note": 1}, ["hidden_act", "note"])
         == "hidden_act"
     )
+
+
+def test_lowbits_own_code_is_read_in_every_room() -> None:
+    package, names = Path(lowbit.__file__).parent, _names_in_code(BertConfig)
+    for path in package.rglob("*.py"):
+        file = path.relative_to(package)
+        # Programs and data; what reads no configuration.
+        if file.parts[0] not in ("cli", "recipes", "data") and file.as_posix() not in _OWN_OTHERS:
+            defined = {node.name for node in ast.parse(path.read_text()).body if hasattr(node, "name")}
+            assert defined <= names, file
+    assert all((package / file).is_file() for file in _OWN_OTHERS)
 
 
 def test_of_code_that_cannot_be_read_every_field_is_refused() -> None:

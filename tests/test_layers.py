@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def imports(path: Path, whole: bool = False) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
-            # `from . import hf` names submodules, `from .hf import attach` names a module's content
+            # `from . import saving` names submodules, `from .saving import attach` names a module's content
             inside = whole or node.module is None
             found |= {f"{module}.{alias.name}" for alias in node.names} if inside else {module}
     return found
@@ -86,6 +87,11 @@ def files() -> dict[str, Path]:
         for path in (root / package).rglob("*.py"):
             found[".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")] = path
     return found
+
+
+def test_wheels_have_every_folder() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(name for name, path in files().items() if path.stem == "__init__")
 
 
 def test_no_file_imports_itself_by_way_of_others() -> None:

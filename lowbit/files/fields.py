@@ -19,13 +19,14 @@ from typing import Any
 
 _SHARED = ("*.py", "distributed/*.py", "integrations/**/*.py", "loss/*.py", "models/auto/*.py", "quantizers/*.py",
            "utils/*.py")  # fmt: skip
-_OWN = ("*.py", "length/*.py", "nn/*.py")
+_OWN = ("*.py", "deploy/*.py", "distill/*.py", "elastic/*.py", "files/*.py", "length/*.py", "nn/**/*.py",
+        "stages/*.py")  # fmt: skip
 # They read no configuration of a model, or nothing of it that a loaded model computes with.
 _OTHERS = re.compile(
     r"audio|auto_docstring|convert|dummy|feature_extraction|hf_argparser|image|modelcard|notebook|processing|"
-    r"sentencepiece|testing|tokeniz|trainer|training|tiktoken|video|"
-    r"_fields|card|checkpoints|publishing|sentiment|squad|tasks"
+    r"sentencepiece|testing|tokeniz|trainer|training|tiktoken|video"
 )
+_OWN_OTHERS = ("files/card.py", "files/fields.py", "files/publishing.py", "files/records.py", "length/training.py")
 
 
 def first_that_matters(config_class: Any, values: dict[str, Any], added: Iterable[str]) -> str | None:
@@ -80,9 +81,10 @@ def _names_in_code(config_class: Any) -> frozenset[str]:
     own = Path(getattr(sys.modules[config_class.__module__], "__file__", None) or "").parent
     if root not in own.parents or not (root / "modeling_utils.py").is_file() or not any(own.glob("modeling_*.py")):
         return _Everything()
-    files = [file for pattern in _SHARED for file in root.glob(pattern)]
-    files += [file for pattern in _OWN for file in Path(__file__).parent.glob(pattern)]
-    found = {name for file in files if not _OTHERS.search(file.name) for name in _names(file)}
+    package = Path(__file__).parents[1]
+    files = [file for pattern in _SHARED for file in root.glob(pattern) if not _OTHERS.search(file.name)]
+    files += {file for pattern in _OWN for file in package.glob(pattern)} - {package / name for name in _OWN_OTHERS}
+    found = {name for file in files for name in _names(file)}
     folders, seen = [own], set()
     while folders:  # some architectures are made of the classes of others
         folder = folders.pop()
