@@ -63,6 +63,18 @@ KNOWN_SPILLS: dict[str, dict[str, dict[int, int]]] = {
         "gradient of key *fp32 D=128 up to 512, 4 bits asymmetric, bias": {80: 160, 89: 104, 90: 112, 100: 224},
         "gradient of query *fp16 D=64 up to 128, 8 bits": {100: 24},
     },
+    "3.9": {
+        "linear split 128x128x32 8w 3s": {100: 48},
+        "linear split 128x128x32 8w 3s, odd N": {100: 40},
+        "linear split 128x128x32 8w 3s to int8": {100: 40},
+        "add_layernorm asymmetric *bf16 8192": {100: 8},
+        "gradient of key *fp32 D=64 up to 128, 8 bits": {80: 8, 89: 128, 90: 248, 100: 840},
+        "gradient of key *fp32 D=128 up to 512, bias": {80: 64},
+        "gradient of query *fp16 D=16 up to 128, bias": {89: 8},
+        "gradient of key *fp32 D=128 up to 512, 4 bits asymmetric, bias": {89: 56, 90: 184, 100: 720},
+        "gradient of query *fp16 D=64 up to 128, 8 bits": {100: 8},
+        "gradient of query *fp32 D=64 up to 128, 8 bits": {100: 8},
+    },
 }
 
 
