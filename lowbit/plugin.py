@@ -4,6 +4,8 @@ A model's `config.quantization_config` is a `LowbitConfig`; with `quant_method: 
 hands the freshly built model (on the meta device) to `LowbitQuantizer`, which gives it the checkpoint's modules. Files
 carry checksums and the configuration in the safetensors header (`files.records`) and are verified before any weight is
 used.
+
+The verbs are imported when they are called: it may be their own import that loads transformers, and this with it.
 """
 
 from __future__ import annotations
@@ -22,10 +24,6 @@ from .errors import CheckpointError
 from .files import saving, weights
 from .models import has_plain_attention, layers
 from .nn import attention
-from .stages.build import build
-from .stages.convert import quantize
-from .stages.dequantize import dequantize
-from .stages.unpadding import fuse_where_possible, set_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,6 +77,8 @@ class LowbitQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if self.pre_quantized:
+            from .stages.build import build
+
             try:
                 build(model, self.quantization_config)
             except CheckpointError:
@@ -94,6 +94,8 @@ class LowbitQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self.pre_quantized:
+            from .stages.convert import quantize
+
             offloaded = next((name for name, tensor in model.named_parameters() if tensor.is_meta), None)
             if offloaded is not None:
                 raise ValueError(
@@ -108,6 +110,8 @@ class LowbitQuantizer(HfQuantizer):
             weights.verify_modules(model)
         saving.attach(model, self.quantization_config.replace(format_version=FORMAT_VERSION))
         if self.quantization_config.stage == "packed":
+            from .stages.unpadding import fuse_where_possible
+
             fuse_where_possible(model)
         return _set_saved_length(_set_asked_attention(model, self.asked_attention))
 
@@ -120,6 +124,8 @@ class LowbitQuantizer(HfQuantizer):
         return weights.to_write(model, self.quantization_config, self.given_state)
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        from .stages.dequantize import dequantize
+
         return dequantize(model, dtype)
 
 
@@ -143,6 +149,8 @@ def _set_saved_length(model: PreTrainedModel) -> PreTrainedModel:
 
     (`from_pretrained(..., length_config=None)` keeps all tokens.)
     """
+    from .stages.unpadding import set_length
+
     values = getattr(model.config, "length_config", None)
     try:
         if values is None:
@@ -151,6 +159,3 @@ def _set_saved_length(model: PreTrainedModel) -> PreTrainedModel:
         return set_length(model, dataclasses.replace(length, keep=length.keep[: len(list(layers(model)))]))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"config.json: {error}") from error
-
-
-saving.guard()

@@ -312,7 +312,7 @@ def _dequantize_with_body(dequantize: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def guard() -> None:
+def _guard() -> None:
     """Put wrappers around two methods of transformers' models."""
     from transformers import PreTrainedModel
 
@@ -323,3 +323,6 @@ def guard() -> None:
         wrapped: Any = wrap(original)
         wrapped.lowbit_guards = True
         setattr(PreTrainedModel, name, wrapped)
+
+
+_guard()
