@@ -50,6 +50,22 @@ print(all(callable(getattr(lowbit, n)) for n in ("slim", "convert", "prepare", "
     assert run(program) == "True"
 
 
+def test_everything_public_can_be_the_first_that_is_imported() -> None:
+    """Before transformers, whose import brings in the plug-in: it meets files that are half done."""
+    program = """
+import importlib, os, torch, lowbit
+for name in sorted({*lowbit._HOME.values(), "length", "distill"}):
+    if not os.fork():
+        try:
+            importlib.import_module(f"lowbit.{name}")
+        except ImportError as error:
+            print(name, error, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+    assert run(program) == ""
+
+
 def test_transformers_imports_at_the_repository_root() -> None:
     assert run("import transformers; transformers.BertModel; print('ok')") == "ok"
 

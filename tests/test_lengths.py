@@ -308,6 +308,10 @@ def test_what_needs_all_tokens_is_refused_while_tokens_are_dropped() -> None:
             model(**inputs, **extra)
     with pytest.raises(ValueError, match="no padding mask"):
         model(inputs["input_ids"], attention_mask=torch.ones(3, 1, 11, 11))
+    shorter = torch.ones(3, 9, dtype=torch.long)
+    shorter[1, 5:] = 0
+    with pytest.raises(ValueError, match=r"shape \(3, 9\) is no padding mask"):
+        model(inputs["input_ids"], attention_mask=shorter)
     model.set_attn_implementation("sdpa")
     with pytest.raises(ValueError, match=r"set_attn_implementation\('sdpa'\) makes such"):
         model(**inputs)

@@ -243,7 +243,7 @@ class UnpaddedEncoder(StandIn):
         for name in ("output_attentions", "output_hidden_states", "output_scores"):
             if kwargs.get(name, getattr(self.config, name, False)) not in (None, False):  # 0 is a state's number
                 return f"{name}=True asks for the states of all tokens in every layer"
-        if mask is not None and mask.dim() != 2:
+        if mask is not None and mask.shape != hidden_states.shape[:2]:
             implementation = getattr(self.config, "_attn_implementation", "lowbit")
             origin = f" (set_attn_implementation({implementation!r}) makes such; call it before set_length)"
             origin = "" if implementation == "lowbit" else origin
