@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from . import PackedEmbedding, QuantEmbedding, QuantLinear
 from ._packed import Packed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
