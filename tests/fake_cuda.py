@@ -33,6 +33,7 @@ def fake_cuda() -> Iterator[FakeTensorMode]:
     """Everything inside is fake, and nothing asks for a device."""
     with _device_guard(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         yield mode
+    FakeTensorMode.cache_clear()  # it is kept for the process
 
 
 @contextmanager

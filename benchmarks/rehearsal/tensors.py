@@ -199,7 +199,7 @@ class _Python(TorchFunctionMode):
     """What of torch's Python would look at memory, or ask torch's CPU build which CUDA device is the current one."""
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if function is torch.Tensor.to:
+        if function is torch.Tensor.to or "device" in (kwargs or {}):
             args, kwargs = tree_map(_numbered, (args, kwargs))
         if function is torch.Tensor.__deepcopy__ and isinstance(args[0], FakeTensor):
             return _copy(*args)
@@ -252,6 +252,7 @@ def _apply(module: nn.Module, change: Any, recurse: bool = True) -> nn.Module:
 def fake_tensors() -> Iterator[Values]:
     """Everything made inside is fake."""
     values = Values()
+    FakeTensorMode.cache_clear()  # kept for the process; another user's entries may say other devices
     # In a build of torch for CUDA, the first fake tensor would begin to use the device.
     no_device = mock.patch.object(fake_tensor, "init_gpu_context", lambda device: None)
     apply = mock.patch.object(nn.Module, "_apply", _apply)
