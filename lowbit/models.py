@@ -236,18 +236,19 @@ def every_linear(model: PreTrainedModel) -> Iterator[tuple[str, str]]:
 
 def every_embedding(model: PreTrainedModel) -> tuple[list[str], list[str]]:
     """What `embeddings` are of a float model that is not in `ARCHITECTURES`."""
+    words = problem = None
     try:
-        words = model.base_model.get_input_embeddings()
-    except (AttributeError, NotImplementedError) as error:
+        words = word_table(model.base_model)
+    except AttributeError as error:
+        problem = error
+    if words is None:
         prefix = model.base_model_prefix
         found = [name for name, each in _encoders(model.base_model) if each.base_model_prefix == prefix]
-        if not found and isinstance(error, NotImplementedError):  # of models of characters
-            words = None
-        else:
+        if found or problem is not None:  # else a model of characters
             raise ValueError(
-                f"{type(model).__name__} has no word embedding where its class says ({error}); encoders are at "
+                f"{type(model).__name__} has no word embedding where its class says ({problem or 'it names none'}); encoders are at "
                 f"{found or 'no place'}: keep the encoder at {prefix!r}, or give the class another base_model_prefix"
-            ) from error
+            ) from problem
     tables = list(_inside(model, nn.Embedding))
     return [name for name, table in tables if table is words], [name for name, table in tables if table is not words]
 
