@@ -247,7 +247,8 @@ def every_embedding(model: PreTrainedModel) -> tuple[list[str], list[str]]:
         if found or problem is not None:  # else a model of characters
             raise ValueError(
                 f"{type(model).__name__} has no word embedding where its class says ({problem or 'it names none'}); "
-                f"encoders are at {found or 'no place'}: keep the encoder at {prefix!r}, or give the class another base_model_prefix"
+                f"encoders are at {found or 'no place'}: keep the encoder at {prefix!r}, or give the class "
+                "another base_model_prefix"
             ) from problem
     tables = list(_inside(model, nn.Embedding))
     return [name for name, table in tables if table is words], [name for name, table in tables if table is not words]
