@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from .. import models
 from ..files.records import read_json
 from ..nn.attention import NAME as LOWBIT_ATTENTION
+from . import parameters as of_objectives
 from .checks import check_prompt, compare_vocabularies, drops_tokens, inside_peft, refuse_shared_parameters, slimmed
 from .columns import arguments, parameters
 from .objectives import AttentionScoreLoss, HiddenStateLoss, LogitsLoss, Objective, TaskLoss
+from .states import captured, options
 
 logger = logging.getLogger("lowbit")
 
@@ -32,7 +36,13 @@ class DistillationTrainer(Trainer):
         stages: instead of `objectives`, a schedule [(end, objectives), ...] with `end` the fraction of all steps at
             which the stage ends, ascending, the last one 1.0. BinaryBERT's two stages are
             `[(0.5, [HiddenStateLoss(), AttentionScoreLoss()]), (1.0, [LogitsLoss()])]`.
+        teacher_dropout: leave the teacher in train mode, as some published codes do.
         *args, **kwargs: `Trainer`'s own.
+
+    Objectives that are modules with parameters (learned projections) are trained with the student: in its optimizer, at
+    their own `learning_rate` where they have one; in checkpoints as
+    objectives.safetensors, and never in the student's own file. Objectives with a `view` see another batch than the
+    loader's (`lowbit.distill.views.On`).
 
     The student may be a `PeftModel`: its adapters are trained; beside a trained prompt, `LogitsLoss` has to do.
 
@@ -69,6 +79,7 @@ class DistillationTrainer(Trainer):
         teacher: PreTrainedModel | None,
         objectives: Sequence[Objective] | None = None,
         stages: Sequence[tuple[float, Sequence[Objective]]] | None = None,
+        teacher_dropout: bool = False,
         **kwargs: Any,
     ) -> None:
         if not isinstance(teacher, PreTrainedModel) and (teacher is not None or self.needs_teacher):
@@ -83,6 +94,7 @@ class DistillationTrainer(Trainer):
         if not all(objectives for _, objectives in stages):
             raise ValueError("every stage needs at least one objective")
         self.stages, self.teacher = list(stages), teacher
+        self.parametrised = of_objectives.modules_of(self.stages)
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise ValueError("label_smoothing_factor smooths labels, which distillation does not train on; set it to 0")
@@ -94,7 +106,12 @@ class DistillationTrainer(Trainer):
             self._check_student(student)
         student = inside_peft(student)
         if teacher is not None:
-            teacher.to(self.args.device).eval()
+            teacher.to(self.args.device).train(teacher_dropout)
+        self._build_objectives(student)
+        self.add_callback(of_objectives.ObjectiveParameters(self.parametrised))
+        if any(getattr(each, "view", None) is not None for each in self._objectives):
+            # A second forward pass would write into buffers that the first one's graph reads.
+            self.args.ddp_broadcast_buffers = False
         self._sums: dict[str, torch.Tensor] = {}
         self._counts: dict[str, int] = {}
         for model in (teacher, student):
@@ -119,8 +136,34 @@ class DistillationTrainer(Trainer):
         return bool((checkpointing or {}).get("use_reentrant"))
 
     @property
+    def _objectives(self) -> Iterator[Objective]:
+        return (objective for _, objectives in self.stages for objective in objectives)
+
+    @property
     def _needs_scores(self) -> bool:
-        return any("scores" in objective.needs for _, objectives in self.stages for objective in objectives)
+        return any("scores" in objective.needs for objective in self._objectives)
+
+    def _build_objectives(self, student: Any) -> None:
+        """Parameters of the objectives, of the widths of these models; anew for each student."""
+        for objective in {id(each): each for each in self._objectives}.values():
+            if (build := getattr(objective, "build", None)) is not None:
+                build(student, self.teacher)
+        self.parametrised.to(self.args.device)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Trainer's, with a group for each objective that has parameters."""
+        optimizer = super().create_optimizer(model)
+        known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for group in of_objectives.groups(self.parametrised, self.args.weight_decay):
+            if known.isdisjoint(map(id, group["params"])):
+                optimizer.add_param_group(group)
+        return optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's; a checkpoint gets the parameters of the objectives, a model of its own does not."""
+        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None and self.args.should_save:
+            of_objectives.save(self.parametrised, Path(output_dir))
 
     def _check_student(self, student: Any) -> None:
         """Raise ValueError for whatever can be known before training; nothing is changed."""
@@ -131,15 +174,16 @@ class DistillationTrainer(Trainer):
         if self.teacher is not None:
             refuse_shared_parameters(student, self.teacher)
             compare_vocabularies(student, self.teacher)
-        for _, objectives in self.stages:
-            for objective in objectives:
-                if (check := getattr(objective, "check", None)) is not None:
-                    check(student, self.teacher)
-        needs = {need for _, objectives in self.stages for objective in objectives for need in objective.needs}
-        asked = self._asked_for(needs)
+        for objective in self._objectives:
+            if (check := getattr(objective, "check", None)) is not None:
+                check(student, self.teacher)
+        needs = {need for objective in self._objectives for need in objective.needs}
+        asked = options(needs)
         for model in pair:
             if "scores" in needs:
                 models.describe_attention(model, "AttentionScoreLoss")
+            if "qkv" in needs:
+                models.describe(model)  # refuses a model whose projections it does not know
             if lacking := asked.keys() - arguments(model, {}, asked).keys():
                 raise ValueError(
                     f"{type(model).__name__}.forward does not take {', '.join(sorted(lacking))}, which the objectives "
@@ -160,6 +204,7 @@ class DistillationTrainer(Trainer):
         model = super().call_model_init(trial)
         self._check_student(model)
         self._expose_scores(inside_peft(model))  # train() builds the student again
+        self._build_objectives(inside_peft(model))
         self._agree_on_heads(inside_peft(model))
         self._signature_columns = None  # this one's forward may name others
         return model
@@ -183,14 +228,19 @@ class DistillationTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Weights of a checkpoint, and which heads they are: another student may have been slimmed to resume."""
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        of_objectives.load(self.parametrised, Path(resume_from_checkpoint))
         path, config = Path(resume_from_checkpoint) / "config.json", slimmed(self.model)
         if config is not None and path.is_file():
             config.kept_heads = read_json(path).get("quantization_config", {}).get("kept_heads")
 
+    @property
+    def progress(self) -> float:
+        """Share of the steps that is done, 0 to 1: the clock of stages and schedules, so that these resume by it."""
+        return self.state.global_step / max(self.state.max_steps, 1)
+
     def current_objectives(self) -> Sequence[Objective]:
-        """The objectives of the stage that the global step is in (so resuming needs no state of its own)."""
-        progress = self.state.global_step / max(self.state.max_steps, 1)
-        return next((objectives for end, objectives in self.stages if progress < end), self.stages[-1][1])
+        """The objectives of the stage that the global step is in."""
+        return next((objectives for end, objectives in self.stages if self.progress < end), self.stages[-1][1])
 
     def compute_loss(
         self,
@@ -203,31 +253,75 @@ class DistillationTrainer(Trainer):
             labels = () if self.compute_loss_func is None else ("labels",)  # which are not for the model then
             return super().compute_loss(model, self._of_student(model, inputs, labels), return_outputs)
         objectives = self.current_objectives()
-        needs = {need for objective in objectives for need in objective.needs}
-        wanted = {"return_dict": True, "output_hidden_states": False, **self._asked_for(needs)}
-        student = model(**arguments(model, inputs, wanted))
-        teacher = None
-        if self.teacher is not None:
-            from accelerate.utils import convert_to_fp32  # no trainer is without it, but `import lowbit` may be
+        for objective in objectives:
+            if (advance := getattr(objective, "advance", None)) is not None:
+                advance(self.progress)
+        if ascending := [each for each in objectives if self._ascends(each)]:
+            # Not the student's step: its wrapper for several ranks, which waits for its gradients, is left out.
+            student = self.accelerator.unwrap_model(model)
+            with _frozen(student), _frozen(self.teacher):
+                losses, outputs = self._losses(student, ascending, inputs, ascend=True)
+            self._note([(f"{name}_ascent", value) for name, value in losses])
+            loss = -sum(value for _, value in losses)
+        else:
+            losses, outputs = self._losses(model, objectives, inputs)
+            self._note(losses)
+            loss = sum(value for _, value in losses)
+        return (loss, outputs) if return_outputs else loss
 
-            with torch.no_grad(), self.accelerator.autocast():  # as accelerate wraps the student's own forward
-                teacher = self.teacher(**arguments(self.teacher, inputs, wanted, without={"labels", *self.label_names}))
+    def _ascends(self, objective: Objective) -> bool:
+        ascends = getattr(objective, "ascends", None)
+        return ascends is not None and ascends(self.state.global_step)
+
+    def _losses(
+        self, model: Any, objectives: Sequence[Objective], inputs: Mapping[str, Any], ascend: bool = False
+    ) -> tuple[list[tuple[str, Any]], Any]:
+        """Names and losses of objectives, each view run once; the student's outputs, of the loader's batch if run."""
+        views: dict[int, Any] = {id(view): view for view in (getattr(each, "view", None) for each in objectives)}
+        outputs, losses = [], []
+        for view in sorted(views.values(), key=lambda view: view is not None):
+            of_view = [each for each in objectives if getattr(each, "view", None) is view]
+            batch = teachers_batch = inputs
+            if view is not None:
+                with contextlib.nullcontext() if ascend else torch.no_grad(), self.accelerator.autocast():
+                    batch, teachers_batch = view(self.accelerator.unwrap_model(model), self.teacher, inputs)
+            needs = {need for each in of_view for need in each.needs}
+            student = self._run_student(model, batch, needs)
+            teacher = self._run_teacher(student, teachers_batch, needs, ascend)
+            losses += [(each.name, each(student, teacher, batch)) for each in of_view]
+            outputs.append(student)
+        return losses, outputs[0]
+
+    def _run_student(self, model: Any, batch: Mapping[str, Any], needs: Collection[str]) -> Any:
+        inner = inside_peft(self.accelerator.unwrap_model(model))
+        with captured(inner, "qkv" in needs) as qkv:
+            outputs = model(**arguments(model, batch, self._wanted(needs)))
+        if qkv:
+            outputs["qkv"] = [tuple(layer) for layer in qkv]
+        return outputs
+
+    def _run_teacher(self, student: Any, batch: Mapping[str, Any], needs: Collection[str], ascend: bool) -> Any:
+        """The teacher's outputs in float32; with a graph only for who ascends through it."""
+        if self.teacher is None:
+            return None
+        from accelerate.utils import convert_to_fp32  # no trainer is without it, but `import lowbit` may be
+
+        without = {"labels", *self.label_names}
+        with contextlib.nullcontext() if ascend else torch.no_grad():
+            # under autocast as accelerate wraps the student's own forward
+            with self.accelerator.autocast(), captured(self.teacher, "qkv" in needs) as qkv:
+                teacher = self.teacher(**arguments(self.teacher, batch, self._wanted(needs), without=without))
             teacher = convert_to_fp32(teacher)
-            scores = student.get("attentions"), teacher.get("attentions")
-            if "scores" in needs and all(scores):
-                teacher.attentions = self._of_kept_heads(*scores)
-        losses = [(objective.name, objective(student, teacher, inputs)) for objective in objectives]
-        self._note(losses)
-        loss = sum(value for _, value in losses)
-        return (loss, student) if return_outputs else loss
+        if qkv:
+            teacher["qkv"] = [tuple(each.float() for each in layer) for layer in qkv]
+        scores = student.get("attentions"), teacher.get("attentions")
+        if "scores" in needs and all(scores):
+            teacher.attentions = self._of_kept_heads(*scores)
+        return teacher
 
     @staticmethod
-    def _asked_for(needs: Collection[str]) -> dict[str, bool]:
-        """Options of forward for what objectives need."""
-        return {
-            **({"output_hidden_states": True} if "hidden_states" in needs else {}),
-            **({"output_attentions": True, "output_scores": True} if "scores" in needs else {}),
-        }
+    def _wanted(needs: Collection[str]) -> dict[str, bool]:
+        return {"return_dict": True, "output_hidden_states": False, **options(needs)}
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Trainer's, without the columns of the teacher: where there are no labels it calls the model itself."""
@@ -269,3 +363,16 @@ class DistillationTrainer(Trainer):
                 logs[f"loss_{name}"] = round(float(mean), 6)
             self._sums, self._counts = {}, {}
         super().log(logs, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module | None) -> Iterator[None]:
+    """No gradients for a model's parameters, but through it."""
+    trained = [p for p in model.parameters() if p.requires_grad] if model is not None else []
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,47 @@
+"""What objectives need that transformers' forward does not return: queries, keys and values of each layer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from .. import models
+
+OPTIONS = {
+    "hidden_states": ("output_hidden_states",),
+    "scores": ("output_attentions", "output_scores"),
+    "qkv": (),
+}
+
+
+def options(needs: Collection[str]) -> dict[str, bool]:
+    """Options of forward for what objectives need."""
+    return {option: True for need in OPTIONS if need in needs for option in OPTIONS[need]}
+
+
+@contextlib.contextmanager
+def captured(model: PreTrainedModel, wanted: bool) -> Iterator[list[tuple[Any, Any, Any]]]:
+    """While open, a forward pass fills the list: (query, key, value) of each layer, [B, S, width], heads side by side.
+
+    They are what the projections return, so that of quantized ones they carry gradients to the latent weights.
+    """
+    found: list[Any] = []
+    with contextlib.ExitStack() as stack:
+        if wanted:
+            architecture = models.describe(model)
+            for index, (_, layer) in enumerate(models.layers(model)):
+                found.append([None, None, None])
+                for which, path in enumerate(architecture.projections):
+                    stack.callback(layer.get_submodule(path).register_forward_hook(_note(found, index, which)).remove)
+        yield found
+
+
+def _note(found: list[Any], index: int, which: int) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        found[index][which] = output
+
+    return hook
