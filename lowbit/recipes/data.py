@@ -72,7 +72,7 @@ def held_out(train: Dataset, task: Task, count: int, seed: int = 0) -> tuple[Dat
         )
     chosen = np.sort(np.random.default_rng(seed).choice(candidates, count, replace=False))
     texts = [text for row in chosen for text in rows[row]]
-    common: np.ndarray = np.stack([overlapping(column, texts) for column in zip(*rows, strict=True)]).any(axis=0)
+    common = np.logical_or.reduce([overlapping(column, texts) for column in zip(*rows, strict=True)])
     common[chosen] = True  # texts without a word overlap with nothing
     left = np.flatnonzero(~common)
     log.info(
