@@ -22,6 +22,8 @@ from lowbit.data import sentiment
 from lowbit.data.squad import ask_elsewhere, featurize
 from lowbit.length import Front, observed_lengths
 from lowbit.recipes import RecipeError, lengths, stages
+from lowbit.recipes.data import load_glue
+from lowbit.recipes.options import GlueOptions
 from lowbit.stages.unpadding import encoder_of
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -80,10 +82,19 @@ def test_ternarybert_runs_and_does_not_repeat_finished_stages(setup: tuple[Path,
     assert "== " not in run("ternarybert_glue.py", *options(setup, tmp_path), *heldout)
 
 
-def test_heldout_needs_a_number_of_training_examples(setup: tuple[Path, Path], tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "ternarybert_glue.py"), *options(setup, tmp_path), "--heldout", "5"]
+def test_heldout_is_taken_before_training_examples_are_counted(setup: tuple[Path, Path]) -> None:
+    given = {"data_dir": str(setup[0]), "heldout": 5}
+    task, everything = load_glue(GlueOptions(**given))
+    assert task.validation == ("validation", "validation_heldout")
+    _, few = load_glue(GlueOptions(**given, max_train_samples=10))
+    assert few["validation_heldout"][:] == everything["validation_heldout"][:]
+    assert few["train"][:] == everything["train"][:10]
+
+
+def test_more_held_out_than_there_are_is_an_error_in_a_line(setup: tuple[Path, Path], tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "ternarybert_glue.py"), *options(setup, tmp_path), "--heldout", "500"]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode != 0 and "give max_train_samples too" in result.stderr
+    assert result.returncode != 0 and "training examples stand inside no other" in result.stderr.splitlines()[-1]
 
 
 def test_demo_shows_why_a_measurement_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ..data.containment import overlapping, whole
 from ..data.tasks import Task, get_task, load_task, read_split
-from . import RecipeError, require
+from . import RecipeError, log, require
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -24,29 +27,61 @@ def offline_if_local(model: str, *data: str | None) -> None:
 
 
 def load_glue(options: Any) -> tuple[Task, DatasetDict]:
-    """The task of `GlueOptions` and its data: as many training examples as asked for, and those held out."""
+    """The task of `GlueOptions` and its data: those held out, then as many training examples of the rest as asked for.
+
+    Raises:
+        RecipeError: more held out than the training set has whole examples.
+    """
     require("datasets")
-    if options.heldout and not options.max_train_samples:
-        raise RecipeError(
-            f"heldout={options.heldout} takes training examples beyond max_train_samples, which is 0 (all are trained "
-            "on); give max_train_samples too"
-        )
     task = get_task(options.task)
     data = load_task(options.task, options.data_dir)
+    if options.heldout:  # first, so that the same are held out of any number of training examples
+        data["train"], data["validation_heldout"] = held_out(data["train"], task, options.heldout)
+        task = dataclasses.replace(task, validation=(*task.validation, "validation_heldout"))
     if options.max_train_samples:
-        count = min(options.max_train_samples, len(data["train"]))
-        data["train"], rest = data["train"].select(range(count)), data["train"].select(range(count, len(data["train"])))
-        if options.heldout:
-            data["validation_heldout"] = held_out(rest, set(data["train"][task.columns[0]]), task, options.heldout)
-            task = dataclasses.replace(task, validation=(*task.validation, "validation_heldout"))
+        data["train"] = data["train"].select(range(min(options.max_train_samples, len(data["train"]))))
     return task, data
 
 
-def held_out(rest: Dataset, known: set[str], task: Task, count: int) -> Dataset:
-    """The first examples of some length whose text is not known: a larger sample than most validation splits."""
-    texts = rest[task.columns[0]]
-    chosen = [i for i, text in enumerate(texts) if text not in known and len(text.split()) >= 6]
-    return rest.select(chosen[:count])
+def held_out(train: Dataset, task: Task, count: int, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Whole examples for evaluation, and what is left for training without any of their text.
+
+    Whole: no text of the example stands inside a longer one of another example. Of SST-2, whose examples are phrases of
+    sentences, these are the sentences. An example is left out of training if any of its texts equals, holds or stands
+    inside any text that is held out, word for word without regard to case and spaces. In tasks of pairs one text is
+    enough: MNLI has each premise in three pairs and QQP a question in many, and a model knows it from any of them.
+
+    Args:
+        train: all training examples.
+        task: its columns are compared.
+        count: how many are held out.
+        seed: which; not the seed of training, so that runs of several seeds are evaluated on the same examples.
+
+    Returns:
+        Training examples and those held out, both in their order.
+
+    Raises:
+        RecipeError: fewer whole examples than `count`, or no training example is left.
+    """
+    rows = list(zip(*(train[column][:] for column in task.columns), strict=True))
+    candidates = np.flatnonzero(whole(rows))
+    if len(candidates) < count:
+        raise RecipeError(
+            f"heldout={count}: {len(candidates)} of {len(rows)} training examples stand inside no other; "
+            f"accepted: at most {len(candidates)}"
+        )
+    chosen = np.sort(np.random.default_rng(seed).choice(candidates, count, replace=False))
+    texts = [text for row in chosen for text in rows[row]]
+    common = np.logical_or.reduce([overlapping(column, texts) for column in zip(*rows, strict=True)])
+    common[chosen] = True  # texts without a word overlap with nothing
+    left = np.flatnonzero(~common)
+    log.info(
+        "%d examples held out, %d dropped from training that share a text with them or a part of one, %d left",
+        *(count, len(rows) - len(left) - count, len(left)),
+    )
+    if not len(left):
+        raise RecipeError(f"heldout={count} leaves no training example that shares no text with them; hold out fewer")
+    return train.select(left), train.select(chosen)
 
 
 def labels_of(model: str, config: Any) -> tuple[str, ...]:

@@ -41,8 +41,8 @@ class GlueOptions(Options):
     heldout: int = field(
         default=0,
         metadata={
-            "help": "evaluate also on N training examples of 6 words or more beyond max_train_samples; of SST-2 these "
-            "are phrases, most of which stand inside others that are trained on"
+            "help": "evaluate also on N training examples that stand inside no other; no example with any of their "
+            "text is trained on, and max_train_samples counts the rest"
         },
     )
 
