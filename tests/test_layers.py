@@ -29,7 +29,7 @@ BELOW = {
     "adapters": {"nn", "quantizers"},
     "plugin": {"config", "errors", "files", "models", "nn", "stages"},
     "_register": {"adapters", "nn", "plugin"},
-    "recipes": {"data", "files", "length", "models"},
+    "recipes": {"data", "distill", "files", "length", "models"},
     "cli": {
         "__init__",
         "config",

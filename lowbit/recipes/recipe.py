@@ -1,0 +1,164 @@
+"""A system of the literature as a short YAML file: a student, and stages of objectives. Reading and checking one.
+
+    about: one line
+    source: paper, arXiv id, equations
+    bits: [float, ternary, binary]      # students for which it has a meaning
+    student: {layers: {layers: 3}}      # a builder and its fields (`parts.STUDENTS`)
+    stages:
+      - {name: layers, share: 0.8, objectives: [{hidden: {map: uniform}}, scores]}
+      - {name: logits, share: 0.2, objectives: [{logits: {temperature: 2}}]}
+
+Every stage is a training of its own, with a fresh optimizer, and a folder of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import RecipeError, parts
+
+CATALOGUE = Path(__file__).parent / "catalogue"
+BITS = ("float", "ternary", "binary")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a student.
+
+    Attributes:
+        name: of its folder.
+        objectives: as in the file.
+        share: of the run's steps.
+        rate: factor of the run's learning rate.
+        schedule: of the learning rate: "linear" (10 % warm-up, then down to 0) or "constant".
+        dropout, teacher_dropout: whether they drop out.
+        data: "train", "augmented" (with the recipe's `augment`), or "text": the texts without labels.
+        train: "all", or "exits": ramps only, the rest as it is.
+    """
+
+    name: str
+    objectives: tuple[Any, ...]
+    share: float = 1.0
+    rate: float = 1.0
+    schedule: str = "linear"
+    dropout: bool = False
+    teacher_dropout: bool = False
+    data: str = "train"
+    train: str = "all"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a file says.
+
+    Attributes:
+        name: of the file, without its suffix.
+        about, source: one line each.
+        student: a builder with its fields.
+        stages: in their order.
+        bits: students that it may train, the default first.
+        quantize: "before" the stages, so that they train the low-bit student; or "after" them: they make a float
+            student, that a last stage distils into a low-bit one as TernaryBERT does.
+        chain: builders of assistants, trained one after the other by the same stages, each the next one's teacher.
+        augment: a method of `lowbit.distill.augment` with its fields, for stages with `data: augmented`.
+        search: fields of the search for a layer map, which objectives name `map: searched`.
+    """
+
+    name: str
+    about: str
+    source: str
+    student: Any
+    stages: tuple[Stage, ...]
+    bits: tuple[str, ...] = ("float",)
+    quantize: str = "before"
+    chain: tuple[Any, ...] = ()
+    augment: Any = None
+    search: Any = None
+
+
+def names() -> list[str]:
+    """Recipes that come with lowbit."""
+    return sorted(path.stem for path in CATALOGUE.glob("*.yaml"))
+
+
+def load(name: str | Path) -> Recipe:
+    """A recipe of the catalogue, or of a YAML file of the user's.
+
+    Raises:
+        RecipeError: no such recipe, a file that is none, or parts and fields that there are not.
+    """
+    path = CATALOGUE / f"{name}.yaml" if str(name) in names() else Path(name)
+    if not path.is_file():
+        raise RecipeError(f"recipe {name}: accepted are {', '.join(names())}, or the path of a YAML file")
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is no YAML file: {' '.join(str(error).split())}") from error
+    try:
+        return parse(path.stem, given)
+    except RecipeError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def parse(name: str, given: Any) -> Recipe:
+    """A recipe from the table that its file holds.
+
+    Raises:
+        RecipeError: as `load`.
+    """
+    table = _table(Recipe, {"name": name, **given} if isinstance(given, Mapping) else given, "a recipe")
+    if not isinstance(table["stages"], list) or not table["stages"]:
+        raise RecipeError("stages: a list of at least one")
+    table["stages"] = tuple(_stage(number, each) for number, each in enumerate(table["stages"], 1))
+    for key in ("bits", "chain"):
+        table[key] = tuple(table.get(key) or Recipe.__dataclass_fields__[key].default)
+    recipe = Recipe(**table)
+    if unknown := [each for each in recipe.bits if each not in BITS]:
+        raise RecipeError(f"bits {', '.join(map(str, unknown))}; accepted: {', '.join(BITS)}")
+    _one_of("quantize", recipe.quantize, ("before", "after"))
+    stages = [stage.name for stage in recipe.stages]
+    if len(set(stages)) < len(stages):
+        raise RecipeError(f"stages {', '.join(stages)}: each needs a name of its own")
+    for builder in (recipe.student, *recipe.chain):
+        parts.check_student(builder)
+    return recipe
+
+
+def _stage(number: int, given: Any) -> Stage:
+    table = _table(Stage, given, f"stage {number}")
+    if not isinstance(table["objectives"], list) or not table["objectives"]:
+        raise RecipeError(f"stage {number}: objectives: a list of at least one")
+    stage = Stage(**{**table, "objectives": tuple(table["objectives"])})
+    if not 0 < stage.share <= 1 or stage.rate <= 0:
+        raise RecipeError(
+            f"stage {stage.name}: share={stage.share}, rate={stage.rate}; accepted: share up to 1, above 0"
+        )
+    _one_of(f"stage {stage.name}: schedule", stage.schedule, ("linear", "constant"))
+    _one_of(f"stage {stage.name}: data", stage.data, ("train", "augmented", "text"))
+    _one_of(f"stage {stage.name}: train", stage.train, ("all", "exits"))
+    for each in stage.objectives:
+        parts.objective(each)
+    return stage
+
+
+def _table(kind: Any, given: Any, what: str) -> dict[str, Any]:
+    """The fields of a dataclass from a table of a file."""
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"{what} is a table, got {given!r}")
+    known = {each.name: each for each in fields(kind)}
+    needed = {name for name, each in known.items() if each.default is MISSING}
+    if unknown := given.keys() - known.keys():
+        raise RecipeError(f"{what} has no {', '.join(sorted(map(str, unknown)))}; it has {', '.join(known)}")
+    if missing := needed - given.keys():
+        raise RecipeError(f"{what} lacks {', '.join(sorted(missing))}")
+    return dict(given)
+
+
+def _one_of(what: str, value: Any, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise RecipeError(f"{what} {value!r}; accepted: {', '.join(accepted)}")
