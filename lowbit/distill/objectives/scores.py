@@ -1,7 +1,7 @@
 """Distance of attention scores, summed over layers.
 
-mse             mean of (A_s - A_t)^2, A before softmax                                      (TernaryBERT eq. 7, TinyBERT)
-cross_entropy   mean over rows of -sum_keys softmax(A_t) log softmax(A_s)                    (MobileBERT)
+mse             mean of (A_s - A_t)^2, A before softmax                      (TernaryBERT eq. 7, TinyBERT)
+cross_entropy   mean over rows of -sum_keys softmax(A_t) log softmax(A_s)    (MobileBERT)
 
 A constant added to a row of scores changes the first and not the second, nor what the model computes.
 """
