@@ -3,9 +3,9 @@
 pair     c_ij = cos(x_i, x_j); rows softmax over j other than i; KL(teacher's row || student's row)
 triple   psi_ijk = u_ij . u_ik, u_ij = (x_i - x_j) / |x_i - x_j|, the cosine of the angle at i; MSE
 
-Cosines and angles have no width, so that models of any two widths are compared, and no scale. A relation is computed for
-groups x [R, n, d] of n vectors, of which `real` [R, n] counts: the words of each sentence, one layer after the other;
-or the compared layers of each word.
+Cosines and angles have no width, so that models of any two widths are compared, and no scale. A relation is computed
+for groups x [R, n, d] of n vectors, of which `real` [R, n] counts: the words of each sentence, one layer after the
+other; or the compared layers of each word.
 """
 
 from __future__ import annotations
@@ -52,9 +52,8 @@ class _ContextLoss:
         """(student's, teacher's) of all layers that are compared; 0 is the embedding output."""
         rows = [*([(0, 0)] if self.embedding else []), *((layer, row[0]) for layer, row in found.taught())]
         if len(rows) < (2 if self.axis == "layers" else 1):
-            raise ValueError(
-                f"{type(self).__name__}: axis={self.axis!r} and a layer map of {len(rows)} layers: no relation"
-            )
+            what = type(self).__name__
+            raise ValueError(f"{what}: axis={self.axis!r} and {len(rows)} layers to compare; pass a map of more layers")
         return rows
 
     def _groups(self, student: Any, teacher: Any, batch: Batch) -> Iterator[Group]:
@@ -73,7 +72,8 @@ class _ContextLoss:
     def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
         # One layer after the other: what is in between has many times a layer's states.
         sums = [self._sums(*group) for group in self._groups(student, teacher, batch)]
-        return self.weight * sum(total for total, _ in sums) / sum(count for _, count in sums).clamp(min=1)
+        total, count = (torch.stack(each).sum() for each in zip(*sums, strict=True))
+        return self.weight * total / count.clamp(min=1)
 
     def _sums(self, s: torch.Tensor, t: torch.Tensor, real: torch.Tensor) -> Sums:
         raise NotImplementedError
@@ -134,7 +134,8 @@ class TripleRelationLoss(_ContextLoss):
             `lowbit.distill.layer_maps`.
         embedding: take the embedding outputs for a layer too.
         include_padding: the published mode: neighbours of a real i may be padding, those beyond an end are the end
-            itself, and the mean is over all window^2 pairs. Else over pairs j, k of real neighbours, neither i nor equal.
+            itself, and the mean is over all window^2 pairs. Else it is over real neighbours j and k, other than i and
+            than each other.
     """
 
     window: int = 21

@@ -28,8 +28,8 @@ WHAT = "RelationLoss"
 class RelationLoss:
     """KL divergence of relations between queries, keys and values of one layer, a mean over examples.
 
-    Nothing behind a layer's keys and values is reached: of the student's layer, attention output, FFN and LayerNorms
-    get no gradient, and neither do later layers or the pooler. They stay as they are until they are fine-tuned. A low-bit
+    Nothing behind a layer's queries, keys and values is reached: the rest of the layer (attention output, FFN and
+    LayerNorms), later layers and the pooler get no gradient, and stay as they are until they are fine-tuned. A low-bit
     student needs another objective beside this, such as `HiddenStateLoss(map="last")`.
 
     Args:
@@ -48,10 +48,8 @@ class RelationLoss:
     needs: tuple[str, ...] = ("qkv",)
 
     def __post_init__(self) -> None:
-        known = not isinstance(self.pairs, str) and all(
-            len(pair) == 2 and set(pair) <= set("QKV") for pair in self.pairs
-        )
-        if not known or not self.pairs:
+        pairs = [] if isinstance(self.pairs, str) else [*self.pairs]
+        if not pairs or not all(len(pair) == 2 and set(pair) <= set("QKV") for pair in pairs):
             raise ValueError(f"{WHAT}: pairs={self.pairs!r}; accepted: a list of two letters of Q, K, V each: 'QK', ..")
         self.heads = self.relation_heads
 
@@ -79,8 +77,8 @@ class RelationLoss:
         )
         mask = token_mask(batch, ours["Q"])
         loss: Any = 0.0
-        for x, y in self.pairs:
-            s, t = (_log_relations(each[x], each[y], self.heads, mask) for each in (ours, theirs))
+        for pair in self.pairs:
+            s, t = (_log_relations(*map(each.get, pair), self.heads, mask) for each in (ours, theirs))
             rows = (t.exp() * (t - s)).sum(-1).mean(1)  # [B, S]
             examples = rows.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
             loss = loss + examples.mean()

@@ -23,8 +23,8 @@ WHAT = "StatisticsLoss"
 class StatisticsLoss:
     """Distance of what LayerNorm takes out of hidden states; padded tokens do not count. Widths may differ.
 
-    `HiddenStateLoss(distance="layer_norm")` is the rest. MobileBERT divides each sum by the number of layers, and weighs
-    the means by 5000, the variances by 5, the rest by 100: for 24 layers mean_weight=5000/24, variance_weight=5/24.
+    `HiddenStateLoss(distance="layer_norm")` is the rest. MobileBERT weighs the means by 5000, the variances by 5 and the
+    rest by 100, and divides by the number of layers: for 24 layers mean_weight=5000/24, variance_weight=5/24.
 
     Args:
         weight: factor of the loss.
@@ -32,7 +32,7 @@ class StatisticsLoss:
         include_padding: average over padded tokens too (the published mode).
         map: which teacher layer teaches which student layer: a name, list, file or `LayerMap` of
             `lowbit.distill.layer_maps`.
-        teacher: "mapped" compares with the layer that the map names; "all" compares each student layer with the
+        teacher_layers: "mapped" compares with the layer that the map names; "all" compares each student layer with the
             embedding output and all layers, and takes the mean, as the published code does.
         layer_weights: a factor for each student layer; 0 leaves a layer out (MobileBERT's gates).
     """
@@ -42,13 +42,13 @@ class StatisticsLoss:
     variance_weight: float = 1.0
     include_padding: bool = False
     map: Any = "uniform"
-    teacher: str = "mapped"
+    teacher_layers: str = "mapped"
     layer_weights: Sequence[float] | None = None
     name: str = "statistics"
     needs: tuple[str, ...] = ("hidden_states",)
 
     def __post_init__(self) -> None:
-        need_one_of(f"{WHAT}: teacher", self.teacher, ("mapped", "all"))
+        need_one_of(f"{WHAT}: teacher_layers", self.teacher_layers, ("mapped", "all"))
         self.map = layer_maps.opened(self.map)
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:
@@ -62,7 +62,7 @@ class StatisticsLoss:
         loss: Any = 0.0
         for layer, row in found.taught():
             if weight := weight_of(self.layer_weights, layer):
-                against = range(len(theirs)) if self.teacher == "all" else row
+                against = range(len(theirs)) if self.teacher_layers == "all" else row
                 parts = [mean(self._distance(full(ours[layer]), full(theirs[each])), mask) for each in against]
                 loss = loss + weight * torch.stack(parts).mean()
         return self.weight * (loss if torch.is_tensor(loss) else full(ours[0]).sum() * 0)
