@@ -177,8 +177,8 @@ def resolve(spec: Spec, student: int, teacher: int, what: str = "layer map") -> 
     if len(found.rows) != student or deepest > teacher or found.teacher_layers not in (None, teacher):
         raise ValueError(
             f"{what}: a layer map for {len(found.rows)} student layers and a teacher of "
-            f"{found.teacher_layers or f'at least {deepest}'}; this student has {student} layers, the teacher {teacher}. "
-            "Pass a map with a row for each student layer, or a name that fits any depth, such as map='last'"
+            f"{found.teacher_layers or f'at least {deepest}'}; this student has {student}, the teacher {teacher}. "
+            "Pass a map with a row for each student layer, or a name that fits other depths, such as map='last'"
         )
     return found
 

@@ -135,9 +135,8 @@ class Scheduled(nn.Module):
     def __init__(self, objective: Objective, **schedules: Any) -> None:
         super().__init__()
         self.objective = objective
-        if lacking := [name for name in schedules if not hasattr(objective, name)] or (
-            [] if schedules else ["a field"]
-        ):
+        lacking = [name for name in schedules if not hasattr(objective, name)]
+        if lacking or not schedules:
             raise ValueError(f"Scheduled: {type(objective).__name__} has no field {', '.join(lacking) or 'to set'}")
         self.schedules = {name: make(given) for name, given in schedules.items()}
         self._set(0.0)
