@@ -23,8 +23,8 @@ WHAT = "StatisticsLoss"
 class StatisticsLoss:
     """Distance of what LayerNorm takes out of hidden states; padded tokens do not count. Widths may differ.
 
-    `HiddenStateLoss(distance="layer_norm")` is the rest. MobileBERT weighs the means by 5000, the variances by 5 and the
-    rest by 100, and divides by the number of layers: for 24 layers mean_weight=5000/24, variance_weight=5/24.
+    `HiddenStateLoss(distance="layer_norm")` is the rest. MobileBERT weighs the means by 5000, the variances by 5 and
+    the rest by 100, and divides by the number of layers: for 24 layers mean_weight=5000/24, variance_weight=5/24.
 
     Args:
         weight: factor of the loss.
