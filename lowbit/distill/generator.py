@@ -43,6 +43,7 @@ class MaskedGenerator(nn.Module):
             raise ValueError("the tokenizer has no mask token, which a generator fills in; take another tokenizer")
         self.model, self.share, self.temperature = model, share, temperature
         self.mask_token_id = tokenizer.mask_token_id
+        self.special: torch.Tensor
         self.register_buffer("special", torch.tensor(sorted(tokenizer.all_special_ids)), persistent=False)
 
     def check(self, student: PreTrainedModel, teacher: PreTrainedModel | None) -> None:

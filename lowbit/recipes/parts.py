@@ -44,10 +44,8 @@ def named(what: str, given: Any, table: Mapping[str, Any]) -> tuple[str, dict[st
     Raises:
         RecipeError: another form, or a name that is not in the table.
     """
-    name, fields = (given, {}) if isinstance(given, str) else (None, None)
-    if isinstance(given, Mapping) and len(given) == 1:
-        name, fields = next(iter(given.items()))
-    if name not in table or not isinstance(fields or {}, Mapping):
+    name, fields = next(iter(given.items())) if isinstance(given, Mapping) and len(given) == 1 else (given, {})
+    if not isinstance(name, str) or name not in table or not isinstance(fields or {}, Mapping):
         raise RecipeError(f"{what} {given!r}; accepted: {', '.join(table)}, alone or as {{name: {{field: value}}}}")
     return name, dict(fields or {})
 
@@ -97,7 +95,7 @@ def student(given: Any, teacher: Any, quantize: Callable[[Any], Any] | None) -> 
     """
     name, fields = named("student", given, STUDENTS)
     if quantize is not None and name == "theseus":  # the successors are quantized, what they replace is not
-        kept = {key: fields[key] for key in ("layers", "which") if key in fields}
+        kept = {key: value for key, value in fields.items() if key in ("layers", "which")}
         successor = quantize(make("student", "layers", copies.layers, kept, teacher).model)
         return make("student", name, theseus.build, {**fields, "successor": successor, "train": "all"}, teacher)
     built = make("student", name, STUDENTS[name], fields, teacher)

@@ -116,7 +116,8 @@ def parse(name: str, given: Any) -> Recipe:
         raise RecipeError("stages: a list of at least one")
     table["stages"] = tuple(_stage(number, each) for number, each in enumerate(table["stages"], 1))
     for key in ("bits", "chain"):
-        table[key] = tuple(table.get(key) or Recipe.__dataclass_fields__[key].default)
+        if key in table:
+            table[key] = tuple(table[key] or ())
     recipe = Recipe(**table)
     if unknown := [each for each in recipe.bits if each not in BITS]:
         raise RecipeError(f"bits {', '.join(map(str, unknown))}; accepted: {', '.join(BITS)}")

@@ -14,7 +14,8 @@ from lowbit_kernels import embedding_layernorm
 
 from .._packed import refuse_tracing
 from ..embedding import PackedEmbedding
-from .proof import is_half, trying
+from .aside import trying
+from .proof import is_half
 from .snapshot import Snapshot, any_global_hook
 from .stand_in import StandIn
 
@@ -178,7 +179,7 @@ def _difference(embeddings: FusedEmbeddings) -> str | None:
     ]
     if types is not None:
         calls[1]["token_type_ids"] = draw(types.num_embeddings)
-    with trying(embeddings):
+    with trying(embeddings) as embeddings:
         for given in calls:
             expected = embeddings.original.forward(**given).double()
             error = (embeddings.run(given).double() - expected).norm(dim=-1)

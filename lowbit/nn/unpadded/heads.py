@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ... import models
-from .proof import trying
+from .aside import trying
 from .snapshot import Snapshot, any_global_hook, is_hooked
 from .stand_in import StandIn
 
@@ -78,20 +78,23 @@ def _is_library(module: nn.Module) -> bool:
 
 def _ignores_others(model: PreTrainedModel) -> bool:
     """Whether outputs stay the same to the last bit when the states of all tokens but the first become NaN."""
-    encoder = _encoder(model)
-    with trying(model):
-        for shape in _SHAPES:
-            ids = torch.zeros(shape, dtype=torch.long, device=model.device)
-            try:
-                seen, unseen = (_outputs(model, encoder, ids, value) for value in (1.0, float("nan")))
-            except Exception:  # takes another shape of ids, or more than ids
-                continue
-            return len(seen) > 0 and all(torch.equal(a, b) for a, b in zip(seen, unseen, strict=True))
+    try:
+        with trying(model) as tried:
+            encoder = _encoder(tried)
+            for shape in _SHAPES:
+                ids = torch.zeros(shape, dtype=torch.long, device=model.device)
+                try:
+                    seen, unseen = (_outputs(tried, encoder, ids, value) for value in (1.0, float("nan")))
+                except Exception:  # takes another shape of ids, or more than ids
+                    continue
+                return len(seen) > 0 and all(torch.equal(a, b) for a, b in zip(seen, unseen, strict=True))
+    except Exception:  # something in it cannot be copied
+        return False
     return False
 
 
 def _outputs(model: PreTrainedModel, encoder: nn.Module, ids: torch.Tensor, value: float) -> list[torch.Tensor]:
-    """The model's outputs where layers do nothing, and `value` replaces all states but those of first tokens."""
+    """A copy's outputs where layers do nothing, and `value` replaces all states but those of first tokens."""
     from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
     def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -99,12 +102,6 @@ def _outputs(model: PreTrainedModel, encoder: nn.Module, ids: torch.Tensor, valu
         states[:, 1:] = value
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=states)
 
-    own = encoder.__dict__.get("forward")
     encoder.__dict__["forward"] = forward
-    try:
-        outputs: Any = model.forward(ids, return_dict=True, output_hidden_states=False, output_attentions=False)
-    finally:
-        del encoder.__dict__["forward"]
-        if own is not None:
-            encoder.__dict__["forward"] = own
+    outputs: Any = model.forward(ids, return_dict=True, output_hidden_states=False, output_attentions=False)
     return [tensor for tensor in outputs.values() if torch.is_tensor(tensor)]

@@ -11,8 +11,6 @@ Takes two forward passes of 25 tokens, in float32 on the CPU (of a copy, where t
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from torch import nn
 
 from ...models import Architecture
 from ...quantizers import ActivationQuantizer
+from .aside import trying
 from .sequences import Sequences
 
 _SITES = ("query", "key", "value", "attention_probs")
@@ -100,7 +99,7 @@ def _difference(encoder: Any) -> str | None:
         torch.randn(*shape, norm.normalized_shape[0], generator=generator, dtype=norm.weight.dtype, device="cpu")
         for shape in _SHAPES
     ]
-    with trying(encoder):
+    with trying(encoder) as encoder:
         passes = []
         for states in batches:
             calls = _by_layer(encoder.original, encoder.layer, states)
@@ -145,23 +144,3 @@ def _by_layer(original: nn.Module, layers: Any, states: torch.Tensor) -> str | l
     if [layer for layer, _, _ in calls] != list(layers) or not all(map(torch.equal, ends, begins)):
         return f"{type(original).__name__} does more than to run its layers one after the other"
     return [(given, output) for _, given, output in calls]
-
-
-@contextmanager
-def trying(encoder: nn.Module) -> Iterator[None]:
-    """Without gradients, autocast and hooks, in eval mode; hooks and modes are put back."""
-    training = [module for module in encoder.modules() if module.training]
-    tables = [table for module in encoder.modules() for table in (module._forward_hooks, module._forward_pre_hooks)]
-    hooks = [(table, dict(table)) for table in tables if table]
-    for module in training:
-        module.training = False
-    for table, _ in hooks:
-        table.clear()
-    try:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        for module in training:
-            module.training = True
-        for table, were in hooks:
-            table.update(were)

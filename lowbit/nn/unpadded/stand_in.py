@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-_SHARED = (
+SHARED = (
     "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules", "_backward_hooks", "_backward_pre_hooks",
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks",
@@ -27,7 +27,7 @@ class StandIn(nn.Module):
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        for name in _SHARED:
+        for name in SHARED:
             setattr(self, name, getattr(original, name))
         self._original = [original]  # in a list: its parameters are ours already
         self._had = {*self._buffers}
@@ -39,7 +39,7 @@ class StandIn(nn.Module):
         original = self._original[0]
         if self.is_replica:
             original = copy.copy(original)
-            original.__dict__.update({name: self.__dict__[name] for name in _SHARED})
+            original.__dict__.update({name: self.__dict__[name] for name in SHARED})
         original.training = self.training
         return original
 
