@@ -24,7 +24,7 @@ BELOW = {
     "elastic": {"config", "files", "models"},
     "stages": {"config", "elastic", "errors", "files", "models", "nn", "quantizers"},
     "deploy": {"files", "models", "nn"},
-    "distill": {"config", "files", "models", "nn"},
+    "distill": {"config", "data", "files", "models", "nn"},
     "length": {"config", "distill", "files", "models", "nn", "stages"},
     "adapters": {"nn", "quantizers"},
     "plugin": {"config", "errors", "files", "models", "nn", "stages"},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cache import chunked, fingerprint
+from .cache import chunked, fingerprint, flat
 from .masked_lm import MaskedLM
 from .vectors import WordVectors
 from .words import STOP_WORDS, Span, replace, replaceable
@@ -55,16 +55,18 @@ class Substitution:
         texts = list(dict.fromkeys(text for row in rows for text in row))
         parts = [source.key for source in (self.lm, self.vectors) if source is not None]
         key = fingerprint(parts, sorted(never), texts)
-        lists = chunked(
-            texts, lambda some, _: self._candidates(some, never), folder=cache, key=key, size=256, title="candidates"
-        )  # fmt: skip
-        candidates = dict(zip(texts, lists, strict=True))
+
+        def look(some: Sequence[str], _: int) -> list[Any]:
+            return self._candidates(some, never)
+
+        lists = chunked(texts, look, folder=cache, key=key, size=256, title="candidates")
+        candidates = dict(zip(texts, flat(lists), strict=True))
 
         def copy(some: Sequence[Row], start: int) -> list[list[Row]]:
             return [self._copies(row, candidates, random.Random(f"{seed} {start + i}")) for i, row in enumerate(some)]
 
         key = fingerprint(key, rows, self.p, self.copies, seed)
-        return chunked(rows, copy, folder=cache, key=key, size=4096, title="copies")
+        return flat(chunked(rows, copy, folder=cache, key=key, size=4096, title="copies"))
 
     def _candidates(self, texts: Sequence[str], never: Collection[str]) -> list[list[Any]]:
         """Of each text [[begin, end, candidates], ...], of words that have any."""
