@@ -1,9 +1,9 @@
 """Early exit: ramps behind the layers of a classifier, and when a sentence leaves by one of them.
 
-    add_exits, freeze_backbone      ramps; all else frozen
-    set_exit                        by entropy, patience or a learned certainty
-    exit_losses                     objectives that train ramps
-    front                           speed beside accuracy of a criterion's thresholds
+add_exits, freeze_backbone      ramps; all else frozen
+set_exit                        by entropy, patience or a learned certainty
+exit_losses                     objectives that train ramps
+front                           speed beside accuracy of a criterion's thresholds
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def exit_scores(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Ten
 
 
 def leave(scores: Scores, criterion: Criterion | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a model with this criterion answers: logits [N, C], and the layer that each text leaves behind, int64 [N]."""
+    """What a model with this criterion answers: logits [N, C]; the layer that each text leaves behind, int64 [N]."""
     logits, here = scores.logits[-1].clone(), torch.ones(scores.logits.shape[1], dtype=torch.bool)
     layers = torch.full((len(here),), scores.layers[-1])
     memory = None

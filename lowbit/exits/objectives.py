@@ -157,7 +157,7 @@ class ExitCertaintyLoss:
 
     def check(self, student: Any, teacher: Any) -> None:
         """Raise ValueError for a student without exits, or without a certainty head."""
-        if "certainty" not in _check_exits("ExitCertaintyLoss", student):
+        if _check_exits("ExitCertaintyLoss", student).certainty_head is None:
             raise ValueError("ExitCertaintyLoss trains a certainty head; add exits by add_exits(model, certainty=True)")
 
     def __call__(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """One forward pass by the exits of a model: who has left, where, and with which answer.
 
-Made by a hook before the model runs, handed to its encoder as a keyword, read by a hook afterwards. So nothing of a call
-is kept in the model, and threads may share it.
+Made by a hook before the model runs, handed to its encoder as a keyword, read by a hook afterwards. So nothing of a
+call is kept in the model, and threads may share it.
 """
 
 from __future__ import annotations
@@ -52,8 +52,7 @@ class Passage:
         if self._starts is None:
             self._starts = sequences.cu_seqlens.cpu() if sequences.host is None else sequences.host
             self._size = len(self._starts) - 1
-        certainty = self.ramps["certainty"] if "certainty" in self.ramps else None
-        answer: Answer = self.ramps[str(layer)](tokens, sequences, self.pooler, certainty)
+        answer: Answer = self.ramps[str(layer)](tokens, sequences, self.pooler, self.ramps.certainty_head)
         if self.criterion is None:
             self.answers.append(answer)
             return None

@@ -1,11 +1,11 @@
 """Ramps: small float classifiers behind layers, each of which reads what is behind its own.
 
-    linear      dropout, linear, on the first token's state
-    pooler      linear, tanh, dropout, linear, on the first token's state; the pooler begins as the model's  (DeeBERT)
-    shared      the model's own pooler, the same for all ramps; dropout, linear                             (PABEE)
-    attention   linear to 128, tanh, attention of 2 heads, then of the first token linear, tanh, linear     (FastBERT)
+linear      dropout, linear, on the first token's state
+pooler      linear, tanh, dropout, linear, on the first token's state; the pooler begins as the model's  (DeeBERT)
+shared      the model's own pooler, the same for all ramps; dropout, linear                             (PABEE)
+attention   linear to 128, tanh, attention of 2 heads, then of the first token linear, tanh, linear     (FastBERT)
 
-    certainty   a linear to one number for all ramps, on what a ramp's last linear reads                    (BERxiT)
+certainty   a linear to one number for all ramps, on what a ramp's last linear reads                    (BERxiT)
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from .. import models
 from ..nn import PackedLinear
 from ..nn.unpadded.sequences import Sequences
+from .criteria import Criterion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -136,12 +137,18 @@ class Ramps(nn.ModuleDict):
             for layer in layers:
                 self[str(layer)] = KINDS[kind](width, config.num_labels, dropout)
             if certainty:
-                self["certainty"] = nn.Linear(self[str(layers[0])].classifier.in_features, 1)
+                self["certainty"] = nn.Linear(_WIDTH if kind == "attention" else width, 1)
         self.to(weight.dtype)
         self.train(model.training)
-        self.kind, self.criterion = kind, None
+        self.kind = kind
+        self.criterion: Criterion | None = None
         if weight.device.type != "meta":
             self._initialize(model)
+
+    @property
+    def certainty_head(self) -> nn.Module | None:
+        """What says how probably a ramp is wrong, of the features that its last linear reads."""
+        return self._modules.get("certainty")
 
     @property
     def layers(self) -> list[int]:

@@ -120,7 +120,7 @@ def set_exit(model: PreTrainedModel, criterion: Criterion | None) -> PreTrainedM
                 f"criterion must be Entropy, NormalizedEntropy, Patience, Certainty or None, got "
                 f"{type(criterion).__name__}"
             )
-        criterion.check(model.config.num_labels, model.config.problem_type, "certainty" in ramps)
+        criterion.check(model.config.num_labels, model.config.problem_type, ramps.certainty_head is not None)
         if getattr(encoder_of(model), "lengths", None) is not None:
             raise ValueError(
                 "the model drops tokens (lowbit.set_length), and its ramps would judge states that they were not "
@@ -150,7 +150,12 @@ def _describe(model: PreTrainedModel) -> None:
     """Write into the model's configuration what its exits are."""
     ramps: Any = model.exits
     criterion = None if ramps.criterion is None else criteria.to_dict(ramps.criterion)
-    values = {"kind": ramps.kind, "layers": ramps.layers, "certainty": "certainty" in ramps, "criterion": criterion}
+    values = {
+        "kind": ramps.kind,
+        "layers": ramps.layers,
+        "certainty": ramps.certainty_head is not None,
+        "criterion": criterion,
+    }
     setattr(model.config, FIELD, values)
 
 
@@ -178,8 +183,9 @@ def rebuild(model: PreTrainedModel) -> None:
     _check(model, values["kind"], layers, count)
     ramps = Ramps(model, values["kind"], layers, bool(values["certainty"]))
     if values["criterion"] is not None:
-        ramps.criterion = criteria.from_dict(values["criterion"])
-        ramps.criterion.check(model.config.num_labels, model.config.problem_type, "certainty" in ramps)
+        criterion = criteria.from_dict(values["criterion"])
+        criterion.check(model.config.num_labels, model.config.problem_type, ramps.certainty_head is not None)
+        ramps.criterion = criterion
     model.exits = ramps
     _describe(model)
 
@@ -258,5 +264,3 @@ def _answer_tuple(model: PreTrainedModel, passage: Passage, kwargs: dict[str, An
 
 def _labels(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments["labels"]
-
-

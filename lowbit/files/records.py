@@ -39,7 +39,8 @@ _FREE = {
     "initializer_range", "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
     "transformers_version", "use_cache",
 }  # fmt: skip
-_OWN = ("quantization_config", "length_config", "exit_config")  # ours, so no other version of transformers reads them differently
+# Ours, so no other version of transformers reads them differently.
+_OWN = ("quantization_config", "length_config", "exit_config")
 
 
 def verify(folder: str | PathLike[str]) -> None:

@@ -26,9 +26,10 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     """Replace lowbit's modules by `nn.Linear` and `nn.Embedding` that hold scale x code, in place.
 
     Weights are the quantized ones, not the latent ones that were trained. Activations and attention are not quantized
-    any more, so outputs move by as much as quantizing them had moved them. Exits stay. A decoder that was tied to the word
+    any more, so outputs move by as much as quantizing them had moved them. A decoder that was tied to the word
     embedding keeps a table of its own, untied: both had one latent table, but not the same bits. A fused model and one
-    that drops tokens get transformers' encoder back; lengths are forgotten. Attention is transformers' default.
+    that drops tokens get transformers' encoder back; lengths are forgotten. Attention is transformers' default. Exits
+    stay, and the encoder that knows them.
 
     Adapters of peft stay where they are, and weights below them frozen; they can be merged now.
 

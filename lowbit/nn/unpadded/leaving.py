@@ -6,6 +6,7 @@ with the tokens of the sequences that stay; their order never changes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -70,17 +71,14 @@ def noting(exits: Exits, layers: Sequence[nn.Module], mask: torch.Tensor | None)
             f"{tuple(mask.shape)} (tokenizer.padding_side = 'right'; set_attn_implementation('lowbit'))"
         )
 
-    def hook(layer: nn.Module, args: Any, output: Any, number: int) -> None:
+    def note(number: int, layer: nn.Module, args: Any, output: Any) -> None:
         if getattr(layer, "gradient_checkpointing", False) and layer.training and not torch.is_grad_enabled():
             raise ValueError("exits get no gradient under use_reentrant=True; set it to False")
         states = output[0] if isinstance(output, tuple) else output
         tokens, sequences, _ = without_padding(states, mask)
         exits.look(number, tokens, sequences)
 
-    handles = [
-        layer.register_forward_hook(lambda *call, number=number: hook(*call, number=number))
-        for number, layer in enumerate(layers, 1)
-    ]
+    handles = [layer.register_forward_hook(functools.partial(note, number)) for number, layer in enumerate(layers, 1)]
     try:
         yield
     finally:
