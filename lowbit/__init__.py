@@ -4,6 +4,7 @@
     lowbit.prepare / lowbit.convert                    quantization-aware training, then packing
     lowbit.slim / lowbit.split                         half width and ternary weight splitting (BinaryBERT)
     lowbit.DistillationTrainer                         transformers.Trainer with a teacher
+    lowbit.add_exits / lowbit.set_exit                 sentences leave a classifier early
 
 Names are resolved on first use, so that importing lowbit costs next to nothing.
 """
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from .distill.trainer import DistillationTrainer
     from .elastic.slim import slim
     from .errors import CheckpointError
+    from .exits.criteria import Certainty, Entropy, NormalizedEntropy, Patience
+    from .exits.objectives import ExitCertaintyLoss, ExitLogitsLoss, ExitTaskLoss
+    from .exits.verbs import add_exits, freeze_backbone, set_exit
     from .files import card
     from .files.loading import from_pretrained
     from .files.records import verify
@@ -58,6 +62,16 @@ _HOME = {
     "TaskLoss": "distill.objectives",
     "CheckpointError": "errors",
     "export": "deploy.exporting",
+    "Entropy": "exits.criteria",
+    "NormalizedEntropy": "exits.criteria",
+    "Patience": "exits.criteria",
+    "Certainty": "exits.criteria",
+    "ExitTaskLoss": "exits.objectives",
+    "ExitLogitsLoss": "exits.objectives",
+    "ExitCertaintyLoss": "exits.objectives",
+    "add_exits": "exits.verbs",
+    "set_exit": "exits.verbs",
+    "freeze_backbone": "exits.verbs",
     "backend": "info",
     "LearnedThresholds": "length.soft",
     "SoftExtract": "length.soft",
@@ -75,8 +89,13 @@ _MODULES = {"card": ".files.card", "nn": ".nn"}
 __all__ = [
     "AttentionScoreLoss",
     "BinaryConfig",
+    "Certainty",
     "CheckpointError",
     "DistillationTrainer",
+    "Entropy",
+    "ExitCertaintyLoss",
+    "ExitLogitsLoss",
+    "ExitTaskLoss",
     "HiddenStateLoss",
     "LearnedThresholds",
     "LengthConfig",
@@ -84,22 +103,27 @@ __all__ = [
     "LengthDropTrainer",
     "LogitsLoss",
     "LowbitConfig",
+    "NormalizedEntropy",
+    "Patience",
     "SoftExtract",
     "SoftLengthTrainer",
     "TaskLoss",
     "TernaryConfig",
+    "add_exits",
     "backend",
     "card",
     "compile",
     "compile_for",
     "convert",
     "export",
+    "freeze_backbone",
     "from_pretrained",
     "fuse",
     "left_in_float",
     "nn",
     "prepare",
     "quantize",
+    "set_exit",
     "set_length",
     "slim",
     "split",

@@ -77,10 +77,12 @@ class LowbitQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         if self.pre_quantized:
+            from .exits.verbs import rebuild
             from .stages.build import build
 
             try:
                 build(model, self.quantization_config)
+                rebuild(model)
             except CheckpointError:
                 raise
             except (TypeError, ValueError) as error:
@@ -113,6 +115,9 @@ class LowbitQuantizer(HfQuantizer):
             from .stages.unpadding import fuse_where_possible
 
             fuse_where_possible(model)
+        from .exits.verbs import start
+
+        start(model)
         return _set_saved_length(_set_asked_attention(model, self.asked_attention))
 
     def get_state_dict_and_metadata(

@@ -26,8 +26,9 @@ BELOW = {
     "deploy": {"files", "models", "nn"},
     "distill": {"config", "data", "files", "models", "nn"},
     "length": {"config", "distill", "files", "models", "nn", "stages"},
+    "exits": {"files", "models", "nn", "stages"},
     "adapters": {"nn", "quantizers"},
-    "plugin": {"config", "errors", "files", "models", "nn", "stages"},
+    "plugin": {"config", "errors", "exits", "files", "models", "nn", "stages"},
     "_register": {"adapters", "nn", "plugin"},
     "recipes": {"data", "distill", "files", "length", "models"},
     "cli": {

@@ -117,5 +117,10 @@ def _check(model: PreTrainedModel) -> None:
             "a model that drops tokens has sizes that depend on its input, which an exported program cannot have; "
             "lowbit.set_length(model, None) keeps all tokens"
         )
+    if getattr(getattr(model, "exits", None), "criterion", None) is not None:
+        raise ValueError(
+            "sentences leave this model early, which an exported program cannot do; lowbit.set_exit(model, None) "
+            "runs all layers"
+        )
     if type(model).__name__.endswith("ForMultipleChoice"):
         raise ValueError("lowbit.export takes inputs [B, S], a multiple-choice head reads [B, choices, S]")

@@ -19,7 +19,7 @@ from typing import Any
 
 _SHARED = ("*.py", "distributed/*.py", "integrations/**/*.py", "loss/*.py", "models/auto/*.py", "quantizers/*.py",
            "utils/*.py")  # fmt: skip
-_OWN = ("*.py", "deploy/*.py", "distill/*.py", "elastic/*.py", "files/*.py", "length/*.py", "nn/**/*.py",
+_OWN = ("*.py", "deploy/*.py", "distill/*.py", "elastic/*.py", "exits/*.py", "files/*.py", "length/*.py", "nn/**/*.py",
         "stages/*.py")  # fmt: skip
 # They read no configuration of a model, or nothing of it that a loaded model computes with.
 _OTHERS = re.compile(

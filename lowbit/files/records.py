@@ -39,7 +39,8 @@ _FREE = {
     "initializer_range", "label2id", "output_attentions", "output_hidden_states", "problem_type", "return_dict",
     "transformers_version", "use_cache",
 }  # fmt: skip
-_OWN = ("quantization_config", "length_config")  # ours, so no other version of transformers reads them differently
+# Ours, so no other version of transformers reads them differently.
+_OWN = ("quantization_config", "length_config", "exit_config")
 
 
 def verify(folder: str | PathLike[str]) -> None:
@@ -196,7 +197,8 @@ def _written_out(values: dict[str, Any]) -> dict[str, Any]:
     length = values.get("length_config")
     if length is not None:
         length = LengthConfig.from_dict(length).to_dict()
-    return {**values, "quantization_config": quantization, "length_config": length}
+    exits = values.get("exit_config")
+    return {**values, "quantization_config": quantization, "length_config": length, "exit_config": exits}
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -187,8 +187,8 @@ def _save_as_what_it_is(save_pretrained: Callable[..., Any]) -> Callable[..., An
         if isinstance(getattr(model.config, "quantization_config", None), LowbitConfig):
             own_config(model)
             del model.config.quantization_config
-            if hasattr(model.config, "length_config"):
-                del model.config.length_config
+            for name in ("length_config", "exit_config"):
+                model.config.__dict__.pop(name, None)
         if model.config._attn_implementation != attention.NAME:
             return save_pretrained(model, *args, **kwargs)
         with _attention_by_any_name(model):  # made from such a configuration, too
@@ -206,6 +206,8 @@ def _take_over(model: PreTrainedModel, config: LowbitConfig) -> None:
     for name in names:
         if hasattr(base.config, name):
             setattr(model.config, name, copy.deepcopy(getattr(base.config, name)))
+    if "exits" not in model._modules:
+        model.config.__dict__.pop("exit_config", None)
     attach(model, config.replace(output_embedding_bits=None))  # a float head
 
 

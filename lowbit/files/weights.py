@@ -2,7 +2,7 @@
 
 Files hold ternary codes five to a byte, modules four to a byte, both as `weight`. So ternary modules get a buffer of
 the file's shape before transformers loads (by whatever route: shards, other heads, device maps), and the codes are
-expanded where they have landed. `state_dict()` and `load_state_dict` know the modules' form only.
+expanded where they have landed. `state_dict()` gives the modules' form; `load_state_dict` takes either.
 """
 
 from __future__ import annotations

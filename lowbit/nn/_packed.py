@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 from torch._C import _get_tracing_state  # `torch.jit.is_tracing` takes twice as long, and runs in every module
+
+from lowbit_kernels import pack_ternary, unpack_trits
 
 
 class Packed(nn.Module):
@@ -24,6 +27,14 @@ class Packed(nn.Module):
         if self.weight_scale.dtype != torch.float32:
             self.weight_scale = scale.to(self.weight_scale.device)
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the form of files, five ternary codes a byte, too: `Trainer` resumes from them by `load_state_dict`."""
+        weight = state_dict.get(f"{prefix}weight")
+        if self.layout == "ternary" and weight is not None and weight.shape[-1] == -(-self.row_length // 5):
+            expanded = pack_ternary(unpack_trits(weight, self.row_length))
+            state_dict = {**state_dict, f"{prefix}weight": expanded}
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod
     def check_finite(scale: torch.Tensor) -> None:

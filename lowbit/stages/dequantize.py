@@ -16,7 +16,7 @@ from ..nn import PackedDecoder, PackedEmbedding, PackedLinear, QuantDecoder, Qua
 from ..nn.embedding import table_codes
 from ..quantizers import weight_codes, weight_values
 from .swap import part_ties, swap
-from .unpadding import check_own_forward, restore_padding
+from .unpadding import check_own_forward, has_exits, restore_padding, unpadded_encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,12 +28,13 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     Weights are the quantized ones, not the latent ones that were trained. Activations and attention are not quantized
     any more, so outputs move by as much as quantizing them had moved them. A decoder that was tied to the word
     embedding keeps a table of its own, untied: both had one latent table, but not the same bits. A fused model and one
-    that drops tokens get transformers' encoder back; lengths are forgotten. Attention is transformers' default.
+    that drops tokens get transformers' encoder back; lengths are forgotten. Attention is transformers' default. Exits
+    stay, and the encoder that knows them.
 
     Adapters of peft stay where they are, and weights below them frozen; they can be merged now.
 
-    A model of full width then saves and loads without lowbit. A slimmed one stays slim, which transformers'
-    configuration cannot say: it still needs lowbit to load.
+    A model of full width then saves and loads without lowbit. A slimmed one stays slim, and one with exits has them
+    still, which transformers' configuration cannot say: these need lowbit to load.
 
     Args:
         model: prepared or packed, in any form.
@@ -67,7 +68,9 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     part_ties(model, swapped)
     saving.detach(model)
     model.config._attn_implementation = model.get_correct_attn_implementation(None)  # transformers' default
-    if config.num_attention_heads is not None:
+    if has_exits(model):
+        unpadded_encoder(model)
+    if config.num_attention_heads is not None or has_exits(model):
         heads, kept = config.num_attention_heads, config.kept_heads
         saving.attach(model, LowbitConfig(stage="float", num_attention_heads=heads, kept_heads=kept))
     return model if dtype is None else model.to(dtype)

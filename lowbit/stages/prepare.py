@@ -20,7 +20,7 @@ from ..quantizers import check_weight_quantizer
 from .swap import set_attention, swap
 from .targets import quantized_modules
 from .trial import kept_in_float32, not_called, with_decoder_as_it_is
-from .unpadding import check_encoder, check_quantized_attention, encoder_of
+from .unpadding import check_encoder, check_quantized_attention, encoder_of, has_exits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +68,7 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     models.check_single(model, config.skips)
     _check_finite(model)
     drops = models.is_known(model) and getattr(encoder_of(model), "lengths", None) is not None
-    if drops:
+    if drops or has_exits(model):
         check_quantized_attention(config)
     if config.quantize_attention and not models.has_plain_attention(model):
         config = config.replace(quantize_attention=False)
@@ -82,6 +82,8 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
     own_config(model)
     if not drops and hasattr(model.config, "length_config"):
         del model.config.length_config  # of a float checkpoint: the lengths were never set on this model
+    if "exits" not in model._modules and hasattr(model.config, "exit_config"):
+        del model.config.exit_config
     set_attention(model, config)
     swap(model, modules)
     if not models.is_known(model):

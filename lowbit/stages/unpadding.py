@@ -131,13 +131,13 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
             raise TypeError(f"config must be a LengthConfig or None, got {type(config).__name__}")
         _check_length(model, config)
     if isinstance(encoder, UnpaddedEncoder):
-        if config is None and not isinstance(encoder, PackedEncoder):
+        if config is None and not isinstance(encoder, PackedEncoder) and not has_exits(model):
             check_own_forward(model)
         encoder.lengths = config
         _without_padding(model)
         if isinstance(encoder, PackedEncoder):
             encoder.run = encoder._run  # CUDA graphs were captured with the lengths before
-        elif config is None:
+        elif config is None and not has_exits(model):
             _put_back_all(model, [encoder])
             quantized = current_config(model).stage != "float"
             model.set_attn_implementation(lowbit_attention.NAME if quantized else encoder.replaced_attention)
@@ -148,6 +148,11 @@ def set_length(model: PreTrainedModel, config: LengthConfig | None) -> PreTraine
     elif hasattr(model.config, "length_config"):
         del model.config.length_config
     return model
+
+
+def has_exits(model: PreTrainedModel) -> bool:
+    """Whether a model has ramps (`lowbit.add_exits`), which need an encoder of ours."""
+    return "exits" in model._modules and getattr(model.config, "exit_config", None) is not None
 
 
 def unpadded_encoder(model: PreTrainedModel) -> UnpaddedEncoder:
@@ -225,6 +230,11 @@ def _check_length(model: PreTrainedModel, config: LengthConfig) -> None:
         raise ValueError(f"{head} reads all tokens: it needs LengthConfig(restore=True)")
     if "first_segment" in config.protect and getattr(model.config, "type_vocab_size", 1) < 2:
         raise ValueError(f"LengthConfig(protect=('first_segment',)) needs token types, which {head} does not have")
+    if has_exits(model) and model.config.exit_config["criterion"] is not None:
+        raise ValueError(
+            "sentences leave this model early (lowbit.set_exit), by ramps that were not trained on what a model that "
+            "drops tokens has; call lowbit.set_exit(model, None) first"
+        )
     check_encoder(model)
     check_quantized_attention(current_config(model))
 

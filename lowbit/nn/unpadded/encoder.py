@@ -15,6 +15,7 @@ and where they do something else than `proof` can reproduce; with dropped tokens
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import Context
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from lowbit_kernels.varlen_attention.shared_gpu import HEAD_DIMS
 
 from ...config import LengthConfig
 from ...models import Architecture
+from .leaving import Exits, noting
 from .proof import attention_options, prove
 from .pruning import Keep, Kept, Survivors, drop, gathered, importance_loss, plan
 from .sequences import Sequences, additive, has_gaps, of_padding, with_first_tokens, with_padding, without_padding
@@ -117,22 +119,24 @@ class UnpaddedEncoder(StandIn):
         attention_mask: torch.Tensor | None = None,
         first_token_only: bool = False,
         protected_tokens: torch.Tensor | None = None,
+        exits: Exits | None = None,
         **kwargs: Any,
     ) -> Any:
-        """A batch through all layers.
+        """A batch through all layers, or through as many as each sequence takes to leave.
 
         Args:
             hidden_states: [B, S, H].
             attention_mask: [B, S] or None; what the model's own attention adds to scores, where it has one.
             first_token_only: the caller reads hidden_states[:, 0] only, what else is returned may be anything.
             protected_tokens: bool [B, S], tokens to keep as long as there is room, or None.
+            exits: what is told the states behind layers, and says which sequences leave there; None: nothing.
 
         Returns:
-            transformers' output with last_hidden_state [B, S, H].
+            transformers' output with last_hidden_state [B, S, H]; of a sequence that has left, as it left.
 
         Raises:
             ValueError: tokens are to be dropped, and something is asked for that needs them all, a row begins with
-                padding, or the layers are not those of the architecture.
+                padding (with exits too), or the layers are not those of the architecture.
         """
         from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -145,17 +149,17 @@ class UnpaddedEncoder(StandIn):
             raise ValueError(
                 f"{obstacle}, which a model that drops tokens cannot give; lowbit.set_length(model, None) keeps all"
             )
-        fast = None if obstacle or by_modules else self._fast(hidden_states)
+        fast = None if obstacle or by_modules else self._fast(hidden_states, exits)
         # How many tokens are padding is not known while the whole model is traced (torch.compile, torch.export).
         traced = compiling and mask is not None
-        if obstacle or (not drops and (traced or fast is None)):
-            return self._by_layer(hidden_states, attention_mask, **kwargs)
+        if obstacle or (not drops and exits is None and (traced or fast is None)):
+            return self._by_layer(hidden_states, attention_mask, exits, **kwargs)
         tokens, sequences, places = without_padding(hidden_states, mask)
         if sequences.begin_with_padding:  # a head that reads the first place of a row reads padding, then
-            if drops:
+            if drops or exits is not None:
                 raise ValueError(
                     "rows of the batch begin with padding, where heads read the first token, which a model that drops "
-                    "tokens cannot give; pad on the right (tokenizer.padding_side = 'right')"
+                    "tokens, or has exits, cannot give; pad on the right (tokenizer.padding_side = 'right')"
                 )
             return self._by_layer(hidden_states, attention_mask, **kwargs)
         if self.architecture.position_bias is not None and has_gaps(mask):  # where two tokens are no neighbours
@@ -166,18 +170,29 @@ class UnpaddedEncoder(StandIn):
             protected = protected if places is None else protected[places]
         if len(tokens):
             run = self._run_modules if fast is None else fast  # not `fast or`: Dynamo of torch 2.11 cannot trace that
-            tokens = run(tokens, sequences, first_token_only, protected)
+            more = () if exits is None else (exits,)  # graphs of `compile_for` take four arguments
+            tokens = run(tokens, sequences, first_token_only, protected, *more)
+            if exits is not None and first_token_only:
+                tokens = exits.joined(tokens)
         if first_token_only and len(tokens):
             output = with_first_tokens(tokens, sequences, places, hidden_states.shape)
         else:
             output = with_padding(tokens, places, hidden_states.shape)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
 
-    def _by_layer(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any) -> Any:
-        """transformers' encoder, as if we were not there."""
+    def _by_layer(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        exits: Exits | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' encoder, as if we were not there; exits look on, and no sequence leaves before the end."""
+        mask = attention_mask
         if self.architecture.own_attention:  # else it is ours, which takes a padding mask as it is
             attention_mask = additive(attention_mask, hidden_states.dtype)
-        return self.original.forward(hidden_states, attention_mask, **kwargs)
+        with nullcontext() if exits is None else noting(exits, self.layer, mask):
+            return self.original.forward(hidden_states, attention_mask, **kwargs)
 
     def prevented(self) -> str | None:
         """Why the layers cannot be run without padding, None where they can.
@@ -234,7 +249,7 @@ class UnpaddedEncoder(StandIn):
         # Each layer that drops tokens has a shape of its own: compiled for each, they would soon be too many.
         return options if self.lengths is None else {"dynamic": True, **options}
 
-    def _fast(self, hidden_states: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    def _fast(self, hidden_states: torch.Tensor, exits: Exits | None) -> Callable[..., torch.Tensor] | None:
         """What runs all layers faster than their modules, where there is such a thing and it can take this call."""
         return None
 
@@ -253,16 +268,24 @@ class UnpaddedEncoder(StandIn):
         return None
 
     def _run_modules(
-        self, tokens: torch.Tensor, sequences: Sequences, first_token_only: bool, protected: torch.Tensor | None
+        self,
+        tokens: torch.Tensor,
+        sequences: Sequences,
+        first_token_only: bool,
+        protected: torch.Tensor | None,
+        exits: Exits | None = None,
     ) -> torch.Tensor:
-        """All layers by their modules: tokens [T, H] -> [T, H]; `first_token_only`: [B, H]."""
+        """All layers by their modules: tokens [T, H] -> [T, H]; `first_token_only`: [B, H], of those that stayed."""
         steps = self._plan(sequences, tokens.shape[0], first_token_only)
         survivors = self._survivors(sequences, first_token_only)
         target = self.importance_target
-        for number, (layer, keep) in enumerate(zip(self.layer, steps, strict=True)):
+        for number, layer in enumerate(self.layer):
+            keep = steps[number]
             if number in self.skip:
                 if keep is not None and keep.first_only:
                     (tokens,) = gathered(drop(None, sequences, keep, tokens.shape[0], 0, None), tokens)
+                if exits is not None:  # in training, where they look on only
+                    exits.after(number + 1, tokens, sequences)
                 continue
             before = tokens
             run: Callable[..., Any] = self._run_layer_modules
@@ -277,6 +300,13 @@ class UnpaddedEncoder(StandIn):
                 target = target[kept.rows]
             sequences, protected = after(before, kept, sequences, protected, survivors)
             self._note(sequences)
+            kept = None if exits is None else exits.after(number + 1, tokens, sequences)
+            if kept is not None:
+                before, (tokens,) = tokens, gathered(kept, tokens)
+                sequences, protected = after(before, kept, sequences, protected, survivors)
+                if not len(tokens):
+                    break
+                steps[number + 1 :] = self._plan(sequences, len(tokens), first_token_only)[number + 1 :]
         return tokens if survivors is None else survivors.all(tokens)
 
     def _note(self, sequences: Sequences, layers: int = 1) -> None:

@@ -24,6 +24,7 @@ from ...models import Architecture
 from ...quantizers import ActivationQuantizer
 from ..linear import PackedLinear
 from .encoder import UnpaddedEncoder, after, run_attention
+from .leaving import Exits
 from .proof import attention_options
 from .pruning import Keep, Kept, drop, gathered
 from .sequences import Sequences
@@ -161,7 +162,7 @@ class PackedEncoder(UnpaddedEncoder):
     def _kinds(self) -> set[tuple[torch.device, torch.dtype]]:
         return {(tensor.device, tensor.dtype) for tensor in (*self.parameters(), *self.buffers())}
 
-    def _fast(self, hidden_states: torch.Tensor) -> Callable[..., torch.Tensor] | None:
+    def _fast(self, hidden_states: torch.Tensor, exits: Exits | None) -> Callable[..., torch.Tensor] | None:
         if self.is_replica:  # its tensors are no parameters, and `run` is that of the encoder on the first device
             return None
         norms = [own.ffn_norm.weight for own in self._weights()]
@@ -174,8 +175,9 @@ class PackedEncoder(UnpaddedEncoder):
             # Offloaded layers and layers on several devices have hooks that bring weights and activations together.
             or any(norm.device != hidden_states.device for norm in norms)
         )
-
-        return None if needs_modules else self.run
+        if needs_modules:
+            return None
+        return self.run if exits is None else self._run  # graphs of `compile_for` hold all layers
 
     def _run(
         self,
@@ -183,10 +185,11 @@ class PackedEncoder(UnpaddedEncoder):
         sequences: Sequences,
         first_token_only: bool = False,
         protected: torch.Tensor | None = None,
+        exits: Exits | None = None,
     ) -> torch.Tensor:
-        """All layers: tokens [T, H] -> [T, H], `first_token_only`: [B, H].
+        """All layers: tokens [T, H] -> [T, H], `first_token_only`: [B, H], of those that stayed.
 
-        Tokens after the last sequence belong to none and do not matter.
+        Tokens after the last sequence belong to none and do not matter. Layers between two exits run together.
         """
         steps = self._plan(sequences, tokens.shape[0], first_token_only)
         survivors = self._survivors(sequences, first_token_only)
@@ -195,8 +198,10 @@ class PackedEncoder(UnpaddedEncoder):
         bias = self._position_bias(tokens, sequences.max_seqlen)
         weights = self._weights()
         native = self._native(tokens.device, tokens.dtype)
+        number = 0  # layers done
         while weights:
             together = self._layers_together(weights, steps) if native else 0
+            together = together if exits is None else min(together, exits.following(number) - number)
             if together:
                 last = steps[together - 1]
                 tokens, codes = self._run_layers(weights[:together], tokens, codes, sequences, bias, last is not None)
@@ -208,7 +213,15 @@ class PackedEncoder(UnpaddedEncoder):
                 sequences, protected = after(before, kept, sequences, protected, survivors)
             self._note(sequences)
             done = together or 1
-            weights, steps = weights[done:], steps[done:]
+            weights, steps, number = weights[done:], steps[done:], number + done
+            kept = None if exits is None else exits.after(number, tokens, sequences)
+            if kept is not None:
+                before, codes = tokens, _gathered_codes(kept, codes)
+                (tokens,) = gathered(kept, tokens)
+                sequences, protected = after(before, kept, sequences._replace(host=None), protected, survivors)
+                if not len(tokens):
+                    break
+                steps = self._plan(sequences, len(tokens), first_token_only)[number:]
         return tokens if survivors is None else survivors.all(tokens)
 
     def _position_bias(self, tokens: torch.Tensor, length: int) -> torch.Tensor | None:
@@ -345,6 +358,11 @@ class PackedEncoder(UnpaddedEncoder):
         if found is None or not found.holds(self.layer):
             found = self._found = find(self.layer, self.architecture)
         return found.weights
+
+
+def _gathered_codes(kept: Kept, codes: Codes) -> Codes:
+    q, scale, zero_point = codes
+    return q[kept.rows], scale[kept.rows], None if zero_point is None else zero_point[kept.rows]
 
 
 def check(config: LowbitConfig) -> None:

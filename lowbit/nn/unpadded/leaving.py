@@ -1,0 +1,86 @@
+"""Sequences that leave an encoder before its last layer, whole: what the exits of one forward pass are to encoders.
+
+Which leave is decided elsewhere (`lowbit.exits`). An encoder tells the exits what is behind each layer, and goes on
+with the tokens of the sequences that stay; their order never changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .pruning import Kept
+from .sequences import Sequences, of_padding, without_padding
+
+
+class Exits(Protocol):
+    """The exits of one forward pass. Layers are counted from 1, as behind them."""
+
+    def following(self, done: int) -> int:
+        """The next layer with an exit behind it, after `done` layers; the last layer where there is none."""
+        ...
+
+    def after(self, layer: int, tokens: torch.Tensor, sequences: Sequences) -> Kept | None:
+        """What stays of tokens [T, H] behind a layer; None where all do."""
+        ...
+
+    def look(self, layer: int, tokens: torch.Tensor, sequences: Sequences) -> None:
+        """As `after`, where the encoder goes on with all sequences that there ever were."""
+        ...
+
+    def joined(self, first: torch.Tensor) -> torch.Tensor:
+        """First tokens [B', H] of the sequences that stayed, and those of the others as they left: [B, H]."""
+        ...
+
+
+def staying(stay: torch.Tensor, host: torch.Tensor, device: torch.device) -> Kept:
+    """The tokens of some sequences.
+
+    Args:
+        stay: bool [B], on the CPU.
+        host: int32 [B + 1], where the sequences lie; on the CPU.
+        device: where the result is wanted.
+    """
+    lengths = host.diff()
+    rows = stay.repeat_interleave(lengths).nonzero().squeeze(1)
+    left = lengths[stay]
+    cu_seqlens = nn.functional.pad(left.cumsum(0, dtype=torch.int32), (1, 0))
+    longest = int(left.max()) if len(left) else 0
+    return Kept(rows.to(device), Sequences(cu_seqlens.to(device), longest, cu_seqlens))
+
+
+@contextmanager
+def noting(exits: Exits, layers: Sequence[nn.Module], mask: torch.Tensor | None) -> Iterator[None]:
+    """Exits look on while transformers' own encoder runs its layers.
+
+    Args:
+        mask: of padding: [B, S], or added to scores; None.
+
+    Raises:
+        ValueError: a mask that hides more than padding, or padding where a row begins.
+    """
+    mask = of_padding(mask)
+    if mask is not None and (mask.dim() != 2 or bool((mask.bool().any(1) & ~mask[:, 0].bool()).any())):
+        raise ValueError(
+            "a model with exits takes padding masks [B, S] with the padding on the right, got one of shape "
+            f"{tuple(mask.shape)} (tokenizer.padding_side = 'right'; set_attn_implementation('lowbit'))"
+        )
+
+    def note(number: int, layer: nn.Module, args: Any, output: Any) -> None:
+        if getattr(layer, "gradient_checkpointing", False) and layer.training and not torch.is_grad_enabled():
+            raise ValueError("exits get no gradient under use_reentrant=True; set it to False")
+        states = output[0] if isinstance(output, tuple) else output
+        tokens, sequences, _ = without_padding(states, mask)
+        exits.look(number, tokens, sequences)
+
+    handles = [layer.register_forward_hook(functools.partial(note, number)) for number, layer in enumerate(layers, 1)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
