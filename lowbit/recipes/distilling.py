@@ -12,9 +12,11 @@ from transformers import PreTrainedModel, TrainingArguments
 
 import lowbit
 
-from . import RecipeError, parts
+from ..exits import freeze_backbone
+from . import RecipeError, map_search, parts
 from .recipe import Recipe, Stage
-from .stages import Run, arguments, common, train, without_dropout
+from .sources import masked_lm, source
+from .stages import Run, arguments, train, without_dropout
 
 QUANTIZED = {"ternary": lowbit.TernaryConfig, "binary": lowbit.BinaryConfig}
 # How a float student of a recipe is made a low-bit one afterwards (TernaryBERT).
@@ -42,12 +44,21 @@ def distil_by_recipe(run: Run, teacher: PreTrainedModel, recipe: Recipe, bits: s
         raise RecipeError(f"recipe {recipe.name} trains {' and '.join(recipe.bits)} students, not {bits}")
     quantize = None if bits == "float" else partial(_quantized, config=QUANTIZED[bits]())
     before = quantize if recipe.quantize == "before" else None
+    if recipe.search is not None:
+        low_bit = before is not None
+        found = map_search.search(
+            run, teacher, recipe, lambda: parts.student(recipe.student, teacher, before),
+            lambda proxy, tried, built: _all_stages(proxy, tried, built, teacher, low_bit),
+        )  # fmt: skip
+        recipe = map_search.with_map(recipe, found)
     for number, builder in enumerate(recipe.chain, 1):
         _, teacher = _student(run, teacher, recipe, f"{recipe.name}-assistant{number}", builder, None)
     name, student = _student(run, teacher, recipe, f"{recipe.name}-{bits}", recipe.student, before)
     if quantize is not None and before is None:
         name, guide = f"{recipe.name}-{bits}", student
-        student = run.stage(name, lambda: _train(run, name, AFTER, quantize(copy.deepcopy(guide)), guide, low_bit=True))
+        student = run.stage(
+            name, lambda: _train(run, name, recipe, AFTER, quantize(copy.deepcopy(guide)), guide, low_bit=True)
+        )
     if quantize is not None:
         name, prepared = f"{name}-packed", student
         run.stage(name, lambda: lowbit.convert(prepared))
@@ -76,38 +87,83 @@ def _student(
             built = parts.student(builder, teacher, quantize) if first else None
             model = given if built is None else built.model
             callbacks = () if built is None else built.callbacks
-            trained = _train(run, f"{name}-{stage.name}", stage, model, teacher, quantize is not None, callbacks)
+            trained = _train(
+                run, f"{name}-{stage.name}", recipe, stage, model, teacher, quantize is not None, callbacks
+            )
             return trained if built is None else built.finish(trained)
 
         student = run.stage(f"{name}-{stage.name}", build)
     return f"{name}-{recipe.stages[-1].name}", student
 
 
+def _all_stages(run: Run, recipe: Recipe, built: parts.Built, teacher: PreTrainedModel, low_bit: bool) -> Any:
+    """A student through all stages, without folders of its own."""
+    model, callbacks, total = built.model, built.callbacks, sum(stage.share for stage in recipe.stages)
+    for stage in recipe.stages:
+        shared = replace(stage, share=stage.share / total)
+        model = _train(run, f"proxy-{stage.name}", recipe, shared, model, teacher, low_bit, callbacks)
+        model, callbacks = built.finish(model) if stage is recipe.stages[0] else model, ()
+    return model
+
+
 def _train(
     run: Run,
     name: str,
+    recipe: Recipe,
     stage: Stage,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     low_bit: bool,
     callbacks: Sequence[Any] = (),
 ) -> PreTrainedModel:
+    """One stage of a student."""
     if not stage.dropout:
         student = without_dropout(student)
+    if stage.train != "all":
+        _give_exits(recipe, stage, student)
+    rows = source(run, recipe, stage.data, teacher)
     args = _arguments(run, name, stage, low_bit)
+    args.remove_unused_columns = not rows.keep_columns
+    views: dict[str, Any] = {}
+
+    def view(kind: str, fields: dict[str, Any]) -> Any:
+        """The same one for objectives that say the same, so that it is run once a step."""
+        key = f"{kind} {fields}"
+        if key not in views:
+            given = (masked_lm(run, recipe, teacher), run.tokenizer) if kind == "masked_generator" else ()
+            views[key] = parts.make("view", kind, parts.VIEWS[kind], fields, *given)
+        return views[key]
+
     try:
         trainer = lowbit.DistillationTrainer(
             model=student,
             teacher=teacher,
             args=args,
-            objectives=[parts.objective(each) for each in stage.objectives],
+            objectives=[parts.objective(each, view) for each in stage.objectives],
             teacher_dropout=stage.teacher_dropout,
             callbacks=[*callbacks],
-            **common(run),
+            train_dataset=rows.rows,
+            data_collator=rows.collate,
+            processing_class=run.tokenizer,
         )
+    except RecipeError:
+        raise
     except ValueError as error:
         raise RecipeError(f"stage {stage.name}: {error}") from error
-    return train(run, name, trainer)
+    trained = train(run, name, trainer)
+    if stage.train != "all":
+        lowbit.set_exit(trained.requires_grad_(True), parts.criterion(recipe.exits.get("criterion")))
+    return trained
+
+
+def _give_exits(recipe: Recipe, stage: Stage, student: PreTrainedModel) -> None:
+    """Ramps, unless an earlier stage gave them; for their own stage all else is frozen."""
+    if not hasattr(student, "exits"):
+        fields = {key: value for key, value in recipe.exits.items() if key != "criterion"}
+        parts.make("exits", recipe.name, lowbit.add_exits, fields, student)
+    lowbit.set_exit(student, None)
+    if stage.train == "exits":
+        freeze_backbone(student)
 
 
 def _arguments(run: Run, name: str, stage: Stage, low_bit: bool) -> TrainingArguments:

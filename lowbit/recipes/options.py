@@ -68,7 +68,8 @@ class BinaryOptions(GlueOptions):
 class FileOptions(BinaryOptions):
     """Options of runs on a GLUE task or on files of the user's."""
 
-    bits: str = field(default="ternary", metadata={"help": "ternary or binary"})
+    bits: str = field(default="ternary", metadata={"help": "ternary or binary, of a recipe also float"})
+    recipe: str | None = field(default=None, metadata={"help": "name or file of a recipe"})
     train_file: str | None = None
     validation_file: str | None = None
     text_columns: list[str] = field(default_factory=list)

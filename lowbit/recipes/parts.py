@@ -9,11 +9,16 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from ..distill import objectives
+from .. import exits
+from ..distill import layer_maps, objectives
+from ..distill.augment import HardestNeighbour
+from ..distill.generator import MaskedGenerator
 from ..distill.schedules import Scheduled
 from ..distill.students import Built, copies, squeeze, theseus
+from ..distill.views import On
 from . import RecipeError
 
 OBJECTIVES: dict[str, Callable[..., Any]] = {
@@ -21,6 +26,28 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
     "scores": objectives.AttentionScoreLoss,
     "logits": objectives.LogitsLoss,
     "task": objectives.TaskLoss,
+    "relations": objectives.RelationLoss,
+    "statistics": objectives.StatisticsLoss,
+    "pairs": objectives.PairRelationLoss,
+    "triples": objectives.TripleRelationLoss,
+    "exit_task": exits.ExitTaskLoss,
+    "exit_logits": exits.ExitLogitsLoss,
+    "exit_certainty": exits.ExitCertaintyLoss,
+}
+
+# Other batches that an objective may see: `view: {name: fields}`. The run gives a generator its model and tokenizer.
+VIEWS: dict[str, Callable[..., Any]] = {
+    "masked_generator": MaskedGenerator,
+    "hardest_neighbour": HardestNeighbour,
+}
+SEARCHED = "searched"  # a layer map that a search is to find
+OF_ON = ("alternate", "learning_rate")  # fields of a view's table that are `On`'s
+
+CRITERIA: dict[str, Callable[..., Any]] = {
+    "entropy": exits.Entropy,
+    "normalized_entropy": exits.NormalizedEntropy,
+    "patience": exits.Patience,
+    "certainty": exits.Certainty,
 }
 
 
@@ -52,39 +79,66 @@ def named(what: str, given: Any, table: Mapping[str, Any]) -> tuple[str, dict[st
 
 def make(what: str, name: str, part: Callable[..., Any], fields: Mapping[str, Any], *given: Any) -> Any:
     """Call a part with fields of a recipe; RecipeError for fields that it does not have, or values that it refuses."""
-    known = [*inspect.signature(part).parameters][len(given) :]
-    if unknown := fields.keys() - set(known):
-        raise RecipeError(f"{what} {name} has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    check_fields(what, name, part, fields, len(given))
     try:
         return part(*given, **fields)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"{what} {name}: {error}") from error
 
 
-def objective(given: Any) -> Any:
+def objective(given: Any, view: Callable[[str, dict[str, Any]], Any] | None = None) -> Any:
     """An objective of a recipe.
+
+    Args:
+        given: `name`, or `{name: fields}`. A field `view` names one with its fields.
+        view: makes a view of its name and fields; None: it is looked at and left out, to check a recipe.
 
     Raises:
         RecipeError: what it does not know.
     """
     name, fields = named("objective", given, OBJECTIVES)
+    on = fields.pop("view", None)
     schedules = {key: value for key, value in fields.items() if isinstance(value, Mapping) and "kind" in value}
     plain = {key: value for key, value in fields.items() if key not in schedules}
+    if view is None and plain.get("map") == SEARCHED:
+        del plain["map"]
     made = make("objective", name, OBJECTIVES[name], plain)
-    if not schedules:
-        return made
     try:
-        return Scheduled(made, **schedules)
+        made = Scheduled(made, **schedules) if schedules else made
+        if on is None:
+            return made
+        seen, of_view = named("view", on, VIEWS)
+        own = {key: of_view.pop(key) for key in OF_ON if key in of_view}
+        check_fields("view", seen, VIEWS[seen], of_view)
+        return made if view is None else On(view(seen, of_view), made, **own)
     except ValueError as error:
-        raise RecipeError(f"objective {name}: {error}") from error
+        raise error if isinstance(error, RecipeError) else RecipeError(f"objective {name}: {error}") from error
+
+
+def layer_map(path: Path) -> layer_maps.LayerMap:
+    """A map that `LayerMap.save` wrote."""
+    return layer_maps.opened(path)  # type: ignore[return-value]
+
+
+def criterion(given: Any) -> Any:
+    """A criterion of early exit, None where there is none."""
+    if given is None:
+        return None
+    name, fields = named("criterion", given, CRITERIA)
+    return make("criterion", name, CRITERIA[name], fields)
+
+
+def check_fields(what: str, name: str, part: Callable[..., Any], fields: Mapping[str, Any], skip: int = 0) -> None:
+    """RecipeError for fields that a part does not have; its first `skip` parameters are none of a recipe's."""
+    known = [*inspect.signature(part).parameters][skip:]
+    if unknown := fields.keys() - set(known):
+        raise RecipeError(f"{what} {name} has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
 
 
 def check_student(given: Any) -> None:
     """RecipeError for a builder that there is not, or fields that it does not have."""
     name, fields = named("student", given, STUDENTS)
-    known = [*inspect.signature(STUDENTS[name]).parameters][1:]
-    if unknown := fields.keys() - set(known):
-        raise RecipeError(f"student {name} has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+    check_fields("student", name, STUDENTS[name], fields, 1)
 
 
 def student(given: Any, teacher: Any, quantize: Callable[[Any], Any] | None) -> Built:

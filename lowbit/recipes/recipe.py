@@ -24,6 +24,7 @@ from . import RecipeError, parts
 
 CATALOGUE = Path(__file__).parent / "catalogue"
 BITS = ("float", "ternary", "binary")
+DATA = ("train", "augmented", "text", "neighbours")
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class Stage:
         rate: factor of the run's learning rate.
         schedule: of the learning rate: "linear" (10 % warm-up, then down to 0) or "constant".
         dropout, teacher_dropout: whether they drop out.
-        data: "train", "augmented" (with the recipe's `augment`), or "text": the texts without labels.
-        train: "all", or "exits": ramps only, the rest as it is.
+        data: "train"; "augmented" (by the recipe's `augment`); "text": the task's texts without labels, in chunks; or
+            "neighbours": with candidates for the view `hardest_neighbour`.
+        train: "all"; "joint": with ramps (the recipe's `exits`); or "exits": ramps only, the rest as it is.
     """
 
     name: str
@@ -65,8 +67,13 @@ class Recipe:
         quantize: "before" the stages, so that they train the low-bit student; or "after" them: they make a float
             student, that a last stage distils into a low-bit one as TernaryBERT does.
         chain: builders of assistants, trained one after the other by the same stages, each the next one's teacher.
-        augment: a method of `lowbit.distill.augment` with its fields, for stages with `data: augmented`.
-        search: fields of the search for a layer map, which objectives name `map: searched`.
+        augment: a method of `lowbit.distill.augment` with its fields, for stages with `data: augmented`; or
+            `{neighbours: fields}` of `add_neighbours`.
+        masked_lm: of augmentation and generators: the path of a checkpoint, or `layers` of the teacher's that are
+            trained on the task's texts for a `share` of the steps.
+        search: `share` of the steps that a candidate of the search for a layer map is trained, `examples` that it is
+            scored on, and fields of `lowbit.distill.map_search.Evolution`; objectives name it `map: searched`.
+        exits: fields of `lowbit.add_exits`, and a `criterion`: `{entropy: {threshold: 0.3}}`.
     """
 
     name: str
@@ -78,7 +85,9 @@ class Recipe:
     quantize: str = "before"
     chain: tuple[Any, ...] = ()
     augment: Any = None
+    masked_lm: Any = None
     search: Any = None
+    exits: Any = None
 
 
 def names() -> list[str]:
@@ -127,6 +136,10 @@ def parse(name: str, given: Any) -> Recipe:
         raise RecipeError(f"stages {', '.join(stages)}: each needs a name of its own")
     for builder in (recipe.student, *recipe.chain):
         parts.check_student(builder)
+    if recipe.exits is not None:
+        parts.criterion(recipe.exits.get("criterion"))
+    elif any(stage.train != "all" for stage in recipe.stages):
+        raise RecipeError("a stage trains ramps, and the recipe has no exits: give exits: {kind: pooler}")
     return recipe
 
 
@@ -140,8 +153,8 @@ def _stage(number: int, given: Any) -> Stage:
             f"stage {stage.name}: share={stage.share}, rate={stage.rate}; accepted: share up to 1, above 0"
         )
     _one_of(f"stage {stage.name}: schedule", stage.schedule, ("linear", "constant"))
-    _one_of(f"stage {stage.name}: data", stage.data, ("train", "augmented", "text"))
-    _one_of(f"stage {stage.name}: train", stage.train, ("all", "exits"))
+    _one_of(f"stage {stage.name}: data", stage.data, DATA)
+    _one_of(f"stage {stage.name}: train", stage.train, ("all", "joint", "exits"))
     for each in stage.objectives:
         parts.objective(each)
     return stage

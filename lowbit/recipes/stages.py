@@ -45,14 +45,18 @@ class Run:
     data: Any  # tokenized splits: "train" and the task's validation splits
     tokenizer: PreTrainedTokenizerBase
     auto: Any = AutoModelForSequenceClassification  # loads the models of the stages
+    raw: Any = None  # the splits before they were tokenized, for recipes that change texts
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:
         return Path(self.options.output_dir)
 
-    def stage(self, name: str, build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-        """The model of a finished stage from its folder; else build it, then save it under a temporary name."""
+    def stage(self, name: str, build: Callable[[], PreTrainedModel], auto: Any = None) -> PreTrainedModel:
+        """The model of a finished stage from its folder; else build it, then save it under a temporary name.
+
+        `auto` loads it, where it has another head than the others.
+        """
         folder = self.folder / name
         if not folder.is_dir():
             log.info("== %s", name)
@@ -62,7 +66,7 @@ class Run:
             self.tokenizer.save_pretrained(unfinished)
             unfinished.rename(folder)
             shutil.rmtree(self.folder / f"{name}-checkpoints", ignore_errors=True)
-        return self.auto.from_pretrained(folder)
+        return (auto or self.auto).from_pretrained(folder)
 
     def record(self, name: str, **values: Any) -> None:
         """Add to results.json (kept from earlier runs of this folder)."""

@@ -2,6 +2,7 @@
 
 from .checkpoints import doctor, info, quantize, split
 from .measuring import bench, evaluate
+from .recipes import recipes
 from .training import distill, search_length
 
-COMMANDS = (quantize, distill, split, evaluate, bench, search_length, info, doctor)
+COMMANDS = (quantize, distill, split, evaluate, bench, search_length, recipes, info, doctor)

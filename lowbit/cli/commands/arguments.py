@@ -53,6 +53,14 @@ class Bits(StrEnum):
     binary = "binary"
 
 
+class StudentBits(StrEnum):
+    """Of a student's weights."""
+
+    float = "float"
+    ternary = "ternary"
+    binary = "binary"
+
+
 class EmbeddingBits(StrEnum):
     """Of the word embedding."""
 

@@ -11,7 +11,6 @@ import typer
 from ...recipes.options import FileOptions
 from .arguments import (
     DEFAULTS,
-    Bits,
     Cost,
     DataDir,
     Json,
@@ -21,6 +20,7 @@ from .arguments import (
     ModelName,
     RunFolder,
     Score,
+    StudentBits,
     TaskName,
     TextColumn,
     need_one_of,
@@ -40,7 +40,16 @@ def distill(
     text_column: TextColumn = None,
     label_column: LabelColumn = "label",
     max_length: MaxLength = DEFAULTS.max_length,
-    bits: Annotated[Bits, typer.Option(help="Of the student's weights.")] = Bits.ternary,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A system by name (`lowbit recipes`) or a YAML file; without: TernaryBERT or BinaryBERT."),
+    ] = None,
+    bits: Annotated[
+        StudentBits | None,
+        typer.Option(
+            help="Of the student's weights; float with a recipe only.", show_default="the recipe's, or ternary"
+        ),
+    ] = None,
     method: Annotated[
         Method, typer.Option(help="Binary: tws (ternary weight splitting) or bwn (binary at once).")
     ] = Method.tws,
@@ -73,7 +82,7 @@ def distill(
     seed: Annotated[int, typer.Option(help="Of all random numbers.")] = DEFAULTS.seed,
     as_json: Json = False,
 ) -> None:
-    """Train a packed student of a float model: fine-tune the teacher, distil, pack, measure.
+    """Train a student of a float model: fine-tune the teacher, distil, pack, measure.
 
     OUT gets a folder for each stage, options.json, results.json, and the packed model with a model card. To resume an
     interrupted run, run the same command again.
@@ -81,6 +90,8 @@ def distill(
     need_one_of(("--task", task), ("--train-file", train_file))
     if (train_file is None) != (validation_file is None):
         raise typer.BadParameter("--train-file and --validation-file go together")
+    if recipe is None and bits == StudentBits.float:
+        raise typer.BadParameter("--bits float needs a --recipe; see lowbit recipes")
     from ...recipes import require
     from ...recipes.data import load_files, load_glue, offline_if_local
 
@@ -88,19 +99,22 @@ def distill(
     offline_if_local(model, data_dir, text(train_file))
     with progress_to_stderr():
         from ...data.tasks import tokenize
+        from ...recipes import recipe as recipes
         from ...recipes import stages
+        from ...recipes.distilling import distil_by_recipe
         from ...recipes.measure import measure
         from .. import loading
 
         loading.quiet()
         no_bars()
+        chosen = recipes.load(recipe) if recipe else None
         options = FileOptions(
             data_dir=data_dir, model=loading.for_transformers(model), output_dir=str(out),
             max_train_samples=max_train_samples, teacher_steps=teacher_steps, steps=steps, batch_size=batch_size,
             learning_rate=learning_rate, teacher_learning_rate=teacher_learning_rate, save_steps=save_steps, seed=seed,
             task=task or "",
             method=method.value, width=width, slim_steps=slim_steps, split_learning_rate=split_learning_rate,
-            bits=bits.value,
+            bits=bits.value if bits else "" if recipe else StudentBits.ternary.value, recipe=recipe,
             train_file=text(train_file), validation_file=text(validation_file),
             text_columns=text_column or [], label_column=label_column, max_length=max_length,
         )  # fmt: skip
@@ -112,11 +126,15 @@ def distill(
             given, data = load_files(files, text_column or (), label_column, names, max_length, max_train_samples)
         tokenizer = loading.load_tokenizer(model)
         stages.load_teacher(options, given)  # refuses a model that is no teacher before OUT is written
-        run = stages.start(options, given, tokenize(data, tokenizer, given), tokenizer)
+        run = stages.start(options, given, tokenize(data, tokenizer, given), tokenizer, raw=data)
         teacher = stages.teacher_stage(run)
-        packed = (stages.ternary_stages if bits == Bits.ternary else stages.binary_stages)(run, teacher)
+        if chosen:
+            packed = distil_by_recipe(run, teacher, chosen, options.bits or None)
+        else:
+            packed = (stages.binary_stages if bits == StudentBits.binary else stages.ternary_stages)(run, teacher)
         results = {name: measure(run, name) for name in ("teacher", packed)}
-        _write_card(out / packed, task or Path(str(validation_file)).stem, model, results)
+        if packed.endswith("-packed"):  # a float student's card is the user's to write
+            _write_card(out / packed, task or Path(str(validation_file)).stem, model, results)
         result = {
             "model": str(out / packed),
             "task": task or str(train_file),
@@ -124,7 +142,7 @@ def distill(
             "results": results,
         }
     rows = [{"model": name, **row} for name, row in results.items()]
-    show(result, as_json, table(rows, {key: key for key in rows[0]}), f"packed model: {out / packed}")
+    show(result, as_json, table(rows, {key: key for key in rows[0]}), f"student: {out / packed}")
 
 
 def _write_card(folder: Path, task: str, teacher: str, results: dict[str, dict[str, Any]]) -> None:
