@@ -477,3 +477,14 @@ def test_compiled(stage: str) -> None:
     for given in (inputs, {"input_ids": inputs["input_ids"]}):
         got, expected = outputs(compiled, given)[0], outputs(model, given)[0]
         assert (got - expected).norm() < 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_that_came_or_went_after_the_lengths_are_one_clear_error(packed: bool) -> None:
+    for change in (lambda layers: layers.append(copy.deepcopy(layers[0])), lambda layers: layers.__delitem__(1)):
+        model = tiny()
+        model = lowbit.quantize(model, lowbit.TernaryConfig()) if packed else model
+        lowbit.set_length(model, lowbit.LengthConfig((0.9, 0.5)))
+        change(model.bert.encoder.layer)
+        with pytest.raises(ValueError, match=r"the model has [13] layers, and its lengths are for 2"):
+            model(**batch())

@@ -100,7 +100,13 @@ class UnpaddedEncoder(StandIn):
     def _plan(self, sequences: Sequences, num_tokens: int, first_token_only: bool) -> list[Keep | None]:
         bits: Any = self._keep_bits
         keep = bits.to(sequences.cu_seqlens.device).view(torch.float64)
-        return plan(self.lengths, len(self.layer), sequences, num_tokens, first_token_only, keep)
+        steps = plan(self.lengths, len(self.layer), sequences, num_tokens, first_token_only, keep)
+        if len(steps) != len(self.layer):
+            raise ValueError(
+                f"the model has {len(self.layer)} layers, and its lengths are for {len(steps)}; give it lengths for "
+                "these: lowbit.set_length(model, lowbit.LengthConfig(keep=...))"
+            )
+        return steps
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are not compiled, and have no graphs: what these hold on to is this encoder."""
