@@ -16,6 +16,7 @@ _HOME = {
     "DeformerModel": "deformer",
     "DeformerForQuestionAnswering": "deformer",
     "DeformerForSequenceClassification": "deformer",
+    "WordModel": "words",
     "WordClassifier": "words",
 }
 
