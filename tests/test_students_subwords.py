@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -39,8 +38,8 @@ def composite(tokenizers: tuple[Any, Any], **fields: Any) -> Any:
     return model
 
 
-def masking(tokenizers: tuple[Any, Any], **fields: Any) -> segmentation.DualMasking:
-    return segmentation.DualMasking(*tokenizers, teacher_size=len(tokenizers[1]), **fields)
+def collate(tokenizers: tuple[Any, Any]) -> dict[str, torch.Tensor]:
+    return segmentation.BothSegmentations(*tokenizers)(rows())
 
 
 def rows(count: int = 8) -> list[dict[str, str]]:
@@ -61,51 +60,54 @@ def test_a_learned_vocabulary_is_berts_tokenizer(tokenizers: tuple[Any, Any], tm
         segmentation.learn_wordpiece([])
 
 
-@pytest.mark.parametrize("text", [TEXTS[5], "", "Émile's  well-made film!"])
-def test_the_student_reads_its_own_pieces_and_the_teacher_a_mixture(tokenizers: tuple[Any, Any], text: str) -> None:
-    own, taught = (tokenizer(text)["input_ids"] for tokenizer in tokenizers)
-    size = len(tokenizers[1])
-    for share, inner in ((0.0, taught[1:-1]), (1.0, [size + i for i in own[1:-1]])):
-        student, teacher = masking(tokenizers, share=share).segment(text)
-        assert student == own and teacher == [taught[0], *inner, taught[-1]]
+def test_both_sides_have_the_tokens_of_their_tokenizers(tokenizers: tuple[Any, Any]) -> None:
+    texts = [TEXTS[5], "", "Émile's  well-made film!"]
+    batch = segmentation.BothSegmentations(*tokenizers)([{"text": text} for text in texts])
+    for tokenizer, prefix in zip(tokenizers, ("", "teacher_"), strict=True):
+        wanted = tokenizer(texts, padding=True, return_tensors="pt")
+        assert torch.equal(batch[f"{prefix}input_ids"], wanted["input_ids"])
+        assert torch.equal((batch[f"{prefix}words"] >= 0).long(), wanted["attention_mask"])
+    assert batch["words"][1].tolist()[:3] == [0, 1, -1] and batch["words"][2].max() == 9  # émile ' s well - made film !
 
 
-def test_words_are_chosen_whole_at_their_share(tokenizers: tuple[Any, Any]) -> None:
-    collator, size = masking(tokenizers, share=0.3, max_length=10_000), len(tokenizers[1])
-    text = " ".join(f"{word}" for text in TEXTS for word in text.split() if word.isalpha())
-    _, mixed = collator.segment(text)
-    pieces = [tokenizers[i >= size].convert_ids_to_tokens(i - size if i >= size else i) for i in mixed]
-    own, taught = tokenizers
-    of_student = chosen = at = 0
-    for word in text.lower().split():
-        at += 1
-        first = at
-        at += len((own if mixed[first] >= size else taught)(word, add_special_tokens=False)["input_ids"]) - 1
-        chosen += mixed[first] >= size
-        of_student += 1
-        assert all((i >= size) == (mixed[first] >= size) for i in mixed[first : at + 1])
-    assert at == len(pieces) - 2
-    assert abs(chosen / of_student - 0.3) < 4 * (0.21 / of_student) ** 0.5
+def test_long_texts_end_with_the_same_word_on_both_sides(tokenizers: tuple[Any, Any]) -> None:
+    batch = segmentation.BothSegmentations(*tokenizers, max_length=12)(rows())
+    assert (batch["words"].amax(1) == batch["teacher_words"].amax(1)).all()
+    for chosen in (0, 1, torch.rand(8, 20).round()):
+        ids, words = segmentation.mixed(batch, torch.ones(8, 20).mul(chosen).bool(), 1000)
+        assert ids.shape[1] <= 12 and (words.amax(1) == batch["words"].amax(1)).all()
+
+
+def test_chosen_words_are_in_the_students_pieces(tokenizers: tuple[Any, Any]) -> None:
+    batch = segmentation.BothSegmentations(*tokenizers)([*rows(6), {"text": ""}])
+    chosen = torch.rand(7, 60) < 0.5
+    ids, words = segmentation.mixed(batch, chosen, 1000)
+    for row in range(7):
+        expected = []
+        last = int(batch["words"][row].max())
+        for word in range(last + 1):
+            student = 0 < word < last and bool(chosen[row, word])
+            side = "" if student else "teacher_"
+            pieces = batch[f"{side}input_ids"][row][batch[f"{side}words"][row] == word]
+            expected += [(int(i) + 1000 * student, word) for i in pieces]
+        padding = [(0, -1)] * (ids.shape[1] - len(expected))
+        assert list(zip(ids[row].tolist(), words[row].tolist(), strict=True)) == expected + padding
 
 
 def test_masks_are_80_10_10_of_their_share(tokenizers: tuple[Any, Any]) -> None:
-    collator = masking(tokenizers, mask_probability=0.3)
-    batches = [collator(rows(200)) for _ in range(5)]
-    size = len(tokenizers[1])
-    for prefix, mask in (("", tokenizers[0].mask_token_id), ("teacher_", tokenizers[1].mask_token_id)):
-        counts = np.zeros(4)
-        for batch in batches:
-            ids, labels = batch[f"{prefix}input_ids"], batch[f"{prefix}labels"]
-            inner = batch[f"{prefix}attention_mask"].sum() - 2 * len(ids)
-            predicted = labels != segmentation.IGNORED
-            masked, kept = ids[predicted] == mask, ids[predicted] == labels[predicted]
-            counts += [inner.item(), predicted.sum().item(), masked.sum().item(), kept.sum().item()]
-            others = ids[predicted][~masked]
-            assert ((others >= size) == (labels[predicted][~masked] >= size)).all()
-        tokens, predicted_count, masked_count, kept_count = counts
-        assert abs(predicted_count / tokens - 0.3) < 0.02
-        assert abs(masked_count / predicted_count - 0.8) < 0.03
-        assert abs(kept_count / predicted_count - 0.1) < 0.03
+    own, taught = map(len, tokenizers)
+    ids, words = torch.randint(0, taught + own, (400, 50)), torch.arange(50).repeat(400, 1)
+    words[::2, 30:] = -1
+    changed, labels = segmentation.masked(ids, words, 0.3, 4, taught, (taught, own))
+    inner = (words > 0) & (words < words.amax(1, keepdim=True))
+    predicted = labels != segmentation.IGNORED
+    assert not (predicted & ~inner).any() and torch.equal(labels[predicted], ids[predicted])
+    assert torch.equal(changed[~predicted], ids[~predicted])
+    masks, kept = changed[predicted] == 4, changed[predicted] == ids[predicted]
+    assert abs(predicted.sum() / inner.sum() - 0.3) < 0.015
+    assert abs(masks.float().mean() - 0.8) < 0.03 and abs(kept.float().mean() - 0.1) < 0.03
+    assert torch.equal(changed[predicted][~masks] >= taught, ids[predicted][~masks] >= taught)
+    assert changed.max() < taught + own
 
 
 @pytest.mark.parametrize("up", [False, True])
@@ -143,9 +145,13 @@ def test_projection_loss_is_its_formula(tokenizers: tuple[Any, Any], up: bool, r
 
 
 def test_each_piece_is_predicted_in_its_own_vocabulary(tokenizers: tuple[Any, Any]) -> None:
-    model, size = composite(tokenizers, eps=0.0, student_weight=0.0), len(tokenizers[1])
-    batch = masking(tokenizers, mask_probability=0.4)(rows())
-    ids, labels = batch["teacher_input_ids"], batch["teacher_labels"]
+    model, size = composite(tokenizers, eps=0.0, student_weight=0.0, mask_probability=0.4), len(tokenizers[1])
+    batch = collate(tokenizers)
+    seen: dict[str, Any] = {}
+    predict = model._predict_teacher
+    model._predict_teacher = lambda *given: predict(*seen.setdefault("given", given))
+    loss = model(**batch)["loss"].item()
+    ids, real, labels = seen["given"]
     teacher = model.teacher.double()
     tables = [teacher.get_input_embeddings().weight, model.words.double()]
     biases = [teacher.cls.predictions.bias, model.words_bias.double()]
@@ -153,29 +159,32 @@ def test_each_piece_is_predicted_in_its_own_vocabulary(tokenizers: tuple[Any, An
         embedded = torch.stack(
             [torch.stack([tables[i >= size][i - size * (i >= size)] for i in row]) for row in ids.tolist()]
         )
-        states = teacher.bert(inputs_embeds=embedded, attention_mask=batch["teacher_attention_mask"])[0]
+        states = teacher.bert(inputs_embeds=embedded, attention_mask=real)[0]
         states, losses = teacher.cls.predictions.transform(states), []
         for row, column in (labels != segmentation.IGNORED).nonzero().tolist():
             own = int(labels[row, column] >= size)
             logits = tables[own] @ states[row, column] + biases[own]
             losses.append(-F.log_softmax(logits, -1)[labels[row, column] - own * size])
-        assert {int(label >= size) for label in labels[labels != segmentation.IGNORED]} == {0, 1}
-        assert model.float()(**batch)["loss"].item() == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+    assert {int(label >= size) for label in labels[labels != segmentation.IGNORED]} == {0, 1}
+    assert loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
 
 
-def test_with_its_own_words_alone_teacher_and_student_have_transformers_loss(tokenizers: tuple[Any, Any]) -> None:
-    batch = masking(tokenizers, share=0.0)(rows())
-    for weights, prefix, part in (((1.0, 0.0), "", "student"), ((0.0, 1.0), "teacher_", "teacher")):
-        model = composite(tokenizers, eps=0.0, student_weight=weights[0], teacher_weight=weights[1])
-        columns = {name: batch[f"{prefix}{name}"] for name in ("input_ids", "attention_mask", "labels")}
-        expected = getattr(model, part)(**columns).loss
-        assert model(**batch)["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+@pytest.mark.parametrize("part", ["student", "teacher"])
+def test_with_its_own_words_alone_each_has_transformers_loss(tokenizers: tuple[Any, Any], part: str) -> None:
+    weights = {f"{name}_weight": float(name == part) for name in ("student", "teacher")}
+    model = composite(tokenizers, eps=0.0, share=0.0, **weights)
+    seen: dict[str, Any] = {}
+    predict = getattr(model, f"_predict_{part}")
+    setattr(model, f"_predict_{part}", lambda *given: predict(*seen.setdefault("given", given)))
+    loss = model(**collate(tokenizers))["loss"].item()
+    ids, real, labels = seen["given"]
+    expected = getattr(model, part)(input_ids=ids, attention_mask=real, labels=labels).loss
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_texts_without_anything_to_predict_have_a_loss(tokenizers: tuple[Any, Any]) -> None:
     model = composite(tokenizers, eps=0.0)
-    batch = masking(tokenizers)([{"text": ""}, {"text": ""}])
-    loss = model(**batch)["loss"]
+    loss = model(**segmentation.BothSegmentations(*tokenizers)([{"text": ""}, {"text": ""}]))["loss"]
     loss.backward()
     assert loss.item() == 0 and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
@@ -220,7 +229,7 @@ def test_training_resumes_to_the_same_bits_learns_and_ends_as_a_plain_model(
             tmp_path / name, max_steps=60, per_device_train_batch_size=16, learning_rate=1e-2,
             remove_unused_columns=False, save_strategy="steps", save_steps=30,
         )  # fmt: skip
-        collator = masking(tokenizers)
+        collator = segmentation.BothSegmentations(*tokenizers)
         trainer = Trainer(built.model, args, train_dataset=rows(200), data_collator=collator)
         trainer.train(**changes)
         return built, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -249,6 +258,7 @@ def test_training_resumes_to_the_same_bits_learns_and_ends_as_a_plain_model(
         ({"direction": "across"}, "direction='across'; accepted: 'down', 'up'"),
         ({"detach": "both"}, "detach='both'; accepted: None, 'teacher', 'student'"),
         ({"reduction": "none"}, "reduction='none'"),
+        ({"share": 1.5}, r"share=1\.5; accepted: 0 to 1"),
     ],
 )
 def test_what_does_not_fit(tokenizers: tuple[Any, Any], fields: dict[str, Any], said: str) -> None:
@@ -259,7 +269,5 @@ def test_what_does_not_fit(tokenizers: tuple[Any, Any], fields: dict[str, Any], 
 def test_a_teacher_that_predicts_no_words(tokenizers: tuple[Any, Any]) -> None:
     with pytest.raises(ValueError, match="a BertForMaskedLM is needed"):
         subwords.build(tiny(), *tokenizers, **SIZES)
-    with pytest.raises(ValueError, match=r"share=1\.5"):
-        masking(tokenizers, share=1.5)
     with pytest.raises(ValueError, match="max_length=2"):
-        masking(tokenizers, max_length=2)
+        segmentation.BothSegmentations(*tokenizers, max_length=2)

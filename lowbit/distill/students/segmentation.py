@@ -1,7 +1,9 @@
-"""A WordPiece vocabulary learned on a task's texts, and batches that mix it with the teacher's, word by word.
+"""A WordPiece vocabulary learned on a task's texts, and texts in which it is mixed with the teacher's, word by word.
 
 (Zhao et al. 2019, 1909.11687: each word of the teacher's text is segmented with the student's vocabulary with
 probability p_DT; the student always sees its own segmentation.)
+
+The collator draws nothing: batches are made ahead of their step, and a run that resumes would draw others.
 """
 
 from __future__ import annotations
@@ -49,82 +51,104 @@ def learn_wordpiece(
 
 
 @dataclass
-class DualMasking:
-    """Collator: rows with a text become masked batches of both vocabularies.
+class BothSegmentations:
+    """Collator: texts, word by word in the pieces of both vocabularies. Nothing is drawn here.
 
-    Ids on the teacher's side are joint ones: its own, then the student's, which begin at the teacher's vocabulary size.
-    What is predicted is of the vocabulary that the label is of. Random numbers are torch's own.
+    A text ends with the last word for which there is room however words are mixed, so both sides hold the same words.
 
     Args:
         student, teacher: BERT's tokenizers, both with or without lower case.
-        teacher_size: rows of the teacher's table of words.
-        share: p_DT, the probability of a word on the teacher's side to be segmented with the student's vocabulary.
-        mask_probability: of a token to be predicted; 80 % of these become [MASK], 10 % another piece.
-        max_length: tokens of either side, with [CLS] and [SEP].
+        max_length: tokens at most, with [CLS] and [SEP].
         column: where the text is.
     """
 
     student: PreTrainedTokenizerBase
     teacher: PreTrainedTokenizerBase
-    teacher_size: int
-    share: float = 0.5
-    mask_probability: float = 0.15
     max_length: int = 128
     column: str = "text"
     _pieces: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        for name in ("share", "mask_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}; accepted: 0 to 1")
         if self.max_length < 3:
             raise ValueError(f"max_length={self.max_length}; accepted: at least 3, since [CLS] and [SEP] are two")
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Columns input_ids, attention_mask, labels [B, S], and teacher_input_ids, ... [B, S'] of joint ids."""
-        own, mixed = zip(*(self.segment(row[self.column]) for row in rows), strict=True)
-        size = len(self.student)
-        student = self._masked(own, self.student.mask_token_id, lambda ids: torch.randint_like(ids, size))
+        """input_ids, words [B, S] and teacher_input_ids, teacher_words [B, S']: ids, and which word each is of.
 
-        def another(ids: torch.Tensor) -> torch.Tensor:  # of the same vocabulary
-            theirs = torch.randint_like(ids, len(self.teacher))
-            return torch.where(ids < self.teacher_size, theirs, self.teacher_size + torch.randint_like(ids, size))
+        [CLS] is word 0, [SEP] the one after the last, padding -1.
+        """
+        texts = [self._segment(row[self.column]) for row in rows]
+        batch = {}
+        for side, (tokenizer, prefix) in enumerate(((self.student, ""), (self.teacher, "teacher_"))):
+            sequences = []
+            for text in texts:
+                pieces = [[tokenizer.cls_token_id], *(word[side] for word in text), [tokenizer.sep_token_id]]
+                sequences.append([(i, place) for place, word in enumerate(pieces) for i in word])
+            longest = max(map(len, sequences))
+            padded = [
+                [*sequence, *[(tokenizer.pad_token_id, -1)] * (longest - len(sequence))] for sequence in sequences
+            ]
+            batch[f"{prefix}input_ids"], batch[f"{prefix}words"] = torch.tensor(padded).unbind(-1)
+        return batch
 
-        teacher = self._masked(mixed, self.teacher.mask_token_id, another)
-        return {**student, **{f"teacher_{name}": each for name, each in teacher.items()}}
-
-    def segment(self, text: str) -> tuple[list[int], list[int]]:
-        """The student's ids of a text, and the joint ids of the mixture that the teacher reads."""
-        own, mixed = [self.student.cls_token_id], [self.teacher.cls_token_id]
-        words = self._words(text)
-        chosen = torch.rand(len(words)) < self.share
-        for word, of_student in zip(words, chosen.tolist(), strict=True):
+    def _segment(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """(pieces of the student, of the teacher) of each word, as the teacher's tokenizer parts words."""
+        backend: Any = self.teacher.backend_tokenizer  # type: ignore[attr-defined]
+        found, room = [], self.max_length - 2
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text)):
             if word not in self._pieces:
                 both = self.student, self.teacher
-                pieces = [tokenizer(word, add_special_tokens=False)["input_ids"] for tokenizer in both]
-                self._pieces[word] = pieces[0], pieces[1]
-            pieces_of_student, pieces_of_teacher = self._pieces[word]
-            own += pieces_of_student
-            mixed += [self.teacher_size + i for i in pieces_of_student] if of_student else pieces_of_teacher
-        end = self.max_length - 1
-        return [*own[:end], self.student.sep_token_id], [*mixed[:end], self.teacher.sep_token_id]
+                own, taught = (tokenizer(word, add_special_tokens=False)["input_ids"] for tokenizer in both)
+                self._pieces[word] = own, taught
+            room -= max(map(len, self._pieces[word]))
+            if room < 0:
+                break
+            found.append(self._pieces[word])
+        return found
 
-    def _words(self, text: str) -> list[str]:
-        """Words as both tokenizers see them: normalized, then parted at spaces and punctuation."""
-        backend: Any = self.teacher.backend_tokenizer  # type: ignore[attr-defined]
-        return [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))]
 
-    def _masked(self, sequences: Sequence[list[int]], mask: int, another: Any) -> dict[str, torch.Tensor]:
-        longest = max(map(len, sequences))
-        ids, real = torch.zeros(len(sequences), longest, dtype=torch.long), torch.zeros(len(sequences), longest)
-        inner = real.bool()  # all but [CLS] and [SEP]
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            real[row, : len(sequence)] = 1
-            inner[row, 1 : len(sequence) - 1] = True
-        predicted = inner & (torch.rand(ids.shape) < self.mask_probability)
-        how = torch.rand(ids.shape)
-        labels = ids.masked_fill(~predicted, IGNORED)
-        changed = torch.where(predicted & (how < 0.8), mask, ids)
-        changed = torch.where(predicted & (how >= 0.9), another(ids), changed)
-        return {"input_ids": changed, "attention_mask": real.long(), "labels": labels}
+def mixed(batch: Mapping[str, torch.Tensor], chosen: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the teacher reads: chosen words in the student's pieces, the others in its own.
+
+    Args:
+        batch: of `BothSegmentations`.
+        chosen: bool [B, words], by word; [CLS] and [SEP] are the teacher's in any case.
+        first: id of the student's first piece on the teacher's side, whose ids are joint.
+
+    Returns:
+        ids and words [B, S], as of the batch.
+    """
+    ids = torch.cat((batch["input_ids"] + first, batch["teacher_input_ids"]), 1)
+    words = torch.cat((batch["words"], batch["teacher_words"]), 1)
+    own = torch.arange(ids.shape[1], device=ids.device) < batch["input_ids"].shape[1]
+    kept = (chosen.gather(1, words.clamp(min=0)) & inner(words)) == own
+    kept &= words >= 0
+    order = torch.where(kept, words, words.max() + 1).argsort(dim=1, stable=True)[:, : int(kept.sum(1).max())]
+    kept = kept.gather(1, order)
+    return ids.gather(1, order).masked_fill(~kept, 0), words.gather(1, order).masked_fill(~kept, -1)
+
+
+def inner(words: torch.Tensor) -> torch.Tensor:
+    """Which tokens [B, S] are neither [CLS], [SEP] nor padding."""
+    return (words > 0) & (words < words.amax(1, keepdim=True))
+
+
+def masked(
+    ids: torch.Tensor, words: torch.Tensor, probability: float, mask: int, first: int, sizes: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """BERT's masking: of the tokens to predict 80 % become [MASK], 10 % another piece of their own vocabulary.
+
+    Args:
+        ids, words: [B, S]; ids from `first` on are of a second vocabulary.
+        probability: of a token to be predicted.
+        mask: id of [MASK].
+        sizes: of the vocabularies.
+
+    Returns:
+        changed ids and labels [B, S], -100 where nothing is predicted. Random numbers are torch's own.
+    """
+    predicted = inner(words) & (torch.rand(ids.shape, device=ids.device) < probability)
+    how = torch.rand(ids.shape, device=ids.device)
+    other = torch.where(ids < first, torch.randint_like(ids, sizes[0]), first + torch.randint_like(ids, sizes[1]))
+    changed = torch.where(predicted & (how < 0.8), mask, ids)
+    return torch.where(predicted & (how >= 0.9), other, changed), ids.masked_fill(~predicted, IGNORED)

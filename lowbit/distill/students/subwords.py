@@ -3,7 +3,7 @@
     L = MLM_s + MLM_t + eps L_p        L_p = sum over tensors ||U W_t V - W_s||^2 (down), or ||U W_s V - W_t||^2 (up)
 
 The student has a vocabulary of its own (`segmentation.learn_wordpiece`) and as many layers as the teacher, each
-narrower. The teacher is trained beside it, on words of both vocabularies (`segmentation.DualMasking`): one table and
+narrower. The teacher is trained beside it, on words of both vocabularies, mixed at random: one table and
 one softmax for each. U and V are shared by all layers, one pair between blocks and one inside of FFNs, and thrown away.
 
 No code was published, and of the paper's text only notes were at hand: p_DT 0.5, eps 1, widths 48, 96, 192, LAMB.
@@ -21,24 +21,26 @@ from torch.nn import functional as F
 from transformers import BertForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from . import Built, copies
-from .segmentation import IGNORED
+from .segmentation import IGNORED, masked, mixed
 from .sides import Sides
 
 _BIAS = "cls.predictions.bias"
 
 
 class DualVocabulary(nn.Module):
-    """Student, teacher, and the projections between them; called with a batch of `DualMasking`.
+    """Student, teacher, and the projections between them; called with a batch of `BothSegmentations`.
 
     Attributes:
         words, words_bias: the student's pieces in the teacher: a table [V_s, D] and the biases of their softmax.
     """
 
     def __init__(
-        self, student: PreTrainedModel, teacher: PreTrainedModel, words: torch.Tensor, weights: dict[str, float],
-        up: bool, reduction: str, detach: str | None,
+        self, student: PreTrainedModel, teacher: PreTrainedModel, words: torch.Tensor, masks: tuple[int, int],
+        share: float, mask_probability: float, weights: dict[str, float], up: bool, reduction: str, detach: str | None,
     ) -> None:  # fmt: skip
         super().__init__()
+        self.sizes, self.masks = (len(words), teacher.config.vocab_size), masks
+        self.share, self.mask_probability = share, mask_probability
         self.student, self.teacher = student, teacher
         self.words, self.words_bias = nn.Parameter(words), nn.Parameter(words.new_zeros(len(words)))
         self.weights, self.up, self.reduction, self.detach = weights, up, reduction, detach
@@ -59,18 +61,21 @@ class DualVocabulary(nn.Module):
                 self.projections[f"{kind}_right"] = nn.Parameter(torch.eye(source, target))
 
     def forward(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        labels: torch.Tensor,
-        teacher_input_ids: torch.Tensor,
-        teacher_attention_mask: torch.Tensor,
-        teacher_labels: torch.Tensor,
+        self, input_ids: torch.Tensor, words: torch.Tensor, teacher_input_ids: torch.Tensor, teacher_words: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """`loss`, a float scalar; columns of `DualMasking`."""
+        """`loss`, a float scalar; columns [B, S] of `BothSegmentations`."""
+        own, taught = self.sizes
+        ids, labels = masked(input_ids, words, self.mask_probability, self.masks[0], own, (own, own))
+        batch = {
+            "input_ids": input_ids, "words": words,
+            "teacher_input_ids": teacher_input_ids, "teacher_words": teacher_words,
+        }  # fmt: skip
+        chosen = torch.rand(len(words), int(words.max()) + 1, device=words.device) < self.share
+        joint, joint_words = mixed(batch, chosen, taught)
+        joint, joint_labels = masked(joint, joint_words, self.mask_probability, self.masks[1], taught, (taught, own))
         losses = {
-            "student": self._predict_student(input_ids, attention_mask, labels),
-            "teacher": self._predict_teacher(teacher_input_ids, teacher_attention_mask, teacher_labels),
+            "student": self._predict_student(ids, words >= 0, labels),
+            "teacher": self._predict_teacher(joint, joint_words >= 0, joint_labels),
             "projection": self.projection_loss(),
         }
         return {"loss": sum(self.weights[name] * each for name, each in losses.items())}  # type: ignore[dict-item]
@@ -142,6 +147,8 @@ def build(
     hidden: int = 48,
     heads: int = 12,
     intermediate: int | None = None,
+    share: float = 0.5,
+    mask_probability: float = 0.15,
     direction: str = "down",
     eps: float = 1.0,
     student_weight: float = 1.0,
@@ -152,11 +159,15 @@ def build(
 ) -> Built:
     """Student and teacher in one module with its own loss, for `Trainer`; `finish` gives the student.
 
+    Train it on rows of text with `BothSegmentations` as collator, and `remove_unused_columns=False`.
+
     Args:
         teacher: float BertForMaskedLM; a copy of it is trained.
         student_tokenizer: of `learn_wordpiece`; saved with the student.
         teacher_tokenizer: the teacher's.
         hidden, heads, intermediate: the student's sizes; None: four times `hidden`. It has the teacher's depth.
+        share: p_DT, the probability of a word to be in the student's pieces on the teacher's side.
+        mask_probability: of a token to be predicted, on either side.
         direction: "down" projects the teacher's tensors (the better one as published), "up" the student's.
         eps, student_weight, teacher_weight: weights of L_p, MLM_s, MLM_t.
         reduction: of each tensor in L_p: "sum" (published), or "mean", which does not grow with the teacher.
@@ -165,7 +176,8 @@ def build(
             rows; in the teacher, pieces that it does not have begin as the mean of its own of that string.
 
     Raises:
-        TypeError, ValueError: as `copies.random`; another model; another direction, reduction or detach point.
+        TypeError, ValueError: as `copies.random`; another model; another direction, reduction or detach point; a
+            probability outside [0, 1].
     """
     if not isinstance(teacher, BertForMaskedLM):
         raise ValueError(f"the teacher is a {type(teacher).__name__}; a BertForMaskedLM is needed, which both predict")
@@ -176,6 +188,9 @@ def build(
     ):
         if value not in accepted:
             raise ValueError(f"{name}={value!r}; accepted: {', '.join(map(repr, accepted))}")
+    for name, probability in (("share", share), ("mask_probability", mask_probability)):
+        if not 0 <= probability <= 1:
+            raise ValueError(f"{name}={probability}; accepted: 0 to 1")
     student: Any = copies.random(
         teacher,
         teacher.config.num_hidden_layers,
@@ -191,7 +206,10 @@ def build(
     with torch.no_grad():
         student.get_input_embeddings().weight[shared] = words[shared, :hidden]
     weights = {"student": student_weight, "teacher": teacher_weight, "projection": eps}
-    model = DualVocabulary(student, copy.deepcopy(teacher), words, weights, direction == "up", reduction, detach)
+    model = DualVocabulary(
+        student, copy.deepcopy(teacher), words, (student_tokenizer.mask_token_id, teacher_tokenizer.mask_token_id),
+        share, mask_probability, weights, direction == "up", reduction, detach,
+    )  # fmt: skip
     return Built(model.eval(), finish=_finish)
 
 
