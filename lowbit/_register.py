@@ -36,6 +36,12 @@ def _register_with_transformers() -> None:
     from .nn import attention  # noqa: F401
 
 
+def _register_configurations() -> None:
+    from .modeling import configurations
+
+    configurations.register()
+
+
 def _register_with_peft() -> None:
     try:
         from . import adapters  # noqa: F401 (importing registers)
@@ -45,6 +51,7 @@ def _register_with_peft() -> None:
 
 _REGISTER = {
     "transformers.modeling_utils": _register_with_transformers,  # of every model class, after the quantizer registry
+    "transformers.models.auto.configuration_auto": _register_configurations,
     "peft": _register_with_peft,
 }
 

@@ -59,8 +59,8 @@ class Architecture:
         position_embeddings: in the base model; None where there is no such table.
         pooler: in the base model, the pooler's linear; None where no head has one.
         others: further linears of the base model; a model need not have them.
-        own_attention: the attention does not go through transformers' interface. It stays float, and `slim`,
-            `set_length` and, without `position_bias`, `fuse` refuse the model.
+        own_attention: the attention does not go through transformers' interface, or not of all tokens of a batch at
+            once. It stays float, and `slim`, `set_length` and, without `position_bias`, `fuse` refuse the model.
         position_bias: method of the module that runs the layers, where attention adds the same bias by position in all
             of them: states [B, S, H] -> [B, heads, S, S].
         hidden_act, intermediate_size: what the configuration calls these.
@@ -133,6 +133,7 @@ ARCHITECTURES = {
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "camembert": _BERT,
+    "deformer": dataclasses.replace(_BERT, own_attention=True),  # lowbit.modeling.deformer
     "electra": dataclasses.replace(_BERT, pooler=None, others=("embeddings_project",)),
     "distilbert": Architecture(
         layers="transformer.layer",

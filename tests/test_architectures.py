@@ -51,7 +51,8 @@ LABELS = {"ForSequenceClassification": 3, "ForTokenClassification": 5}
 
 def test_every_row_of_the_table_is_tested() -> None:
     tested = {getattr(transformers, f"{prefix}Config").model_type for prefix in KNOWN}
-    assert {"bert", *tested} == set(ARCHITECTURES)
+    elsewhere = {"bert", "deformer"}  # the latter in test_students_deformer.py
+    assert elsewhere | tested == set(ARCHITECTURES)
 
 
 def tiny(prefix: str, head: str = "ForSequenceClassification", **changes: Any) -> Any:

@@ -244,8 +244,10 @@ except RuntimeError as error:
     assert run(program).splitlines() == ["[2.0, 2.0, 2.0] 6", "True [3.0, 3.0, 3.0] 9", "True [3.0, 3.0, 3.0]"]
 
 
+WATCHED = "transformers.modeling_utils"
 FINDERS = (
-    "[finder for finder in sys.meta_path if type(finder).__module__ == 'lowbit._register' and finder.trigger != 'peft']"
+    "[finder for finder in sys.meta_path if type(finder).__module__ == 'lowbit._register'"
+    f" and finder.trigger == {WATCHED!r}]"
 )
 DROP = "[sys.modules.pop(name) for name in [*sys.modules] if name.split('.')[0] == 'lowbit']"
 REGISTERED = """

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import modeling
 from ..errors import CheckpointError
 from .records import read_json, verify
 
@@ -72,16 +73,16 @@ def _folder_of(checkpoint: str | PathLike[str], subfolder: str, hub: dict[str, A
 
 
 def class_of(folder: Path) -> type[PreTrainedModel]:
-    """The class of transformers that config.json names; CheckpointError where it names none."""
+    """The class of transformers, or of ours, that config.json names; CheckpointError where it names none."""
     import transformers
 
     names = read_json(folder / "config.json").get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    found = getattr(transformers, name, None) or modeling.class_named(name) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise CheckpointError(
             f"{folder / 'config.json'}: architectures is {names!r}, accepted: the name of a model class of "
-            "transformers; load it by from_pretrained of the class that it was saved from"
+            "transformers or lowbit; load it by from_pretrained of the class that it was saved from"
         )
     return found
 

@@ -49,6 +49,7 @@ def random(
     heads: int = 12,
     intermediate: int = 1200,
     seed: int = 0,
+    **changes: Any,
 ) -> Built:
     """A model of the teacher's class, vocabulary and task, of other sizes, with random weights.
 
@@ -58,14 +59,19 @@ def random(
         teacher: of an architecture that `lowbit.models` describes.
         layers, hidden, heads, intermediate: sizes; heads have to divide hidden.
         seed: of the weights; torch's own random numbers go on as if nothing had been drawn.
+        **changes: further fields of the configuration (vocab_size, hidden_dropout_prob, ...).
 
     Raises:
-        TypeError, ValueError: another model, a size below 1, heads that do not divide hidden.
+        TypeError, ValueError: another model, a size below 1, heads that do not divide hidden, a field that is none.
     """
     config = config_of(teacher)
     check_sizes(layers=layers, hidden=hidden, heads=heads, intermediate=intermediate)
     config.num_hidden_layers, config.hidden_size, config.num_attention_heads = layers, hidden, heads
     setattr(config, models.describe(teacher).intermediate_size, intermediate)
+    for name, value in changes.items():
+        if not hasattr(config, name):
+            raise ValueError(f"{name}={value!r}: {type(config).__name__} has no such field")
+        setattr(config, name, value)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         student = type(teacher)(config)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from ... import models
 from . import Built, copies
+from .sides import Sides
 
 Factor = torch.Tensor | None  # [d, D], or of heads [A, d / A, D / A'], A' the teacher's; None: this side stays
 
@@ -50,8 +51,9 @@ class Squeezed(nn.Module):
         return *factors, *gated
 
     def forward(self, *trained: torch.Tensor) -> torch.Tensor:
-        rest, weight = [*trained], self.teacher
-        matrix: Any = weight if weight.dim() == 2 else weight[:, None]
+        rest = [*trained]
+        weight: Any = self.teacher
+        matrix = weight if weight.dim() == 2 else weight[:, None]
         if self.has_left:
             matrix = mapped(rest.pop(0), matrix)
         if self.has_right:
@@ -113,13 +115,13 @@ def build(
             f"{type(student).__name__} shares a weight between modules, which a map of each would part; squeeze a "
             "model whose head has weights of its own, such as a classifier"
         )
-    sides = _Sides(teacher, student, init)
+    factors = _Factors(Sides(student, teacher), init)
     sources = _sources(student, teacher, chosen)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for name, parameter in own:
             weight = teacher.get_parameter(sources[name]).detach().clone()
-            left, right = sides.of(name, weight.shape, parameter.shape)
+            left, right = factors.of(name, parameter.shape, weight.shape)
             module, _, tensor = name.rpartition(".")
             if left is None and right is None:  # as large as the teacher's: taken as it is
                 with torch.no_grad():
@@ -157,47 +159,22 @@ def _picked(teacher: PreTrainedModel, chosen: Sequence[int]) -> list[str]:
     return [names[index] for index in chosen]
 
 
-class _Sides:
-    """Which factors a tensor needs: by where it is in a layer, else by its sizes."""
+class _Factors:
+    """Initial factors of the axes of a tensor."""
 
-    def __init__(self, teacher: PreTrainedModel, student: PreTrainedModel, init: str) -> None:
-        self.random = init == "random"
-        self.hidden = student.config.hidden_size, teacher.config.hidden_size
-        heads, taught = student.config.num_attention_heads, teacher.config.num_attention_heads
-        self.head = heads, self.hidden[0] // heads, self.hidden[1] // taught
-        self.inner = models.intermediate_size(student), models.intermediate_size(teacher)
-        parts = models.describe(student)
-        by_path = {
-            **dict.fromkeys(parts.projections, ("heads", "hidden")),
-            parts.attention_output: ("hidden", "heads"),
-            parts.ffn_input: ("inner", "hidden"),
-            parts.ffn_output: ("hidden", "inner"),
-        }
-        self.places = {
-            f"{layer}.{path}": kinds for layer, _ in models.layers(student) for path, kinds in by_path.items()
-        }
-        self.tables = {name for name, module in student.named_modules() if isinstance(module, nn.Embedding)}
+    def __init__(self, sides: Sides, init: str) -> None:
+        self.sides, self.random = sides, init == "random"
 
-    def of(self, name: str, taught: torch.Size, own: torch.Size) -> tuple[Factor, Factor]:
+    def of(self, name: str, own: torch.Size, taught: torch.Size) -> tuple[Factor, Factor]:
         """Initial L and R^T of a tensor."""
-        module = name.rpartition(".")[0]
-        kinds = self.places.get(module) or tuple(self._kind(name, *sizes) for sizes in zip(own, taught, strict=True))
-        if module in self.tables:
-            kinds = (None, kinds[1])
-        learned = len(taught) == 2 and module not in self.tables
-        return self._factor(kinds[0], learned), self._factor(kinds[1], learned) if len(taught) == 2 else None
-
-    def _kind(self, name: str, own: int, taught: int) -> str | None:
-        if (own, taught) == self.hidden:
-            return "hidden"
-        if own != taught:
-            raise ValueError(f"{name} has {own} entries, the teacher's {taught}: neither equal nor the hidden sizes")
-        return None
+        learned = len(own) == 2 and not self.sides.is_table(name)
+        left, right = (*self.sides.of(name, own, taught), None)[:2]
+        return self._factor(left, learned), self._factor(right, learned)
 
     def _factor(self, kind: str | None, learned: bool) -> Factor:
         if kind is None:
             return None
-        shape = self.head if kind == "heads" else self.hidden if kind == "hidden" else self.inner
+        shape = self.sides.heads if kind == "heads" else self.sides.sizes[kind]
         if self.random and learned:
             return torch.randn(shape) / math.sqrt(shape[-1])
         return torch.eye(*shape[-2:]).expand(shape).clone()
