@@ -143,7 +143,7 @@ def test_chosen_tokens_are_masked_as_transformers_masks_them(tokenizer) -> None:
 def test_a_language_model_learns_from_chunks(tokenizer, rare: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = BertForMaskedLM(tiny_config(vocab_size=len(tokenizer)))
-    data = chunks(TEXTS * 10, tokenizer, 32)
+    data = chunks(TEXTS[:4] * 200, tokenizer, 32)
     counts = count_tokens(data["input_ids"], len(tokenizer))
     collator = RareTokenCollator(tokenizer, counts=counts) if rare else DataCollatorForLanguageModeling(tokenizer)
     arguments = training_arguments(tmp_path, max_steps=60, learning_rate=3e-3, per_device_train_batch_size=16)
