@@ -114,7 +114,7 @@ def test_rare_tokens_are_chosen_at_their_odds(tokenizer) -> None:
     odds = torch.tensor([6 * 1000**-0.7, 5 * 100**-0.7, 5.0, 5 * 10**-0.7])
     expected = 4000 * odds / odds.sum()
     assert chosen.sum() == chosen[ids].sum() == 4000
-    assert ((chosen[ids] - expected).abs() < 4.5 * expected.sqrt() + 1).all()
+    assert ((chosen[ids] - expected).abs() < 3 * expected.sqrt() + 1).all()  # of a fixed seed
 
 
 def test_chosen_tokens_are_masked_as_transformers_masks_them(tokenizer) -> None:
