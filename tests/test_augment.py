@@ -14,7 +14,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, BertTok
 
 from helpers import tiny_config
 from lowbit.data import sentiment
-from lowbit.distill.augment import COPIES, MaskedLM, Substitution, augment, read_vectors, vectors_of
+from lowbit.distill.augment import COPIES, MaskedLM, Substitution, augment, load_substitution, read_vectors, vectors_of
 from lowbit.distill.augment.words import STOP_WORDS, replace, replaceable
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -255,6 +255,22 @@ def test_other_weights_are_another_key(model, tokenizer) -> None:
         changed = MaskedLM(model, tokenizer).key
         weight[3, 5] -= 1
     assert changed != before and json.dumps(before)
+
+
+def test_a_substitution_is_loaded_from_folders_and_files(model, tokenizer, tmp_path: Path) -> None:
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "lm")
+    given, folder = data(6), str(tmp_path / "lm")
+    loaded = load_substitution(folder, folder, count=5, sees_original=False, p=0.3, copies=4)
+    lm = MaskedLM(model, tokenizer, count=5, sees_original=False)
+    made = Substitution(lm, vectors_of(model, tokenizer, count=5), p=0.3, copies=4)
+    assert augment(given, ["sentence"], loaded)[:] == augment(given, ["sentence"], made)[:]
+    (tmp_path / "vectors.txt").write_text("plot 1 0\nstory 1 0.1\n")
+    near = load_substitution(vectors=str(tmp_path / "vectors.txt"))
+    assert near.lm is None and near.vectors(["plot"]) == [["story"]]
+    BertForSequenceClassification(model.config).save_pretrained(tmp_path / "classifier")
+    with pytest.raises(ValueError, match="is no masked language model: cls"):
+        load_substitution(str(tmp_path / "classifier"))
 
 
 def test_wrong_use_is_refused_before_any_work(model, tokenizer) -> None:

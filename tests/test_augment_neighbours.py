@@ -12,7 +12,9 @@ import torch
 from datasets import Dataset
 from transformers import BertForSequenceClassification, BertModel, BertTokenizerFast
 
-from helpers import tiny_config
+import lowbit
+from helpers import tiny_config, training_arguments
+from lowbit import DistillationTrainer, LogitsLoss
 from lowbit.data import sentiment
 from lowbit.distill.augment import (
     CandidateCollator,
@@ -22,6 +24,7 @@ from lowbit.distill.augment import (
     with_candidates,
 )
 from lowbit.distill.augment.hardest import divergence
+from lowbit.distill.views import On
 
 ROWS = sentiment.generate(150, False, 0)
 SENTENCES = [row["sentence"] for row in ROWS]
@@ -230,3 +233,53 @@ def test_wrong_use_is_a_clear_error(tokenizer) -> None:
     for fields in ({"start": 1.0}, {"start": -0.1}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match="accepted"):
             HardestNeighbour(**fields)
+
+
+def minimax_trainer(tokenizer, data: Dataset, folder: Path, steps: int, **changes: object) -> DistillationTrainer:
+    """The published sum: labels, the teacher's logits, and those on the hardest neighbour."""
+    teacher, student = classifier(tokenizer, 1), classifier(tokenizer, 2)
+    objectives = [
+        LogitsLoss(weight=0.5),
+        On(HardestNeighbour(start=0.25), LogitsLoss(weight=0.5, distance="kl", name="neighbour")),
+    ]
+    changes |= {"max_steps": steps, "learning_rate": 1e-3, "remove_unused_columns": False}
+    arguments = training_arguments(folder, per_device_train_batch_size=8, **changes)
+    collator = CandidateCollator(tokenizer)
+    return DistillationTrainer(student, arguments, collator, data, data, teacher=teacher, objectives=objectives)
+
+
+@pytest.fixture(scope="module")
+def prepared(encoder, tokenizer) -> Dataset:
+    data = Dataset.from_list(ROWS[:32])
+    found = add_neighbours(data, "sentence", CORPUS, encoder, tokenizer, count=3, max_angle=0.5)["candidates"]
+    encoded = data.map(
+        lambda row: {**tokenizer(row["sentence"]), "labels": row["label"]}, remove_columns=data.column_names
+    )
+    return with_candidates(encoded, found, tokenizer)
+
+
+def test_the_trainer_learns_on_the_hardest_neighbours(tokenizer, prepared: Dataset, tmp_path: Path) -> None:
+    trainer = minimax_trainer(tokenizer, prepared, tmp_path, 60)
+    trainer.train()
+    values = [entry["loss_neighbour"] for entry in trainer.state.log_history if "loss_neighbour" in entry]
+    assert len(values) == 60 and np.mean(values[-8:]) < 0.5 * np.mean(values[16:24])
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+def test_interrupted_training_on_neighbours_goes_on_to_the_same_bits(tokenizer, prepared, tmp_path: Path) -> None:
+    whole = minimax_trainer(tokenizer, prepared, tmp_path / "whole", 10, save_strategy="steps", save_steps=4)
+    whole.train()
+    resumed = minimax_trainer(tokenizer, prepared, tmp_path / "resumed", 10)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_low_bit_student_is_asked_with_its_low_bit_weights(tokenizer, batch) -> None:
+    teacher = classifier(tokenizer, 1).eval()
+    student = lowbit.prepare(copy.deepcopy(teacher), lowbit.TernaryConfig()).train()
+    columns, _ = HardestNeighbour()(student, teacher, batch)
+    expected, values = slow_choice(student, teacher, batch, 1.0)
+    kept = zip(columns["input_ids"], columns["attention_mask"], strict=True)
+    assert [ids[mask.bool()].tolist() for ids, mask in kept] == expected
+    assert values.max() > 1e-4  # a float student would be the teacher itself

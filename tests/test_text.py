@@ -114,7 +114,7 @@ def test_rare_tokens_are_chosen_at_their_odds(tokenizer) -> None:
     odds = torch.tensor([6 * 1000**-0.7, 5 * 100**-0.7, 5.0, 5 * 10**-0.7])
     expected = 4000 * odds / odds.sum()
     assert chosen.sum() == chosen[ids].sum() == 4000
-    assert ((chosen[ids] - expected).abs() < 4.5 * expected.sqrt() + 1).all()
+    assert ((chosen[ids] - expected).abs() < 3 * expected.sqrt() + 1).all()  # of a fixed seed
 
 
 def test_chosen_tokens_are_masked_as_transformers_masks_them(tokenizer) -> None:
@@ -143,7 +143,7 @@ def test_chosen_tokens_are_masked_as_transformers_masks_them(tokenizer) -> None:
 def test_a_language_model_learns_from_chunks(tokenizer, rare: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = BertForMaskedLM(tiny_config(vocab_size=len(tokenizer)))
-    data = chunks(TEXTS * 10, tokenizer, 32)
+    data = chunks(TEXTS[:4] * 200, tokenizer, 32)
     counts = count_tokens(data["input_ids"], len(tokenizer))
     collator = RareTokenCollator(tokenizer, counts=counts) if rare else DataCollatorForLanguageModeling(tokenizer)
     arguments = training_arguments(tmp_path, max_steps=60, learning_rate=3e-3, per_device_train_batch_size=16)

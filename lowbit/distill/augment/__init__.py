@@ -13,7 +13,7 @@ from .hardest import CandidateCollator, HardestNeighbour, with_candidates
 from .masked_lm import MaskedLM
 from .neighbours import add_neighbours, embed
 from .rules import Rules
-from .substitution import COPIES, Substitution
+from .substitution import COPIES, Substitution, load_substitution
 from .vectors import WordVectors, read_vectors, vectors_of
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "add_neighbours",
     "augment",
     "embed",
+    "load_substitution",
     "read_vectors",
     "vectors_of",
     "with_candidates",

@@ -10,7 +10,7 @@ from typing import Any
 
 from .cache import chunked, fingerprint, flat
 from .masked_lm import MaskedLM
-from .vectors import WordVectors
+from .vectors import WordVectors, read_vectors, vectors_of
 from .words import STOP_WORDS, Span, replace, replaceable
 
 # N_a of each task in TinyBERT's code.
@@ -94,3 +94,40 @@ class Substitution:
                 made[*row[:column], replace(text, changes), *row[column + 1 :]] = None
         made.pop(row, None)
         return list(made)
+
+
+def load_substitution(
+    lm: str | None = None,
+    vectors: str | None = None,
+    count: int = 15,
+    sees_original: bool = True,
+    p: float = 0.4,
+    copies: int = 20,
+) -> Substitution:
+    """A `Substitution` from what is saved: the form for a recipe's file.
+
+    Args:
+        lm: folder or Hub id of a masked language model.
+        vectors: a text file of word vectors, or folder or Hub id of a model whose word embeddings are taken.
+        count: K of both.
+        sees_original: of `MaskedLM`.
+        p, copies: of `Substitution`.
+
+    Raises:
+        ValueError, OSError: what these refuse, a model that is not there or has no head over words.
+    """
+    from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+    model = near = None
+    if lm is not None:
+        whole, loading = AutoModelForMaskedLM.from_pretrained(lm, output_loading_info=True)
+        if fresh := sorted(loading["missing_keys"]):
+            raise ValueError(
+                f"{lm} is no masked language model: {fresh[0]} is missing; train one, or give vectors alone"
+            )
+        model = MaskedLM(whole, AutoTokenizer.from_pretrained(lm), count, sees_original)
+    if vectors is not None and Path(vectors).is_file():
+        near = read_vectors(vectors, count=count)
+    elif vectors is not None:
+        near = vectors_of(AutoModel.from_pretrained(vectors), AutoTokenizer.from_pretrained(vectors), count)
+    return Substitution(model, near, p, copies)
