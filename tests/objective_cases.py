@@ -40,6 +40,22 @@ class Outputs(dict):
     __getattr__ = dict.__getitem__
 
 
+def run(model: Any, columns: dict[str, torch.Tensor]) -> Any:
+    """Outputs of a BERT with all that objectives may need."""
+    model.set_attn_implementation("lowbit")
+    found: list[torch.Tensor] = []
+    hooks = [
+        getattr(layer.attention.self, which).register_forward_hook(lambda module, inputs, output: found.append(output))
+        for layer in model.bert.encoder.layer
+        for which in ("query", "key", "value")
+    ]
+    outputs = model(**columns, output_hidden_states=True, output_attentions=True, output_scores=True)
+    for hook in hooks:
+        hook.remove()
+    outputs["qkv"] = tuple(tuple(found[i : i + 3]) for i in range(0, len(found), 3))
+    return outputs
+
+
 def pair(width: int | None = None, layers: int | None = None, scale: float = 1.0) -> tuple[Any, Any]:
     """Outputs of a student and a teacher; `width`, `layers`: of the teacher, where they are to be others."""
     teacher = {"width": width or TEACHER["width"], "layers": layers or TEACHER["layers"]}

@@ -141,9 +141,9 @@ def test_of_two_models_the_student_alone_learns(name: str, bits: str) -> None:
     if bits != "float":
         lowbit.prepare(student, lowbit.TernaryConfig() if bits == "ternary" else lowbit.BinaryConfig())
     columns = batch(rows=3, length=7)
-    ours = run(student, columns)
+    ours = cases.run(student, columns)
     with torch.no_grad():
-        theirs = run(teacher, columns)
+        theirs = cases.run(teacher, columns)
     objective: Any = OBJECTIVES[name]
     objective.check(student, teacher)
     loss = objective(ours, theirs, columns)
@@ -151,22 +151,6 @@ def test_of_two_models_the_student_alone_learns(name: str, bits: str) -> None:
     assert loss > 0 and all(parameter.grad is None for parameter in teacher.parameters())
     gradient = student.bert.encoder.layer[0].attention.self.key.weight.grad
     assert gradient.isfinite().all() and gradient.abs().max() > 0
-
-
-def run(model: Any, columns: dict[str, torch.Tensor]) -> Any:
-    """All that objectives may need of a model."""
-    model.set_attn_implementation("lowbit")
-    found: list[torch.Tensor] = []
-    hooks = [
-        getattr(layer.attention.self, which).register_forward_hook(lambda module, inputs, output: found.append(output))
-        for layer in model.bert.encoder.layer
-        for which in ("query", "key", "value")
-    ]
-    outputs = model(**columns, output_hidden_states=True, output_attentions=True, output_scores=True)
-    for hook in hooks:
-        hook.remove()
-    outputs["qkv"] = tuple(tuple(found[i : i + 3]) for i in range(0, len(found), 3))
-    return outputs
 
 
 @every
