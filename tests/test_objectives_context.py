@@ -79,12 +79,13 @@ def test_triples_as_published_repeat_the_ends_and_count_padding(window: int) -> 
     cases.agrees(objective, student, teacher, cases.batch(), cases.mean(values))
 
 
+@pytest.mark.parametrize("whose", ["both", "student", "teacher"])
 @pytest.mark.parametrize("axis", ["words", "layers"])
 @pytest.mark.parametrize("kind", [PairRelationLoss, TripleRelationLoss])
-def test_equal_and_zero_states_have_a_finite_loss_and_gradient(kind: Any, axis: str) -> None:
+def test_equal_and_zero_states_have_a_finite_loss_and_gradient(kind: Any, axis: str, whose: str) -> None:
     student, teacher = cases.pair()
     with torch.no_grad():
-        for each in (student, teacher):
+        for each in {"both": (student, teacher), "student": (student,), "teacher": (teacher,)}[whose]:
             for states in each.hidden_states:
                 states[0, 2] = states[0, 1]  # the same state twice
                 states[0, 3] = 0
