@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..config import LowbitConfig
 from ..nn import UnpaddedEncoder
-from .objectives import AttentionScoreLoss, HiddenStateLoss, Objective, sizes_of
+from .objectives import Objective, sizes_of
 
 logger = logging.getLogger("lowbit")
 
@@ -37,14 +37,21 @@ def check_prompt(student: Any, objectives: Sequence[Objective]) -> None:
     config = getattr(student, "active_peft_config", None)
     if config is None or not config.is_prompt_learning:
         return
-    prefix = config.peft_type == "PREFIX_TUNING"
+    # A prefix is seen, and has no states of its own.
+    compared = {"scores"} if config.peft_type == "PREFIX_TUNING" else {"hidden_states", "scores", "qkv"}
     for objective in objectives:
-        if isinstance(objective, AttentionScoreLoss if prefix else HiddenStateLoss | AttentionScoreLoss):
+        if compared & set(objective.needs):
             raise ValueError(
-                f"{type(objective).__name__} compares token by token, and the student's {config.num_virtual_tokens} "
+                f"{_class_of(objective)} compares token by token, and the student's {config.num_virtual_tokens} "
                 f"virtual tokens ({type(config).__name__}) are none of the teacher's; accepted: "
                 "objectives=[lowbit.LogitsLoss()]"
             )
+
+
+def _class_of(objective: Objective) -> str:
+    """Of an objective, or of the one inside of `Scheduled` and `On`."""
+    inner = getattr(objective, "objective", None)
+    return type(objective).__name__ if inner is None else _class_of(inner)
 
 
 def compare_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel) -> None:

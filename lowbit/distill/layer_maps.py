@@ -184,9 +184,9 @@ def resolve(spec: Spec, student: int, teacher: int, what: str = "layer map") -> 
 
 
 def _named(name: str, student: int, teacher: int, what: str) -> LayerMap:
-    rows, combine = NAMED[name]
+    make, combine = NAMED[name]
     try:
-        return LayerMap(rows(student, teacher), combine, teacher)
+        rows = make(student, teacher)
     except _Uneven:
         fitting = ", ".join(str(layers) for layers in range(1, teacher + 1) if teacher % layers == 0)
         raise ValueError(
@@ -194,6 +194,12 @@ def _named(name: str, student: int, teacher: int, what: str) -> LayerMap:
             f"{fitting} layers, or another layer map, such as map='last', or objectives that compare no layers: "
             "objectives=[LogitsLoss()]"
         ) from None
+    if any(not 1 <= layer <= teacher for row in rows for layer in row):
+        raise ValueError(
+            f"{what}: layer map {name!r} needs a teacher of as many layers as the student; this student has {student}, "
+            f"the teacher {teacher}"
+        )
+    return LayerMap(rows, combine, teacher)
 
 
 def _described(value: Any) -> LayerMap:

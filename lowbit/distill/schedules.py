@@ -151,8 +151,11 @@ class Scheduled(nn.Module):
             return getattr(self.objective, name)
 
     def _set(self, progress: float) -> None:
+        target = self.objective
+        while isinstance(target, Scheduled):  # whose fields are its objective's
+            target = target.objective
         for name, schedule in self.schedules.items():
-            setattr(self.objective, name, schedule(progress))
+            setattr(target, name, schedule(progress))
 
     def advance(self, progress: float) -> None:
         """Set the fields for a step."""

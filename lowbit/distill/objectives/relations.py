@@ -77,8 +77,8 @@ class RelationLoss:
         )
         mask = token_mask(batch, ours["Q"])
         loss: Any = 0.0
-        for pair in self.pairs:
-            s, t = (_log_relations(*map(each.get, pair), self.heads, mask) for each in (ours, theirs))
+        for x, y in map(tuple, self.pairs):
+            s, t = (_log_relations(each[x], each[y], self.heads, mask) for each in (ours, theirs))
             rows = (t.exp() * (t - s)).sum(-1).mean(1)  # [B, S]
             examples = rows.masked_fill(~mask, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
             loss = loss + examples.mean()
