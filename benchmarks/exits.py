@@ -2,10 +2,10 @@
 
     python -m benchmarks.exits --data-dir DATA --work-dir runs/exits
 
-all-MiniLM-L6-v2 is fine-tuned on SST-2, distilled into a ternary 2-2-8 model and packed; ramps are trained on the packed
-model, which stays as it is. Training sentences are set apart before anything is trained, with every phrase of theirs:
-the entropy threshold is the fastest that loses at most `--loss` points there. Accuracy and time are of the validation
-split, which nothing else has seen. Finished models in the working folder are not trained again.
+all-MiniLM-L6-v2 is fine-tuned on SST-2, distilled into a ternary 2-2-8 model and packed; ramps are trained on the
+packed model, which stays as it is. Training sentences are set apart before anything is trained, with every phrase of
+theirs: the entropy threshold is the fastest that loses at most `--loss` points there. Accuracy and time are of the
+validation split, which nothing else has seen. Finished models in the working folder are not trained again.
 """
 
 from __future__ import annotations
@@ -57,9 +57,9 @@ def set_apart(rows: Sequence[dict[str, Any]], count: int, seed: int) -> tuple[li
 
 def arguments(folder: str, steps: int, rate: float, seed: int) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=rate, warmup_steps=steps // 10,
-        weight_decay=0.01, train_sampling_strategy="group_by_length", save_strategy="no", report_to=[], use_cpu=True,
-        logging_steps=max(1, steps // 10), seed=seed, disable_tqdm=True,
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=rate,
+        warmup_steps=steps // 10, weight_decay=0.01, train_sampling_strategy="group_by_length", save_strategy="no",
+        report_to=[], use_cpu=True, logging_steps=max(1, steps // 10), seed=seed, disable_tqdm=True,
     )  # fmt: skip
 
 

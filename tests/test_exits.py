@@ -90,9 +90,10 @@ def plain_exit(criterion: Any, answers: list[list[float]]) -> int:
     for number, logits in enumerate(answers):
         if isinstance(criterion, lowbit.Entropy) and shannon(logits) < criterion.threshold:
             return number
-        if isinstance(criterion, lowbit.NormalizedEntropy):
-            if shannon(logits) / math.log(len(logits)) <= criterion.speed:
-                return number
+        if isinstance(criterion, lowbit.NormalizedEntropy) and shannon(logits) <= criterion.speed * math.log(
+            len(logits)
+        ):
+            return number
         if isinstance(criterion, lowbit.Patience):
             if criterion.threshold is None:
                 now: Any = logits.index(max(logits))
@@ -192,7 +193,7 @@ def test_some_sentences_do_leave_and_layers_are_left_out(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(PackedEncoder, "_run_layers", noted)
     layers = call(model, inputs).exit_layer
-    assert 1 < len(layers.unique())
+    assert len(layers.unique()) > 1
     if seen:  # where there are native kernels
         lengths = inputs["attention_mask"].sum(1)
         assert [number for number, _ in seen] == [1] * int(layers.max())
@@ -376,7 +377,7 @@ def test_a_configuration_that_cannot_be_is_a_checkpoint_error(tmp_path: Path, ch
     model = classifier()
     model.config.exit_config = {**model.config.exit_config, **change}
     model.save_pretrained(tmp_path)
-    with pytest.raises(lowbit.CheckpointError, match="accepted|missing"):
+    with pytest.raises(lowbit.CheckpointError, match=r"accepted|missing"):
         AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
