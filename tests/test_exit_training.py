@@ -172,7 +172,7 @@ def classifier(stage: str, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("stage", ["float", "prepared", "packed"])
-@pytest.mark.parametrize("kind", ["linear", "pooler", "shared", "attention"])
+@pytest.mark.parametrize("kind", ["linear", "mean", "pooler", "shared", "attention"])
 def test_only_ramps_are_trained_where_the_rest_is_frozen(tmp_path: Path, kind: str, stage: str) -> None:
     torch.manual_seed(0)
     model = lowbit.freeze_backbone(classifier(stage, kind=kind))

@@ -22,7 +22,7 @@ from lowbit.exits.front import leave
 from lowbit.nn import PackedEncoder, PackedLinear
 
 LAYERS = 5
-KINDS = ("linear", "pooler", "shared", "attention")
+KINDS = ("linear", "mean", "pooler", "shared", "attention")
 STAGES = ("float", "prepared", "packed")
 
 
@@ -56,6 +56,8 @@ def all_answers(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             ramp, state = model.exits[str(layer)], output.hidden_states[layer]
             if model.exits.kind == "pooler":
                 features = torch.tanh(ramp.dense(state[:, 0]))
+            elif model.exits.kind == "mean":
+                features = state.mean(1)
             elif model.exits.kind == "shared":
                 features = model.base_model.pooler(state)
             elif model.exits.kind == "attention":
@@ -413,7 +415,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: lowbit.set_exit(tiny("BertForTokenClassification"), lowbit.Entropy(0.3)),
         "which takes sequence classifiers",
     ),
-    "kind": (lambda: lowbit.add_exits(tiny(), "wide"), "accepted: 'linear', 'pooler', 'shared', 'attention'"),
+    "kind": (lambda: lowbit.add_exits(tiny(), "wide"), "accepted: 'linear', 'mean', 'pooler', 'shared', 'attention'"),
     "last layer": (lambda: lowbit.add_exits(tiny(), layers=[2]), "out of 1 to 1"),
     "layer 0": (lambda: lowbit.add_exits(tiny(), layers=[0]), "out of 1 to 1"),
     "no layers": (lambda: lowbit.add_exits(tiny(num_hidden_layers=1)), "accepted: ascending numbers"),

@@ -44,7 +44,7 @@ def add_exits(
     Args:
         model: a sequence classifier of an architecture that `lowbit.models` describes, with attention by transformers'
             interface.
-        kind: of ramp: "linear", "pooler" (DeeBERT's), "shared" (PABEE's), "attention" (FastBERT's); see
+        kind: of ramp: "linear", "mean", "pooler" (DeeBERT's), "shared" (PABEE's), "attention" (FastBERT's); see
             `lowbit.exits.ramps`.
         layers: numbers of layers, from 1, ascending; None: behind each but the last.
         certainty: also a head that says how probably a ramp is wrong (BERxiT), for `lowbit.exits.Certainty`.
