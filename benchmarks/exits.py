@@ -103,7 +103,7 @@ class Training:
     def joint(self, teacher: Any) -> Any:
         """The float model with exits."""
         set_seed(self.options.seed)
-        model = lowbit.add_exits(copy.deepcopy(teacher), self.options.kind)
+        model = lowbit.add_exits(copy.deepcopy(teacher), self.options.kind, self.options.layers)
         objectives = [lowbit.ExitTaskLoss("linear"), *FROM_TEACHER]
         return self.run(model, self.options.joint_steps, 1e-4, teacher=teacher, objectives=objectives)
 
@@ -164,6 +164,7 @@ def main() -> None:
     parser.add_argument("--work-dir", type=Path, required=True, help="models are kept here")
     parser.add_argument("--model", default=default_model(), help="a float encoder's folder or Hub name")
     parser.add_argument("--kind", default="mean", help="of ramps")
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="behind which there are ramps")
     parser.add_argument("--teacher-steps", type=int, default=600)
     parser.add_argument("--joint-steps", type=int, default=600, help="of the float model with ramps")
     parser.add_argument("--steps", type=int, default=1000, help="of distillation")
@@ -196,8 +197,9 @@ def main() -> None:
             "model": f"{name} on SST-2, ternary 2-2-8, packed and fused, with early exits",
             "machine": cpu.machine(),
             "method": (
-                f"{options.kind} ramps; teacher {options.teacher_steps} steps, with ramps {options.joint_steps}, "
-                f"distillation {options.steps}, ramps alone {options.ramp_steps}, of 32 out of {len(data['train'])} training phrases; entropy threshold: the "
+                f"{options.kind} ramps behind layers {options.layers} (0: embeddings); teacher {options.teacher_steps} "
+                f"steps, with ramps {options.joint_steps}, distillation {options.steps}, ramps alone "
+                f"{options.ramp_steps}, of 32 out of {len(data['train'])} training phrases; entropy threshold: the "
                 f"fastest that loses at most {options.loss} points on {len(apart)} training sentences set apart with "
                 f"all their phrases; accuracy and layers on the {len(data['validation'])} validation sentences; ms a "
                 f"batch of validation sentences in random order, median of {TURNS} turns of each batch, mean of all"

@@ -19,6 +19,7 @@ from helpers import SIZES, batch, tiny, training_arguments
 from lowbit.exits import ExitFront, exit_front, exit_scores
 from lowbit.exits.criteria import entropy, from_dict, to_dict
 from lowbit.exits.front import leave
+from lowbit.exits.passage import Passage
 from lowbit.nn import PackedEncoder, PackedLinear
 
 LAYERS = 5
@@ -26,13 +27,15 @@ KINDS = ("linear", "mean", "pooler", "shared", "attention")
 STAGES = ("float", "prepared", "packed")
 
 
-def classifier(stage: str = "float", kind: str = "pooler", certainty: bool = False, **changes: Any) -> Any:
+def classifier(
+    stage: str = "float", kind: str = "pooler", certainty: bool = False, layers: Any = None, **changes: Any
+) -> Any:
     model = tiny(num_hidden_layers=LAYERS, **changes)
     if stage != "float":
         lowbit.prepare(model, lowbit.TernaryConfig())
     if stage == "packed":
         lowbit.convert(model)
-    lowbit.add_exits(model, kind, certainty=certainty)
+    lowbit.add_exits(model, kind, layers, certainty)
     with torch.no_grad():
         for parameter in model.exits.parameters():  # answers that differ
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -149,18 +152,20 @@ def test_entropy_of_saturated_logits_is_finite_and_right() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ramps_read_what_is_behind_their_layers(kind: str) -> None:
-    model, inputs = classifier(kind=kind), batch(rows=4)
+    model, inputs = classifier(kind=kind, layers=[0, 1, 3]), batch(rows=4)
     expected = all_answers(model, inputs)
     scores = exit_scores(model, [{**inputs, "labels": torch.zeros(4, dtype=torch.long)}])
     assert torch.allclose(scores.logits, expected, atol=1e-4)
-    assert scores.layers == (1, 2, 3, 4, 5)
+    assert scores.layers == (0, 1, 3, 5)
+    noted = call(model.train(False), inputs, exits=Passage(model, None), output_hidden_states=True)
+    assert torch.allclose(noted["exit_logits"], expected[:-1], atol=1e-4)
 
 
 @pytest.mark.parametrize("criterion", [lowbit.Entropy(0.9), lowbit.Patience(1)], ids=str)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shrinking_batch_gives_what_each_sentence_gives_alone(kind: str, stage: str, criterion: Any) -> None:
-    model, inputs = classifier(stage, kind), batch(rows=7)
+    model, inputs = classifier(stage, kind, layers=[0, 1, 2, 4]), batch(rows=7)
     lowbit.set_exit(model, criterion)
     together = call(model, inputs)
     places = inputs["attention_mask"].bool()
@@ -172,7 +177,7 @@ def test_a_shrinking_batch_gives_what_each_sentence_gives_alone(kind: str, stage
     for row in range(7):
         answers = scores.logits[:, row].tolist()
         number = plain_exit(criterion, answers[:-1])
-        assert together.exit_layer[row] == number + 1
+        assert together.exit_layer[row] == scores.layers[number]
         assert together.logits[row].tolist() == pytest.approx(answers[number], abs=1e-4)
     logits, layers = leave(scores, criterion)
     assert torch.equal(layers, together.exit_layer) and torch.allclose(logits, together.logits, atol=1e-4)
@@ -416,8 +421,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "which takes sequence classifiers",
     ),
     "kind": (lambda: lowbit.add_exits(tiny(), "wide"), "accepted: 'linear', 'mean', 'pooler', 'shared', 'attention'"),
-    "last layer": (lambda: lowbit.add_exits(tiny(), layers=[2]), "out of 1 to 1"),
-    "layer 0": (lambda: lowbit.add_exits(tiny(), layers=[0]), "out of 1 to 1"),
+    "last layer": (lambda: lowbit.add_exits(tiny(), layers=[2]), "out of 0 to 1"),
+    "layer -1": (lambda: lowbit.add_exits(tiny(), layers=[-1]), "out of 0 to 1"),
     "no layers": (lambda: lowbit.add_exits(tiny(num_hidden_layers=1)), "accepted: ascending numbers"),
     "negative": (lambda: lowbit.Entropy(-0.1), "threshold=-0.1; accepted: nats"),
     "NaN": (lambda: lowbit.Entropy(math.nan), "threshold=nan"),
