@@ -80,7 +80,8 @@ class Ramp(nn.Module):
     ) -> Answer:
         features = self.features(tokens.to(self.classifier.weight.dtype), sequences, pooler)
         wrong = None if certainty is None else certainty(features).squeeze(-1)
-        return Answer(self.classifier(self.dropout(features)), wrong)
+        features = self.dropout(features) if self.training else features
+        return Answer(self.classifier(features), wrong)
 
 
 class PoolerRamp(Ramp):

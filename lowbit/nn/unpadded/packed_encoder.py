@@ -211,8 +211,8 @@ class PackedEncoder(UnpaddedEncoder):
                 steps = self._plan(sequences, len(tokens), first_token_only)[number:]
             if codes is None:
                 codes = quantize_per_token(tokens, self.settings.bits, self.settings.symmetric["linear"])
-            together = self._layers_together(weights, steps) if native else 0
-            together = together if exits is None else min(together, exits.following(number) - number)
+            most = len(weights) if exits is None else exits.following(number) - number
+            together = self._layers_together(weights[:most], steps[:most]) if native else 0
             if together:
                 last = steps[together - 1]
                 tokens, codes = self._run_layers(weights[:together], tokens, codes, sequences, bias, last is not None)
