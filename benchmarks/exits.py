@@ -2,10 +2,11 @@
 
     python -m benchmarks.exits --data-dir DATA --work-dir runs/exits
 
-all-MiniLM-L6-v2 is fine-tuned on SST-2, distilled into a ternary 2-2-8 model and packed; ramps are trained on the packed
-model, which stays as it is. Training sentences are set apart before anything is trained, with every phrase of theirs:
-the entropy threshold is the fastest that loses at most `--loss` points there. Accuracy and time are of the validation
-split, which nothing else has seen. Finished models in the working folder are not trained again.
+all-MiniLM-L6-v2 is fine-tuned on SST-2, then trained together with ramps (PABEE's weights, and the first model's
+answers), distilled into a ternary 2-2-8 model with ramps and packed; last, ramps are trained on the packed model, which
+stays as it is. Training sentences are set apart before anything is trained, with every phrase of
+theirs: the entropy threshold is the fastest that loses at most `--loss` points there. Accuracy and time are of the
+validation split, which nothing else has seen. Finished models in the working folder are not trained again.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from lowbit.exits import exit_front
 from . import cpu, results
 
 TURNS = 5
+FROM_TEACHER = [lowbit.LogitsLoss(), lowbit.ExitLogitsLoss(0.5, target="teacher")]
 Batch = dict[str, torch.Tensor]
 
 
@@ -57,9 +59,9 @@ def set_apart(rows: Sequence[dict[str, Any]], count: int, seed: int) -> tuple[li
 
 def arguments(folder: str, steps: int, rate: float, seed: int) -> TrainingArguments:
     return TrainingArguments(
-        output_dir=folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=rate, warmup_steps=steps // 10,
-        weight_decay=0.01, train_sampling_strategy="group_by_length", save_strategy="no", report_to=[], use_cpu=True,
-        logging_steps=max(1, steps // 10), seed=seed, disable_tqdm=True,
+        output_dir=folder, max_steps=steps, per_device_train_batch_size=32, learning_rate=rate,
+        warmup_steps=steps // 10, weight_decay=0.01, train_sampling_strategy="group_by_length", save_strategy="no",
+        report_to=[], use_cpu=True, logging_steps=max(1, steps // 10), seed=seed, disable_tqdm=True,
     )  # fmt: skip
 
 
@@ -98,16 +100,24 @@ class Training:
         model = AutoModelForSequenceClassification.from_pretrained(self.options.model, num_labels=2)
         return self.run(model, self.options.teacher_steps, 1e-4)
 
+    def joint(self, teacher: Any) -> Any:
+        """The float model with exits."""
+        set_seed(self.options.seed)
+        model = lowbit.add_exits(copy.deepcopy(teacher), self.options.kind, self.options.layers)
+        objectives = [lowbit.ExitTaskLoss("linear"), *FROM_TEACHER]
+        return self.run(model, self.options.joint_steps, 1e-4, teacher=teacher, objectives=objectives)
+
     def ternary(self, teacher: Any) -> Any:
         student = without_dropout(lowbit.prepare(copy.deepcopy(teacher), lowbit.TernaryConfig()))
-        return lowbit.convert(self.run(student, self.options.steps, 3e-4, teacher=teacher))
+        objectives = [lowbit.HiddenStateLoss(), lowbit.AttentionScoreLoss(), *FROM_TEACHER]
+        return lowbit.convert(self.run(student, self.options.steps, 3e-4, teacher=teacher, objectives=objectives))
 
-    def ramps(self, packed: Any, teacher: Any, kind: str) -> Any:
-        """Ramps on the packed model: labels, and the float teacher's answers."""
+    def ramps(self, packed: Any, teacher: Any) -> Any:
+        """Ramps on the packed model, everything else frozen."""
         set_seed(self.options.seed)
-        model = lowbit.freeze_backbone(lowbit.add_exits(packed, kind))
         objectives = [lowbit.ExitTaskLoss("sum"), lowbit.ExitLogitsLoss(target="teacher")]
-        return self.run(model, self.options.ramp_steps, 1e-3, teacher=teacher, objectives=objectives)
+        model = lowbit.freeze_backbone(packed)
+        return self.run(model, self.options.ramp_steps, 3e-4, teacher=teacher, objectives=objectives)
 
 
 def batches(rows: Any, collate: Any, size: int, order: Sequence[int]) -> list[Batch]:
@@ -153,8 +163,10 @@ def main() -> None:
     parser.add_argument("--data-dir", required=True, help="folder with sst2/, train and validation files")
     parser.add_argument("--work-dir", type=Path, required=True, help="models are kept here")
     parser.add_argument("--model", default=default_model(), help="a float encoder's folder or Hub name")
-    parser.add_argument("--kinds", nargs="+", default=["pooler"], help="of ramps; one case each")
+    parser.add_argument("--kind", default="mean", help="of ramps")
+    parser.add_argument("--layers", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="behind which there are ramps")
     parser.add_argument("--teacher-steps", type=int, default=600)
+    parser.add_argument("--joint-steps", type=int, default=600, help="of the float model with ramps")
     parser.add_argument("--steps", type=int, default=1000, help="of distillation")
     parser.add_argument("--ramp-steps", type=int, default=1000)
     parser.add_argument("--apart", type=int, default=2000, help="training sentences to choose thresholds on")
@@ -173,11 +185,10 @@ def main() -> None:
     print(f"{len(data['train'])} phrases of {len(rest)} to train on, {len(apart)} sentences set apart", flush=True)
     training = Training(options, tokenizer, data["train"])
     teacher = stage(options.work_dir / "teacher", training.teacher)
-    stage(options.work_dir / "ternary", lambda: training.ternary(teacher))
-
-    def fresh() -> Any:
-        return AutoModelForSequenceClassification.from_pretrained(options.work_dir / "ternary")
-
+    joint = stage(options.work_dir / "joint", lambda: training.joint(teacher))
+    packed = stage(options.work_dir / "ternary", lambda: training.ternary(joint))
+    model = stage(options.work_dir / "exits", lambda: training.ramps(packed, joint))
+    lowbit.fuse(model)
     name = Path(options.model).parent.name if Path(options.model).name == "model" else Path(options.model).name
     suite = results.Suite(
         options.results,
@@ -186,8 +197,9 @@ def main() -> None:
             "model": f"{name} on SST-2, ternary 2-2-8, packed and fused, with early exits",
             "machine": cpu.machine(),
             "method": (
-                f"teacher {options.teacher_steps} steps, distillation {options.steps}, ramps {options.ramp_steps} with "
-                f"everything else frozen, of 32 out of {len(data['train'])} training phrases; entropy threshold: the "
+                f"{options.kind} ramps behind layers {options.layers} (0: embeddings); teacher {options.teacher_steps} "
+                f"steps, with ramps {options.joint_steps}, distillation {options.steps}, ramps alone "
+                f"{options.ramp_steps}, of 32 out of {len(data['train'])} training phrases; entropy threshold: the "
                 f"fastest that loses at most {options.loss} points on {len(apart)} training sentences set apart with "
                 f"all their phrases; accuracy and layers on the {len(data['validation'])} validation sentences; ms a "
                 f"batch of validation sentences in random order, median of {TURNS} turns of each batch, mean of all"
@@ -196,20 +208,16 @@ def main() -> None:
     )
     order = [*range(len(data["validation"]))]
     random.Random(options.seed).shuffle(order)
-    for kind in options.kinds:
-        model = stage(options.work_dir / f"exits-{kind}", lambda kind=kind: training.ramps(fresh(), teacher, kind))
-        lowbit.fuse(model)
-        held_out = batches(data["apart"], training.collate, 32, [*range(len(apart))])
-        front = exit_front(model, held_out)
-        front.save(options.work_dir / f"front-{kind}.json")
-        point = front.for_loss(options.loss / 100)
-        print(kind, "all layers", front.full_score, "chosen", point, flush=True)
-        chosen = {"all layers": None, f"entropy below {point.criterion.threshold:.3f}": point.criterion}
-        for size in (1, 8):
-            rows = measure(model, chosen, batches(data["validation"], training.collate, size, order))
-            for row_name, row in rows.items():
-                suite.add(f"{kind} ramps, batch {size}", row_name, row)
-                print(kind, size, row_name, row, flush=True)
+    front = exit_front(model, batches(data["apart"], training.collate, 32, [*range(len(apart))]))
+    front.save(options.work_dir / "front.json")
+    point = front.for_loss(options.loss / 100)
+    print("set apart: all layers", front.full_score, "chosen", point, flush=True)
+    chosen = {"all layers": None, f"entropy below {point.criterion.threshold:.3f}": point.criterion}
+    for size in (1, 8):
+        rows = measure(model, chosen, batches(data["validation"], training.collate, size, order))
+        for row_name, row in rows.items():
+            suite.add(f"batch {size}", row_name, row)
+            print(size, row_name, row, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Ramps: small float classifiers behind layers, each of which reads what is behind its own.
 
 linear      dropout, linear, on the first token's state
+mean        dropout, linear, on the mean of all tokens' states; first tokens know little after few layers
 pooler      linear, tanh, dropout, linear, on the first token's state; the pooler begins as the model's  (DeeBERT)
 shared      the model's own pooler, the same for all ramps; dropout, linear                             (PABEE)
 attention   linear to 128, tanh, attention of 2 heads, then of the first token linear, tanh, linear     (FastBERT)
@@ -42,6 +43,16 @@ def first_states(tokens: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     return first.masked_fill((starts == ends)[:, None], 0)
 
 
+def mean_states(tokens: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """Means over the tokens of each sequence: [T, H] -> [B, H], zeros of an empty one."""
+    lengths = sequences.cu_seqlens.diff().long()
+    if len(lengths) == 1:
+        return tokens.mean(0, keepdim=True)
+    of = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
+    total = tokens.new_zeros(len(lengths), tokens.shape[1]).index_add(0, of, tokens[: len(of)])
+    return total / lengths.clamp(min=1)[:, None]
+
+
 class Ramp(nn.Module):
     """A classifier of one layer's output.
 
@@ -69,7 +80,8 @@ class Ramp(nn.Module):
     ) -> Answer:
         features = self.features(tokens.to(self.classifier.weight.dtype), sequences, pooler)
         wrong = None if certainty is None else certainty(features).squeeze(-1)
-        return Answer(self.classifier(self.dropout(features)), wrong)
+        features = self.dropout(features) if self.training else features
+        return Answer(self.classifier(features), wrong)
 
 
 class PoolerRamp(Ramp):
@@ -89,6 +101,13 @@ class SharedRamp(Ramp):
     def features(self, tokens: torch.Tensor, sequences: Sequences, pooler: nn.Module | None) -> torch.Tensor:
         assert pooler is not None
         return pooler(first_states(tokens, sequences).unsqueeze(1))  # it reads the first of [B, S, H]
+
+
+class MeanRamp(Ramp):
+    """On the mean of all tokens."""
+
+    def features(self, tokens: torch.Tensor, sequences: Sequences, pooler: nn.Module | None) -> torch.Tensor:
+        return mean_states(tokens, sequences)
 
 
 class AttentionRamp(Ramp):
@@ -113,6 +132,7 @@ class AttentionRamp(Ramp):
 
 KINDS: dict[str, type[Ramp]] = {
     "linear": Ramp,
+    "mean": MeanRamp,
     "pooler": PoolerRamp,
     "shared": SharedRamp,
     "attention": AttentionRamp,

@@ -44,9 +44,10 @@ def add_exits(
     Args:
         model: a sequence classifier of an architecture that `lowbit.models` describes, with attention by transformers'
             interface.
-        kind: of ramp: "linear", "pooler" (DeeBERT's), "shared" (PABEE's), "attention" (FastBERT's); see
+        kind: of ramp: "linear", "mean", "pooler" (DeeBERT's), "shared" (PABEE's), "attention" (FastBERT's); see
             `lowbit.exits.ramps`.
-        layers: numbers of layers, from 1, ascending; None: behind each but the last.
+        layers: numbers of layers, from 1, ascending; None: behind each but the last. 0 is what the embeddings give: a
+            "mean" ramp there answers plain cases by their words alone, before any layer runs.
         certainty: also a head that says how probably a ramp is wrong (BERxiT), for `lowbit.exits.Certainty`.
 
     Returns:
@@ -80,9 +81,9 @@ def _check(model: PreTrainedModel, kind: str, layers: list[int], count: int) -> 
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}; accepted: {', '.join(map(repr, KINDS))}")
     numbers = all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers)
-    if not layers or not numbers or layers != sorted({*layers}) or layers[0] < 1 or layers[-1] >= count:
+    if not layers or not numbers or layers != sorted({*layers}) or layers[0] < 0 or layers[-1] >= count:
         raise ValueError(
-            f"layers={layers}; accepted: ascending numbers out of 1 to {count - 1} (behind layer {count} is the "
+            f"layers={layers}; accepted: ascending numbers out of 0 to {count - 1} (behind layer {count} is the "
             "model's own head)"
         )
     if kind == "shared" and pooler_of(model) is None:

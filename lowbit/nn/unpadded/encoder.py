@@ -197,7 +197,7 @@ class UnpaddedEncoder(StandIn):
         mask = attention_mask
         if self.architecture.own_attention:  # else it is ours, which takes a padding mask as it is
             attention_mask = additive(attention_mask, hidden_states.dtype)
-        with nullcontext() if exits is None else noting(exits, self.layer, mask):
+        with nullcontext() if exits is None else noting(exits, hidden_states, self.layer, mask):
             return self.original.forward(hidden_states, attention_mask, **kwargs)
 
     def prevented(self) -> str | None:
@@ -286,12 +286,17 @@ class UnpaddedEncoder(StandIn):
         survivors = self._survivors(sequences, first_token_only)
         target = self.importance_target
         for number, layer in enumerate(self.layer):
+            kept = None if exits is None else exits.after(number, tokens, sequences)
+            if kept is not None:
+                before, (tokens,) = tokens, gathered(kept, tokens)
+                sequences, protected = after(before, kept, sequences, protected, survivors)
+                if not len(tokens):
+                    break
+                steps = self._plan(sequences, len(tokens), first_token_only)
             keep = steps[number]
             if number in self.skip:
                 if keep is not None and keep.first_only:
                     (tokens,) = gathered(drop(None, sequences, keep, tokens.shape[0], 0, None), tokens)
-                if exits is not None:  # in training, where they look on only
-                    exits.after(number + 1, tokens, sequences)
                 continue
             before = tokens
             run: Callable[..., Any] = self._run_layer_modules
@@ -306,13 +311,6 @@ class UnpaddedEncoder(StandIn):
                 target = target[kept.rows]
             sequences, protected = after(before, kept, sequences, protected, survivors)
             self._note(sequences)
-            kept = None if exits is None else exits.after(number + 1, tokens, sequences)
-            if kept is not None:
-                before, (tokens,) = tokens, gathered(kept, tokens)
-                sequences, protected = after(before, kept, sequences, protected, survivors)
-                if not len(tokens):
-                    break
-                steps[number + 1 :] = self._plan(sequences, len(tokens), first_token_only)[number + 1 :]
         return tokens if survivors is None else survivors.all(tokens)
 
     def _note(self, sequences: Sequences, layers: int = 1) -> None:

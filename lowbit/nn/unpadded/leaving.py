@@ -19,7 +19,7 @@ from .sequences import Sequences, of_padding, without_padding
 
 
 class Exits(Protocol):
-    """The exits of one forward pass. Layers are counted from 1, as behind them."""
+    """The exits of one forward pass. Layers are counted from 1; 0 is what enters the first one."""
 
     def following(self, done: int) -> int:
         """The next layer with an exit behind it, after `done` layers; the last layer where there is none."""
@@ -55,10 +55,13 @@ def staying(stay: torch.Tensor, host: torch.Tensor, device: torch.device) -> Kep
 
 
 @contextmanager
-def noting(exits: Exits, layers: Sequence[nn.Module], mask: torch.Tensor | None) -> Iterator[None]:
+def noting(
+    exits: Exits, entering: torch.Tensor, layers: Sequence[nn.Module], mask: torch.Tensor | None
+) -> Iterator[None]:
     """Exits look on while transformers' own encoder runs its layers.
 
     Args:
+        entering: [B, S, H], what enters the first layer.
         mask: of padding: [B, S], or added to scores; None.
 
     Raises:
@@ -71,13 +74,16 @@ def noting(exits: Exits, layers: Sequence[nn.Module], mask: torch.Tensor | None)
             f"{tuple(mask.shape)} (tokenizer.padding_side = 'right'; set_attn_implementation('lowbit'))"
         )
 
-    def note(number: int, layer: nn.Module, args: Any, output: Any) -> None:
-        if getattr(layer, "gradient_checkpointing", False) and layer.training and not torch.is_grad_enabled():
-            raise ValueError("exits get no gradient under use_reentrant=True; set it to False")
-        states = output[0] if isinstance(output, tuple) else output
+    def look(number: int, states: torch.Tensor) -> None:
         tokens, sequences, _ = without_padding(states, mask)
         exits.look(number, tokens, sequences)
 
+    def note(number: int, layer: nn.Module, args: Any, output: Any) -> None:
+        if getattr(layer, "gradient_checkpointing", False) and layer.training and not torch.is_grad_enabled():
+            raise ValueError("exits get no gradient under use_reentrant=True; set it to False")
+        look(number, output[0] if isinstance(output, tuple) else output)
+
+    look(0, entering)
     handles = [layer.register_forward_hook(functools.partial(note, number)) for number, layer in enumerate(layers, 1)]
     try:
         yield

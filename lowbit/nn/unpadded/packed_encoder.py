@@ -194,14 +194,25 @@ class PackedEncoder(UnpaddedEncoder):
         steps = self._plan(sequences, tokens.shape[0], first_token_only)
         survivors = self._survivors(sequences, first_token_only)
         sequences = sequences._replace(host=None)  # a layer compiled with it would be compiled again without
-        codes: Codes = quantize_per_token(tokens, self.settings.bits, self.settings.symmetric["linear"])
+        codes: Codes | None = None
         bias = self._position_bias(tokens, sequences.max_seqlen)
         weights = self._weights()
         native = self._native(tokens.device, tokens.dtype)
         number = 0  # layers done
         while weights:
-            together = self._layers_together(weights, steps) if native else 0
-            together = together if exits is None else min(together, exits.following(number) - number)
+            kept = None if exits is None else exits.after(number, tokens, sequences)
+            if kept is not None:
+                before, (tokens,) = tokens, gathered(kept, tokens)
+                codes = None if codes is None else _gathered_codes(kept, codes)
+                kept = Kept(kept.rows, kept.sequences._replace(host=None))
+                sequences, protected = after(before, kept, sequences, protected, survivors)
+                if not len(tokens):
+                    break
+                steps = self._plan(sequences, len(tokens), first_token_only)[number:]
+            if codes is None:
+                codes = quantize_per_token(tokens, self.settings.bits, self.settings.symmetric["linear"])
+            most = len(weights) if exits is None else exits.following(number) - number
+            together = self._layers_together(weights[:most], steps[:most]) if native else 0
             if together:
                 last = steps[together - 1]
                 tokens, codes = self._run_layers(weights[:together], tokens, codes, sequences, bias, last is not None)
@@ -214,14 +225,6 @@ class PackedEncoder(UnpaddedEncoder):
             self._note(sequences)
             done = together or 1
             weights, steps, number = weights[done:], steps[done:], number + done
-            kept = None if exits is None else exits.after(number, tokens, sequences)
-            if kept is not None:
-                before, codes = tokens, _gathered_codes(kept, codes)
-                (tokens,) = gathered(kept, tokens)
-                sequences, protected = after(before, kept, sequences._replace(host=None), protected, survivors)
-                if not len(tokens):
-                    break
-                steps = self._plan(sequences, len(tokens), first_token_only)[number:]
         return tokens if survivors is None else survivors.all(tokens)
 
     def _position_bias(self, tokens: torch.Tensor, length: int) -> torch.Tensor | None:
