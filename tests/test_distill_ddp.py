@@ -31,6 +31,8 @@ SCHEDULES = {
     # The first stage gives the classifier no gradient, which DistributedDataParallel has to bear.
     "two stages": [(0.5, [HiddenStateLoss(), AttentionScoreLoss()]), (1.0, [LogitsLoss()])],
     "slimmed": [(1.0, [HiddenStateLoss(), AttentionScoreLoss(), LogitsLoss()])],
+    # Parameters that DistributedDataParallel does not know of.
+    "projected": [(1.0, [HiddenStateLoss(project="per_layer"), LogitsLoss()])],
     # A DistilBERT: the teacher alone reads token types.
     "other columns": [(1.0, [HiddenStateLoss(), AttentionScoreLoss(), LogitsLoss()])],
 }
@@ -96,6 +98,8 @@ def train(folder: Path, processes: int) -> tuple[dict[str, list[dict[str, float]
             model=student, teacher=teacher, args=args, train_dataset=data, stages=stages
         )
         assert args.world_size == processes
+        for key, value in trainer.parametrised.state_dict().items():
+            first[name][f"objectives.{key}"] = value.clone()
         trainer.train()
         first_rank, rows = int(os.environ.get("RANK", 0)), 8 // processes
         for step, types in enumerate(seen):
@@ -104,7 +108,8 @@ def train(folder: Path, processes: int) -> tuple[dict[str, list[dict[str, float]
             assert types is not None and torch.equal(types, expected)
         assert len(seen) == 4
         curves[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
-        last[name] = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+        objectives = {f"objectives.{key}": value for key, value in trainer.parametrised.state_dict().items()}
+        last[name] = {**trainer.accelerator.unwrap_model(trainer.model).state_dict(), **objectives}
     return curves, first, last
 
 
@@ -175,6 +180,10 @@ def test_two_processes_distil_a_prepared_model_like_one_with_twice_the_batch(
                     assert two[key] == pytest.approx(one[key], rel=1e-5 if step == 0 else 1e-4, abs=2e-6), (name, key)
         assert curve[1]["loss"] != pytest.approx(curve[0]["loss"], rel=1e-3)
         assert_trained_alike(last[name], alone_last[name], first[name])
+        trained = {key for key in first[name] if key.startswith("objectives.")}
+        assert bool(trained) == (name == "projected")
+        if trained:
+            assert_trained_alike(*({key: each[name][key] for key in trained} for each in (last, alone_last, first)))
 
 
 @pytest.mark.parametrize("name", ["ternary", "pair"])

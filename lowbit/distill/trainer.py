@@ -173,7 +173,8 @@ class DistillationTrainer(Trainer):
         pair = [model for model in (student, self.teacher) if model is not None]
         if self.teacher is not None:
             refuse_shared_parameters(student, self.teacher)
-            compare_vocabularies(student, self.teacher)
+            if any(getattr(objective, "view", None) is None for objective in self._objectives):
+                compare_vocabularies(student, self.teacher)  # a view may give each its own tokens
         for objective in self._objectives:
             if (check := getattr(objective, "check", None)) is not None:
                 check(student, self.teacher)

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, TrainingArguments
 
 import lowbit
 
+from ..distill.students import Built
 from ..exits import freeze_backbone
-from . import RecipeError, map_search, parts
+from . import RecipeError, map_search, parts, students
 from .recipe import Recipe, Stage
-from .sources import masked_lm, source
+from .sources import Source, masked_lm, source
 from .stages import Run, arguments, train, without_dropout
 
 QUANTIZED = {"ternary": lowbit.TernaryConfig, "binary": lowbit.BinaryConfig}
@@ -52,8 +53,8 @@ def distil_by_recipe(run: Run, teacher: PreTrainedModel, recipe: Recipe, bits: s
         )  # fmt: skip
         recipe = map_search.with_map(recipe, found)
     for number, builder in enumerate(recipe.chain, 1):
-        _, teacher = _student(run, teacher, recipe, f"{recipe.name}-assistant{number}", builder, None)
-    name, student = _student(run, teacher, recipe, f"{recipe.name}-{bits}", recipe.student, before)
+        _, teacher, _ = _student(run, teacher, recipe, f"{recipe.name}-assistant{number}", builder, None)
+    name, student, run = _student(run, teacher, recipe, f"{recipe.name}-{bits}", recipe.student, before)
     if quantize is not None and before is None:
         name, guide = f"{recipe.name}-{bits}", student
         student = run.stage(
@@ -76,27 +77,31 @@ def _student(
     name: str,
     builder: Any,
     quantize: Callable[[Any], Any] | None,
-) -> tuple[str, PreTrainedModel]:
-    """The stage that ends a student's training, and the student. What a builder made is finished after the first."""
-    student: Any = None
+) -> tuple[str, PreTrainedModel, Run]:
+    """The stage that ends a student's training, the student, and the run in its tokens.
+
+    What a builder made is finished after the first stage.
+    """
+    made, student, own = None, None, run
     total = sum(stage.share for stage in recipe.stages)
+    if parts.reads_own_tokens(builder) or not (run.folder / f"{name}-{recipe.stages[0].name}").is_dir():
+        made = students.build(run, teacher, recipe, builder, quantize)
+        own = made.run
     for number, stage in enumerate(recipe.stages):
         shared, given = replace(stage, share=stage.share / total), student
 
         def build(stage: Stage = shared, given: Any = given, first: bool = number == 0) -> PreTrainedModel:
-            built = parts.student(builder, teacher, quantize) if first else None
-            model = given if built is None else built.model
-            callbacks = () if built is None else built.callbacks
-            trained = _train(
-                run, f"{name}-{stage.name}", recipe, stage, model, teacher, quantize is not None, callbacks
-            )
-            return trained if built is None else built.finish(trained)
+            built = made.built if made is not None and first else Built(given)
+            rows = None if made is None else made.rows
+            low_bit, stage_name = quantize is not None, f"{name}-{stage.name}"
+            trained = _train(own, stage_name, recipe, stage, built.model, teacher, low_bit, built.callbacks, rows)
+            return built.finish(trained)
 
-        student = run.stage(f"{name}-{stage.name}", build)
-    return f"{name}-{recipe.stages[-1].name}", student
+        student = own.stage(f"{name}-{stage.name}", build)
+    return f"{name}-{recipe.stages[-1].name}", student, own
 
 
-def _all_stages(run: Run, recipe: Recipe, built: parts.Built, teacher: PreTrainedModel, low_bit: bool) -> Any:
+def _all_stages(run: Run, recipe: Recipe, built: Built, teacher: PreTrainedModel, low_bit: bool) -> Any:
     """A student through all stages, without folders of its own."""
     model, callbacks, total = built.model, built.callbacks, sum(stage.share for stage in recipe.stages)
     for stage in recipe.stages:
@@ -115,13 +120,15 @@ def _train(
     teacher: PreTrainedModel,
     low_bit: bool,
     callbacks: Sequence[Any] = (),
+    rows: Source | None = None,
 ) -> PreTrainedModel:
-    """One stage of a student."""
+    """One stage of a student; `rows` are of one that reads other tokens than its teacher."""
+    usual = None if rows is None else "own_columns"
     if not stage.dropout:
         student = without_dropout(student)
     if stage.train != "all":
         _give_exits(recipe, stage, student)
-    rows = source(run, recipe, stage.data, teacher)
+    rows = rows or source(run, recipe, stage.data, teacher)
     args = _arguments(run, name, stage, low_bit)
     args.remove_unused_columns = not rows.keep_columns
     views: dict[str, Any] = {}
@@ -139,7 +146,7 @@ def _train(
             model=student,
             teacher=teacher,
             args=args,
-            objectives=[parts.objective(each, view) for each in stage.objectives],
+            objectives=[parts.objective(each, view, usual) for each in stage.objectives],
             teacher_dropout=stage.teacher_dropout,
             callbacks=[*callbacks],
             train_dataset=rows.rows,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from tqdm.auto import tqdm
-from transformers import DataCollatorWithPadding, PreTrainedModel
+from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 
 import lowbit
 import lowbit_kernels
@@ -19,7 +19,7 @@ import lowbit_kernels
 from ..data.tasks import compute_metrics
 from ..models import longest
 from . import RecipeError, require
-from .stages import Run
+from .stages import Run, reading
 
 
 @torch.inference_mode()
@@ -106,7 +106,7 @@ def measure(
     model = run.auto.from_pretrained(run.folder / name).eval()
     with contextlib.suppress(ValueError):  # a float model, or a packed one that only runs module by module
         lowbit.fuse(model)
-    values: dict[str, Any] = score(run, model)
+    values: dict[str, Any] = score(as_read(run, name), model)
     for batch_size in (1, 8):
         values[f"latency_b{batch_size}_ms"] = latency_ms(model, batch_size, length)
     values |= sizes(run.folder / name, model)
@@ -116,6 +116,14 @@ def measure(
             values[f"compiled_b{batch_size}_ms"] = latency_ms(model, batch_size, length)
     run.record(name, **values)
     return values
+
+
+def as_read(run: Run, name: str) -> Run:
+    """The run in the tokens of a stage's model, which may be others than the teacher's."""
+    if not (run.folder / name / "tokenizer_config.json").is_file():
+        return run
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / name)
+    return run if tokenizer.get_vocab() == run.tokenizer.get_vocab() else reading(run, tokenizer)
 
 
 def table(rows: Mapping[str, Mapping[str, Any]], columns: Mapping[str, str]) -> str:

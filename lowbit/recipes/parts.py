@@ -17,7 +17,8 @@ from ..distill import layer_maps, objectives
 from ..distill.augment import HardestNeighbour
 from ..distill.generator import MaskedGenerator
 from ..distill.schedules import Scheduled
-from ..distill.students import Built, copies, squeeze, theseus
+from ..distill.students import Built, copies, deformer, rnn, squeeze, subwords, theseus
+from ..distill.students.both import OwnColumns
 from ..distill.views import On
 from . import RecipeError
 
@@ -39,6 +40,7 @@ OBJECTIVES: dict[str, Callable[..., Any]] = {
 VIEWS: dict[str, Callable[..., Any]] = {
     "masked_generator": MaskedGenerator,
     "hardest_neighbour": HardestNeighbour,
+    "own_columns": OwnColumns,
 }
 SEARCHED = "searched"  # a layer map that a search is to find
 OF_ON = ("alternate", "learning_rate")  # fields of a view's table that are `On`'s
@@ -62,7 +64,13 @@ STUDENTS: dict[str, Callable[..., Any]] = {
     "random": copies.random,
     "theseus": theseus.build,
     "squeeze": squeeze.build,
+    "deformer": deformer.build,
+    "bilstm": rnn.build,
+    "cnn": rnn.build,
+    "subwords": subwords.build,
 }
+OWN_TOKENS = ("bilstm", "cnn", "subwords")  # students that read other tokens than their teacher
+OF_RUN = ("size", "steps")  # of a student's vocabulary and of its own training: fields of a recipe alone
 
 
 def named(what: str, given: Any, table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -86,18 +94,19 @@ def make(what: str, name: str, part: Callable[..., Any], fields: Mapping[str, An
         raise RecipeError(f"{what} {name}: {error}") from error
 
 
-def objective(given: Any, view: Callable[[str, dict[str, Any]], Any] | None = None) -> Any:
+def objective(given: Any, view: Callable[[str, dict[str, Any]], Any] | None = None, usual: str | None = None) -> Any:
     """An objective of a recipe.
 
     Args:
         given: `name`, or `{name: fields}`. A field `view` names one with its fields.
         view: makes a view of its name and fields; None: it is looked at and left out, to check a recipe.
+        usual: the view of an objective that names none.
 
     Raises:
         RecipeError: what it does not know.
     """
     name, fields = named("objective", given, OBJECTIVES)
-    on = fields.pop("view", None)
+    on = fields.pop("view", usual)
     schedules = {key: value for key, value in fields.items() if isinstance(value, Mapping) and "kind" in value}
     plain = {key: value for key, value in fields.items() if key not in schedules}
     if view is None and plain.get("map") == SEARCHED:
@@ -135,10 +144,15 @@ def check_fields(what: str, name: str, part: Callable[..., Any], fields: Mapping
         raise RecipeError(f"{what} {name} has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
 
 
+def reads_own_tokens(given: Any) -> bool:
+    """Whether a builder's student has a tokenizer of its own."""
+    return named("student", given, STUDENTS)[0] in OWN_TOKENS
+
+
 def check_student(given: Any) -> None:
     """RecipeError for a builder that there is not, or fields that it does not have."""
     name, fields = named("student", given, STUDENTS)
-    check_fields("student", name, STUDENTS[name], fields, 1)
+    check_fields("student", name, STUDENTS[name], {key: fields[key] for key in fields if key not in OF_RUN}, 1)
 
 
 def student(given: Any, teacher: Any, quantize: Callable[[Any], Any] | None) -> Built:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from transformers import (
 
 import lowbit
 
-from ..data.tasks import Task
+from ..data.tasks import Task, tokenize
 from ..files.atomic import write_text
 from . import RecipeError, log, require
 from .data import check_order, labels_of
@@ -97,6 +97,17 @@ def start(options: Any, task: Any, data: Any, tokenizer: PreTrainedTokenizerBase
     else:
         write_text(path, json.dumps(wanted, indent=2))
     return Run(options, task, data, tokenizer, **fields)
+
+
+def reading(run: Run, tokenizer: PreTrainedTokenizerBase) -> Run:
+    """The run with another tokenizer, and its data in that one's tokens.
+
+    Raises:
+        RecipeError: a run without its texts.
+    """
+    if run.raw is None:
+        raise RecipeError("the student reads other tokens, and the run has no texts; pass raw=... to `start`")
+    return replace(run, tokenizer=tokenizer, data=tokenize(run.raw, tokenizer, run.task))
 
 
 def _defaults(options: Any) -> dict[str, Any]:

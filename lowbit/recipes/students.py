@@ -1,0 +1,90 @@
+"""Students of recipes; those that read other tokens than their teacher come with a tokenizer and data of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel, Trainer
+
+from ..distill.students import Built, both, rnn, segmentation, subwords
+from . import RecipeError, parts
+from .recipe import Recipe
+from .sources import Source, masked_lm
+from .stages import Run, arguments, reading, train
+
+
+@dataclass
+class Student:
+    """A built student, the run with its tokenizer, and what it is trained on instead of the run's own examples."""
+
+    built: Built
+    run: Run
+    rows: Source | None = None
+
+
+def build(
+    run: Run, teacher: PreTrainedModel, recipe: Recipe, given: Any, quantize: Callable[[Any], Any] | None
+) -> Student:
+    """A student by a recipe's builder.
+
+    Raises:
+        RecipeError: what the builder refuses, or texts that are not there.
+    """
+    name, fields = parts.named("student", given, parts.STUDENTS)
+    if name not in parts.OWN_TOKENS:
+        return Student(parts.student(given, teacher, quantize), run)
+    if run.raw is None:
+        raise RecipeError(
+            f"student {name} needs the texts, and the run has their tokens alone; pass raw=... to `start`"
+        )
+    made, own = (_subwords if name == "subwords" else _words)(run, teacher, recipe, name, fields)
+    if quantize is not None:
+        made = replace(made, model=quantize(made.model))
+    columns = run.task.columns
+    rows = both.tokenize_for_both(
+        run.raw["train"], own.tokenizer, run.tokenizer, columns, max_length=run.task.max_length
+    )
+    return Student(made, own, Source(rows, both.PadBoth(own.tokenizer, run.tokenizer), keep_columns=True))
+
+
+def _texts(run: Run) -> list[str]:
+    return [text for column in run.task.columns for text in run.raw["train"][column]]
+
+
+def _words(
+    run: Run, teacher: PreTrainedModel, recipe: Recipe, name: str, fields: Mapping[str, Any]
+) -> tuple[Built, Run]:
+    """A BiLSTM or CNN over the training texts' words."""
+    fields = dict(fields)
+    tokenizer = rnn.word_tokenizer(_texts(run), fields.pop("size", 20000))
+    given = {"encoder": name, "pair": len(run.task.columns) == 2, "seed": run.options.seed, **fields}
+    return parts.make("student", name, rnn.build, given, teacher, tokenizer), reading(run, tokenizer)
+
+
+def _subwords(
+    run: Run, teacher: PreTrainedModel, recipe: Recipe, name: str, fields: Mapping[str, Any]
+) -> tuple[Built, Run]:
+    """A classifier on an encoder of few pieces, trained beside a masked language model of the teacher's first."""
+    fields = dict(fields)
+    size, share = fields.pop("size", 5000), fields.pop("steps", 0.5)
+    tokenizer = segmentation.learn_wordpiece(_texts(run), size)
+    own = reading(run, tokenizer)
+
+    def dual() -> PreTrainedModel:
+        model = masked_lm(run, recipe, teacher)
+        made = parts.make("student", name, subwords.build, fields, model, tokenizer, run.tokenizer)
+        args = arguments(run, "subwords", round(share * run.options.steps), run.options.teacher_learning_rate)
+        args.remove_unused_columns = False
+        trainer = Trainer(
+            model=made.model, args=args, train_dataset=[{"text": text} for text in _texts(run)],
+            data_collator=segmentation.BothSegmentations(tokenizer, run.tokenizer),
+        )  # fmt: skip
+        return made.finish(train(run, "subwords", trainer))
+
+    folder = run.folder / "subwords"
+    own.stage("subwords", dual, AutoModelForMaskedLM)
+    labels = {"num_labels": teacher.config.num_labels, "id2label": teacher.config.id2label,
+              "label2id": teacher.config.label2id, "problem_type": teacher.config.problem_type}  # fmt: skip
+    return Built(AutoModelForSequenceClassification.from_pretrained(folder, **labels)), own
