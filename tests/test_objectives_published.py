@@ -11,6 +11,7 @@ import torch
 import yaml
 
 import objective_cases as cases
+from benchmarks import objectives as benchmark
 from helpers import batch, tiny
 from lowbit.distill import objectives
 from lowbit.distill.schedules import Scheduled
@@ -74,3 +75,10 @@ def _made(given: Any) -> Any:
     schedules = {key: value for key, value in fields.items() if isinstance(value, dict) and "kind" in value}
     made = NAMES[name](**{key: value for key, value in fields.items() if key not in schedules})
     return Scheduled(made, **schedules) if schedules else made
+
+
+def test_the_time_of_every_objective_is_measured() -> None:
+    rows = benchmark.measure(2, 6, 1, hidden_size=48, num_attention_heads=2, intermediate_size=50)
+    assert [*rows] == [*benchmark.ROWS] and rows[benchmark.PLAIN]["times a plain step"] == 1
+    kinds = {type(each) for each in benchmark.ROWS.values()}
+    assert kinds >= {getattr(objectives, name) for name in objectives.__all__ if name.endswith("Loss")}
