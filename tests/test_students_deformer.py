@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,6 +180,21 @@ with torch.no_grad():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == [head.replace("Bert", "Deformer"), "True"]
+
+
+def test_a_program_without_lowbit_loads_it_too(tmp_path: Path) -> None:
+    model = stage(deformer.build(teacher_of(), 2, 6).model, "packed")
+    model.save_pretrained(tmp_path, self_contained=True)
+    program = f"""
+import sys
+from transformers import AutoModelForQuestionAnswering as Auto
+model = Auto.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)
+print(type(model).__name__, type(model.bert).__name__, model.config.separate_layers)
+"""
+    cache = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=cache)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["DeformerForQuestionAnswering", "DeformerModel", "2"]
 
 
 def test_what_cannot_be_is_said() -> None:

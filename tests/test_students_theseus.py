@@ -163,6 +163,37 @@ def test_the_teacher_may_teach_beside_it(tmp_path: Path) -> None:
     assert trainer.train().training_loss > 0
 
 
+def test_objectives_that_compare_layers_are_refused(tmp_path: Path) -> None:
+    teacher = teacher_of()
+    built = theseus.build(teacher, 2)
+    args = training_arguments(tmp_path, max_steps=1, per_device_train_batch_size=4)
+    trainer = lowbit.DistillationTrainer(
+        built.model, args, train_dataset=dataset(), teacher=teacher, objectives=[lowbit.HiddenStateLoss()]
+    )
+    with pytest.raises(ValueError, match="runs other layers in every batch"):
+        trainer.train()
+    successor = built.finish(built.model).train()
+    assert len(successor(**batch(), output_hidden_states=True).hidden_states) == 3
+
+
+def test_successors_learn_what_a_teacher_knows(tmp_path: Path) -> None:
+    data = dataset(64)
+    labels = torch.stack([row["labels"] for row in data])
+    ids = torch.stack([row["input_ids"] for row in data])
+
+    def loss(model: Any) -> float:
+        with torch.no_grad():
+            return model.eval()(input_ids=ids, labels=labels).loss.item()
+
+    teacher = teacher_of()
+    args = training_arguments(tmp_path, max_steps=60, per_device_train_batch_size=16, learning_rate=1e-3)
+    Trainer(teacher, args, train_dataset=data).train()
+    built = theseus.build(teacher, 2, start=0.3, slope=0.02)
+    before = loss(built.model)
+    Trainer(built.model, args, train_dataset=data, callbacks=[*built.callbacks]).train()
+    assert loss(built.finish(built.model)) < 0.7 * before
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [

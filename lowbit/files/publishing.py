@@ -57,25 +57,35 @@ def add_modeling_file(model: PreTrainedModel, folder: Path) -> None:
     """Let a saved model load with `trust_remote_code=True` in programs that do not import lowbit."""
     (folder / f"{MODULE}.py").write_text(_modeling_file(model))
     path = folder / "config.json"
-    auto_map = {auto: f"{MODULE}.{name}" for auto, name in _auto_classes(model).items()}
+    auto_map = {auto: f"{MODULE}.{kind.__name__}" for auto, kind in _auto_classes(model).items()}
     path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": auto_map}, indent=2) + "\n")
 
 
-def _auto_classes(model: PreTrainedModel) -> dict[str, str]:
-    """Names of transformers' Auto classes -> names of the model classes that they have for this architecture."""
+def _auto_classes(model: PreTrainedModel) -> dict[str, type]:
+    """Names of transformers' Auto classes -> the classes that they have for this architecture."""
     from transformers.models.auto import modeling_auto
 
-    found = {}
+    found: dict[str, type] = {}
     for name, auto in vars(modeling_auto).items():
         if name.startswith("AutoModel") and type(model.config) in getattr(auto, "_model_mapping", {}):
-            found[name] = auto._model_mapping[type(model.config)].__name__
+            found[name] = auto._model_mapping[type(model.config)]
+    if _home(type(model.config)) != "transformers":  # else AutoConfig knows it without us
+        found["AutoConfig"] = type(model.config)
     return found
+
+
+def _home(kind: type) -> str:
+    """Where a class, or the one that it was made of by such a file, can be imported from."""
+    modules = (base.__module__ for base in kind.__mro__ if base.__name__ == kind.__name__)
+    module = next((each for each in modules if each.split(".")[0] != "transformers_modules"), kind.__module__)
+    return "transformers" if module.startswith("transformers.") else module
 
 
 def _modeling_file(model: PreTrainedModel) -> str:
     """Python source of classes that are transformers' own, but cannot be imported without registering lowbit."""
+    homes = {kind.__name__: _home(kind) for kind in _auto_classes(model).values()}
     lines = ['"""Loads lowbit with the model (trust_remote_code=True); the classes are those of transformers."""', ""]
-    lines += ["import lowbit  # noqa: F401", "import transformers", ""]
-    for name in sorted(set(_auto_classes(model).values())):
-        lines += ["", f"class {name}(transformers.{name}):", "    pass", ""]
+    lines += ["import lowbit  # noqa: F401", *(f"import {home}" for home in sorted({*homes.values()})), ""]
+    for name in sorted(homes):
+        lines += ["", f"class {name}({homes[name]}.{name}):", "    pass", ""]
     return "\n".join(lines)

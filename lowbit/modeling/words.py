@@ -81,8 +81,9 @@ class WordModel(PreTrainedModel):
         if config.encoder not in _ENCODERS:
             raise ValueError(f"encoder={config.encoder!r}; accepted: {', '.join(_ENCODERS)}")
         self.embeddings = nn.Embedding(config.vocab_size, config.embedding_size, config.pad_token_id)
-        self.encoder = _ENCODERS[config.encoder](config)
-        self.dense = nn.Linear(self.encoder.width * (4 if config.pair else 1), config.intermediate_size)
+        encoder: Any = _ENCODERS[config.encoder](config)
+        self.encoder = encoder
+        self.dense = nn.Linear(encoder.width * (4 if config.pair else 1), config.intermediate_size)
         self.dropout = nn.Dropout(config.dropout)
         self.post_init()
 

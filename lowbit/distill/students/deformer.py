@@ -6,6 +6,8 @@ start and end logits with T = 2, and the MSE of the upper layers' hidden states,
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import BertForQuestionAnswering, BertForSequenceClassification, PreTrainedModel
 
 from ...modeling.configurations import DeformerConfig
@@ -39,6 +41,6 @@ def build(teacher: PreTrainedModel, separate_layers: int = 9, passage_offset: in
         values.pop(name, None)
     config = DeformerConfig(**{**values, "separate_layers": separate_layers, "passage_offset": passage_offset})
     config._attn_implementation = teacher.config._attn_implementation
-    student = kind(config)
+    student: Any = kind(config)
     student.load_state_dict(teacher.state_dict())
     return Built(student.to(device=teacher.device, dtype=teacher.dtype).eval())

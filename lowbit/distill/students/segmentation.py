@@ -40,7 +40,7 @@ def learn_wordpiece(
         raise ValueError(f"size={size}; accepted: more than the {len(SPECIAL)} special tokens")
     learner = BertWordPieceTokenizer(lowercase=lowercase)
     learner.train_from_iterator(
-        texts, vocab_size=size, min_frequency=min_frequency, special_tokens=[*SPECIAL], show_progress=False
+        iter(texts), vocab_size=size, min_frequency=min_frequency, special_tokens=[*SPECIAL], show_progress=False
     )
     vocabulary = sorted(learner.get_vocab(), key=learner.get_vocab().__getitem__)
     if len(vocabulary) <= len(SPECIAL):

@@ -125,15 +125,26 @@ def build(
         for place in places:
             place.successor.requires_grad_(True)
     hybrid.base_model.set_submodule(path, nn.ModuleList(places))
+    hybrid.compares_no_layers = hybrid.register_forward_pre_hook(_refuse_states, with_kwargs=True)
     return Built(hybrid.eval(), (ReplacingRate(start, slope, until),), _finish)
 
 
 def _finish(hybrid: Any) -> Any:
     """The successor alone: its layers in the places of the hybrid's, everything trainable again."""
+    hybrid.compares_no_layers.remove()
+    del hybrid.compares_no_layers
     path = models.describe(hybrid).layers
     places: Any = hybrid.base_model.get_submodule(path)
     hybrid.base_model.set_submodule(path, nn.ModuleList([place.successor for place in places]))
     return hybrid.requires_grad_(True)
+
+
+def _refuse_states(hybrid: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    if hybrid.training and (kwargs.get("output_hidden_states") or kwargs.get("output_attentions")):
+        raise ValueError(
+            "a hybrid runs other layers in every batch, so no objective can compare them with the teacher's; accepted "
+            "are TaskLoss and LogitsLoss"
+        )
 
 
 def _checked(successor: PreTrainedModel, teacher: PreTrainedModel) -> PreTrainedModel:
