@@ -220,6 +220,16 @@ def test_adversary_and_student_take_turns(prepared: bool, tmp_path: Path) -> Non
     assert all(("loss_generated_ascent" in names) == (number % 5 < 2) for number, names in enumerate(logged))
 
 
+def test_a_projection_of_the_objective_is_not_trained_to_maximise(tmp_path: Path) -> None:
+    view = MaskedGenerator(BertForMaskedLM(tiny_config()), words(tmp_path), share=0.5)
+    hidden = HiddenStateLoss(project="per_layer")
+    made = trainer(tmp_path, tiny(**NARROW), tiny(), [On(view, hidden, alternate=(3, 1))], max_steps=3)
+    first, generator = state(hidden), state(view)
+    made.train()
+    assert not changed(first, hidden) and changed(generator, view)
+    assert all(each.requires_grad for each in hidden.parameters())
+
+
 def test_the_generator_finds_where_they_differ(tmp_path: Path) -> None:
     torch.manual_seed(0)
     student, teacher = tiny(), tiny()

@@ -260,7 +260,10 @@ class DistillationTrainer(Trainer):
         if ascending := [each for each in objectives if self._ascends(each)]:
             # Not the student's step: its wrapper for several ranks, which waits for its gradients, is left out.
             student = self.accelerator.unwrap_model(model)
-            with _frozen(student), _frozen(self.teacher):
+            compared = [part for each in ascending if isinstance(part := getattr(each, "objective", None), nn.Module)]
+            with contextlib.ExitStack() as stack:
+                for module in (student, self.teacher, *compared):
+                    stack.enter_context(_frozen(module))
                 losses, outputs = self._losses(student, ascending, inputs, ascend=True)
             self._note([(f"{name}_ascent", value) for name, value in losses])
             loss = -sum(value for _, value in losses)
