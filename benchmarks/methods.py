@@ -8,7 +8,7 @@ The teacher is all-MiniLM-L6-v2, fine-tuned once for each task. Of each student:
 the teacher's label, and the mean KL(teacher || student). The last checkpoint counts, never the best. Seeds draw the
 order of examples. Each run is a folder of RUNS; what is finished is not repeated.
 
-Writes benchmarks/results/methods.json; `python -m benchmarks.report` writes it into docs/benchmarks.md.
+Writes benchmarks/results/methods.json, and the tables of docs/methods.md from it.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ from lowbit.recipes.distilling import distil_by_recipe
 from lowbit.recipes.options import GlueOptions
 
 from .cpu import machine
-from .report import RESULTS
+from .report import RESULTS, render
 from .results import write
 
+PAGE, BEGIN, END = Path("docs/methods.md"), "<!-- methods.json -->", "<!-- end -->"
 TASKS = {"sst2": {"teacher_steps": 2000, "heldout": 2000}, "mrpc": {"teacher_steps": 345, "heldout": 0}}
 METHODS = (
     "fine-tuning", "kd", "tinybert", "simplified-tinybert", "pkd", "distilbert", "mobilebert", "minilm-v1", "ckd",
@@ -146,6 +147,16 @@ def main() -> None:
         "results": results,
     }
     write(report, RESULTS)
+    into_page(report)
+
+
+def into_page(report: dict[str, Any]) -> None:
+    """The tables of docs/methods.md."""
+    text = PAGE.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    tables = render(report).split("\n", 2)[2].strip()  # without its heading
+    write_text(PAGE, f"{before}{BEGIN}\n{tables}\n{END}{after}")
 
 
 def teach(task: str, given: argparse.Namespace) -> Path:

@@ -13,7 +13,7 @@ from .results import read
 RESULTS = Path("benchmarks/results")
 NOTES = Path("benchmarks/notes.md")  # what was measured by hand, and what was tried before
 DOCS = Path("docs")
-OWN_PAGES = ("features", "reliability", "transformers-suite")  # their scripts render them
+OWN_PAGES = ("features", "methods", "reliability", "transformers-suite")  # their scripts render them
 GPU_SUITES = tuple(f"gpu-{part}" for part in sorted(PARTS) if part not in WITHOUT_JSON)
 
 Report = dict[str, Any]

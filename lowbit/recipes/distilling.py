@@ -8,10 +8,11 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, TrainingArguments
 
 import lowbit
 
+from ..distill.generator import masked_lm_of
 from ..distill.students import Built
 from ..exits import freeze_backbone
 from . import RecipeError, map_search, parts, students
@@ -123,6 +124,8 @@ def _train(
     rows: Source | None = None,
 ) -> PreTrainedModel:
     """One stage of a student; `rows` are of one that reads other tokens than its teacher."""
+    if stage.head == "masked_lm":
+        return _general(run, name, recipe, stage, student, teacher)
     usual = None if rows is None else "own_columns"
     if not stage.dropout:
         student = without_dropout(student)
@@ -161,6 +164,32 @@ def _train(
     if stage.train != "all":
         lowbit.set_exit(trained.requires_grad_(True), parts.criterion(recipe.exits.get("criterion")))
     return trained
+
+
+def _general(
+    run: Run, name: str, recipe: Recipe, stage: Stage, student: PreTrainedModel, teacher: PreTrainedModel
+) -> PreTrainedModel:
+    """The student, its encoder distilled from that of a masked language model on the task's texts."""
+    taught = masked_lm(run, recipe, teacher)
+    own = masked_lm_of(student)
+    head = {key: value for key, value in taught.state_dict().items() if not key.startswith(taught.base_model_prefix)}
+    known = own.state_dict()
+    own.load_state_dict({key: value for key, value in head.items() if known[key].shape == value.shape}, strict=False)
+    try:
+        trainer = lowbit.DistillationTrainer(
+            model=own if stage.dropout else without_dropout(own),
+            teacher=taught,
+            args=_arguments(run, name, stage, low_bit=False),
+            objectives=[parts.objective(each) for each in stage.objectives],
+            train_dataset=source(run, recipe, "text", teacher).rows,
+            data_collator=DataCollatorForLanguageModeling(run.tokenizer),
+            processing_class=run.tokenizer,
+        )
+    except ValueError as error:
+        raise RecipeError(f"stage {stage.name}: {error}") from error
+    encoder = train(run, name, trainer).base_model.state_dict()
+    student.base_model.load_state_dict(encoder, strict=False)  # a pooler is of the task
+    return student.eval()
 
 
 def _give_exits(recipe: Recipe, stage: Stage, student: PreTrainedModel) -> None:

@@ -40,6 +40,8 @@ class Stage:
         dropout, teacher_dropout: whether they drop out.
         data: "train"; "augmented" (by the recipe's `augment`); "text": the task's texts without labels, in chunks; or
             "neighbours": with candidates for the view `hardest_neighbour`.
+        head: "task", or "masked_lm": student and teacher predict masked words of the task's texts (general
+            distillation), the teacher being the recipe's `masked_lm`. Of the student the encoder is kept.
         train: "all"; "joint": with ramps (the recipe's `exits`); or "exits": ramps only, the rest as it is.
     """
 
@@ -51,6 +53,7 @@ class Stage:
     dropout: bool = False
     teacher_dropout: bool = False
     data: str = "train"
+    head: str = "task"
     train: str = "all"
 
 
@@ -136,6 +139,13 @@ def parse(name: str, given: Any) -> Recipe:
         raise RecipeError(f"stages {', '.join(stages)}: each needs a name of its own")
     for builder in (recipe.student, *recipe.chain):
         parts.check_student(builder)
+    if any(stage.head == "masked_lm" for stage in recipe.stages):
+        if recipe.masked_lm is None:
+            raise RecipeError(
+                "a stage predicts masked words, and the recipe has no masked_lm: a checkpoint, or {share: 0.5}"
+            )
+        if recipe.quantize == "before" and recipe.bits != ("float",):
+            raise RecipeError("a stage predicts masked words, which float students do: give quantize: after")
     if recipe.exits is not None:
         parts.criterion(recipe.exits.get("criterion"))
     elif any(stage.train != "all" for stage in recipe.stages):
@@ -154,6 +164,7 @@ def _stage(number: int, given: Any) -> Stage:
         )
     _one_of(f"stage {stage.name}: schedule", stage.schedule, ("linear", "constant"))
     _one_of(f"stage {stage.name}: data", stage.data, DATA)
+    _one_of(f"stage {stage.name}: head", stage.head, ("task", "masked_lm"))
     _one_of(f"stage {stage.name}: train", stage.train, ("all", "joint", "exits"))
     for each in stage.objectives:
         parts.objective(each)
