@@ -17,6 +17,7 @@ from transformers.models.bert.modeling_bert import BertForPreTrainingOutput
 import lowbit
 from helpers import batch, tiny, training_arguments
 from lowbit import AttentionScoreLoss, HiddenStateLoss, LogitsLoss, TaskLoss
+from lowbit.distill.states import of_kept_heads
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 TWO_STAGES = [(0.5, [HiddenStateLoss(), AttentionScoreLoss()]), (1.0, [LogitsLoss()])]
@@ -473,11 +474,15 @@ def test_kept_heads_are_those_of_the_teachers_layer_that_is_compared(tmp_path: P
     student.config.quantization_config.kept_heads = [[0, 3], [1, 2]]
     trainer = lowbit.DistillationTrainer(model=student, teacher=tiny(), args=arguments(tmp_path))
     own, scores = torch.randn(2, 2, 2, 5, 5).unbind(), torch.randn(4, 2, 4, 5, 5).unbind()
-    chosen = trainer._of_kept_heads(own, scores)
+    chosen = of_kept_heads(trainer.model, own, scores)
     assert torch.equal(chosen[1], scores[1][:, [0, 3]]) and torch.equal(chosen[3], scores[3][:, [1, 2]])
     for other in (torch.randn(2, 2, 2, 5, 5).unbind(), torch.randn(3, 2, 4, 5, 5).unbind()):
-        assert trainer._of_kept_heads(own, other) is other  # a teacher of half width; layers without a counterpart
-    assert trainer._of_kept_heads(scores[:2], scores) is scores  # a student of full width with a slimmed one's config
+        assert (
+            of_kept_heads(trainer.model, own, other) is other
+        )  # a teacher of half width; layers without a counterpart
+    assert (
+        of_kept_heads(trainer.model, scores[:2], scores) is scores
+    )  # a student of full width with a slimmed one's config
 
 
 def test_objectives_of_one_name_are_all_counted(tmp_path: Path) -> None:

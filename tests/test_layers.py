@@ -31,7 +31,7 @@ BELOW = {
     "adapters": {"nn", "quantizers"},
     "plugin": {"config", "errors", "exits", "files", "models", "nn", "stages"},
     "_register": {"adapters", "modeling", "nn", "plugin"},
-    "recipes": {"data", "distill", "files", "length", "models"},
+    "recipes": {"data", "distill", "exits", "files", "length", "models"},
     "cli": {
         "__init__",
         "config",

@@ -17,7 +17,7 @@ from lowbit.distill import objectives
 from lowbit.distill.schedules import Scheduled
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = [*sorted(DOCS.glob("methods*.md")), *sorted(DOCS.glob("methods_parts/*.md"))]
+PAGES = [*sorted(DOCS.glob("methods*.md")), *sorted(DOCS.glob("methods/*.md"))]
 NAMES: dict[str, Any] = {
     "hidden": objectives.HiddenStateLoss,
     "scores": objectives.AttentionScoreLoss,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,16 @@ class ObjectiveParameters(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.modules.zero_grad()
+
+
+@contextmanager
+def frozen(model: nn.Module | None) -> Iterator[None]:
+    """No gradients for a model's parameters, but through it."""
+    trained = [p for p in model.parameters() if p.requires_grad] if model is not None else []
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from .. import models
+from .checks import slimmed
 
 OPTIONS = {
     "hidden_states": ("output_hidden_states",),
@@ -45,3 +47,19 @@ def _note(found: list[Any], index: int, which: int) -> Any:
         found[index][which] = output
 
     return hook
+
+
+def of_kept_heads(
+    model: PreTrainedModel, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor]:
+    """The teacher's scores [B, H, S, S] of each layer, only of the heads that a slimmed student kept."""
+    config = slimmed(model)
+    if config is None or config.kept_heads is None or len(teacher) % len(config.kept_heads):
+        return teacher
+    kept = config.kept_heads
+    full = model.config.num_attention_heads
+    if any(s.shape[1] != len(kept[0]) for s in student) or any(t.shape[1] != full for t in teacher):
+        return teacher
+    step = len(teacher) // len(kept)  # as uniform maps pair them: a layer learns from the last of `step`
+    # Stacked views: an index would be copied to the GPU in every layer, and each copy waits for it.
+    return tuple(torch.stack([t[:, head] for head in kept[i // step]], 1) for i, t in enumerate(teacher))

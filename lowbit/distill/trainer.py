@@ -19,7 +19,7 @@ from . import parameters as of_objectives
 from .checks import check_prompt, compare_vocabularies, drops_tokens, inside_peft, refuse_shared_parameters, slimmed
 from .columns import arguments, parameters
 from .objectives import AttentionScoreLoss, HiddenStateLoss, LogitsLoss, Objective, TaskLoss
-from .states import captured, options
+from .states import captured, of_kept_heads, options
 
 logger = logging.getLogger("lowbit")
 
@@ -263,7 +263,7 @@ class DistillationTrainer(Trainer):
             compared = [part for each in ascending if isinstance(part := getattr(each, "objective", None), nn.Module)]
             with contextlib.ExitStack() as stack:
                 for module in (student, self.teacher, *compared):
-                    stack.enter_context(_frozen(module))
+                    stack.enter_context(of_objectives.frozen(module))
                 losses, outputs = self._losses(student, ascending, inputs, ascend=True)
             self._note([(f"{name}_ascent", value) for name, value in losses])
             loss = -sum(value for _, value in losses)
@@ -320,7 +320,7 @@ class DistillationTrainer(Trainer):
             teacher["qkv"] = [tuple(each.float() for each in layer) for layer in qkv]
         scores = student.get("attentions"), teacher.get("attentions")
         if "scores" in needs and all(scores):
-            teacher.attentions = self._of_kept_heads(*scores)
+            teacher.attentions = of_kept_heads(self.model, *scores)
         return teacher
 
     @staticmethod
@@ -337,21 +337,6 @@ class DistillationTrainer(Trainer):
         own = arguments(model, inputs)
         return {name: value for name, value in inputs.items() if name in own or name in besides}
 
-    def _of_kept_heads(
-        self, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
-    ) -> Sequence[torch.Tensor]:
-        """The teacher's scores [B, H, S, S] of each layer, only of the heads that a slimmed student kept."""
-        config = slimmed(self.model)
-        if config is None or config.kept_heads is None or len(teacher) % len(config.kept_heads):
-            return teacher
-        kept = config.kept_heads
-        full = self.model.config.num_attention_heads
-        if any(s.shape[1] != len(kept[0]) for s in student) or any(t.shape[1] != full for t in teacher):
-            return teacher
-        step = len(teacher) // len(kept)  # as `_layer_map` pairs them: a layer learns from the last of `step`
-        # Stacked views: an index would be copied to the GPU in every layer, and each copy waits for it.
-        return tuple(torch.stack([t[:, head] for head in kept[i // step]], 1) for i, t in enumerate(teacher))
-
     def _note(self, losses: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Count the named losses of a batch for the log."""
         for name, value in losses:
@@ -367,16 +352,3 @@ class DistillationTrainer(Trainer):
                 logs[f"loss_{name}"] = round(float(mean), 6)
             self._sums, self._counts = {}, {}
         super().log(logs, *args, **kwargs)
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module | None) -> Iterator[None]:
-    """No gradients for a model's parameters, but through it."""
-    trained = [p for p in model.parameters() if p.requires_grad] if model is not None else []
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
