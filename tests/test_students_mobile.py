@@ -76,8 +76,8 @@ def test_phases_of_a_run_which_resumes_to_the_same_bits(tmp_path: Path) -> None:
 def test_only_the_open_gate_teaches(tmp_path: Path) -> None:
     """Feature maps and statistics, one layer after the other, into a 2-bit student of the teacher's width."""
     teacher = teacher_of()
-    student = lowbit.prepare(copy.deepcopy(teacher), lowbit.TernaryConfig())
-    built = mobile.transfer(student)
+    built = mobile.transfer(teacher)
+    student = lowbit.prepare(built.model, lowbit.TernaryConfig())
     gates = {"kind": "gates", "layers": 3}
     maps = lowbit.HiddenStateLoss(100 / 3, embedding=False, distance="layer_norm", layer_weights=(1.0, 0.0, 0.0))
     objectives = [
@@ -94,6 +94,20 @@ def test_only_the_open_gate_teaches(tmp_path: Path) -> None:
     assert all(any(f".layer.{layer}." in name for name in moved) for layer in range(3))
     assert all(".layer." in name for name in moved)
     assert lowbit.convert(built.finish(student))(**batch()).logits.isfinite().all()
+
+
+def test_fresh_layers_between_the_teachers_embeddings_and_head() -> None:
+    teacher = teacher_of()
+    student = mobile.transfer(teacher, 2, "first", fresh=True, seed=3).model
+    state = student.state_dict()
+    for name, tensor in teacher.state_dict().items():
+        if ".layer." not in name:
+            assert torch.equal(state[name], tensor)
+        elif name in state and name.endswith("dense.weight"):
+            assert not torch.allclose(state[name], tensor, atol=0.01)
+    assert student.config.num_hidden_layers == 2
+    again = mobile.transfer(teacher, 2, "first", fresh=True, seed=3).model.state_dict()
+    assert all(torch.equal(state[name], again[name]) for name in state)
 
 
 @pytest.mark.parametrize("normalization", mobile.NORMS)

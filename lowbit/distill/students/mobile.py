@@ -8,12 +8,12 @@ The transfer is L equal phases, one a layer. In phase l the losses of layer l al
 Published: f = 100 normalised feature maps, 5000 means, 5 variances, 1 attention, all divided by the number of layers;
 then the ordinary task, everything at its full rate. The factors were LAMB's; here they scale the step of any optimizer.
 
-`build` makes a MobileBERT; `transfer` adds the phases to any student of the teacher's width and depth, a prepared 2-bit
-one too.
+`build` makes a MobileBERT; `transfer` a student of the teacher's own kind, which may be prepared for 2 bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,15 +83,38 @@ def _layer_names(model: PreTrainedModel) -> list[str]:
 
 
 def transfer(
-    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    layers: int | None = None,
+    which: str | Sequence[int] = "uniform",
+    fresh: bool = False,
+    seed: int = 0,
     until: float = 1.0,
     before: float = 0.0,
     during: float = 3.0,
     after: float = 0.3,
     others: float = 0.0,
 ) -> Built:
-    """A student with the phases of the transfer: any of `lowbit.models`, or a MobileBERT; fields of `LayerRates`."""
-    return Built(student, (LayerRates(until, before, during, after, others),))
+    """A copy of the teacher, or of some of its layers, and the phases of the transfer; it may be prepared afterwards.
+
+    Args:
+        teacher: float, of an architecture that `lowbit.models` describes.
+        layers, which: as `copies.layers` takes them; None: all.
+        fresh: give the layers random weights by `seed`, as a published student's are; embeddings, pooler and head are
+            the teacher's in any case.
+        until, before, during, after, others: of `LayerRates`.
+
+    Raises:
+        TypeError, ValueError: as `copies.layers` and `LayerRates`.
+    """
+    callback = LayerRates(until, before, during, after, others)
+    student: Any = copies.layers(teacher, len(copies.layers_of(teacher)) if layers is None else layers, which).model
+    if fresh:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            other: Any = type(student)(student.config)
+        for own, new in zip(copies.layers_of(student), copies.layers_of(other), strict=True):
+            own.load_state_dict(new.state_dict())
+    return Built(student, (callback,))
 
 
 def build(
@@ -102,7 +125,11 @@ def build(
     feedforward: int = 4,
     normalization: str = "layer_norm",
     seed: int = 0,
-    **rates: float,
+    until: float = 1.0,
+    before: float = 0.0,
+    during: float = 3.0,
+    after: float = 0.3,
+    others: float = 0.0,
 ) -> Built:
     """A MobileBERT of the teacher's depth and of its width between layers, narrow inside; embeddings are the teacher's.
 
@@ -115,7 +142,7 @@ def build(
         normalization: "layer_norm", with which the copied embeddings give what the teacher's do (but for another
             epsilon), or "no_norm" as published (a factor and an addend): quicker, and activations stay unbounded.
         seed: of the layers' random weights.
-        **rates: fields of `LayerRates`.
+        until, before, during, after, others: of `LayerRates`.
 
     Raises:
         TypeError, ValueError: another teacher; a size below 1, heads that do not divide the bottleneck; another norm;
@@ -127,7 +154,7 @@ def build(
     copies.check_sizes(hidden=bottleneck, heads=heads, intermediate=intermediate, feedforward=feedforward)
     if normalization not in NORMS:
         raise ValueError(f"normalization={normalization!r}; accepted: {', '.join(NORMS)}")
-    callback = LayerRates(**rates)
+    callback = LayerRates(until, before, during, after, others)
     same = (
         "vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "type_vocab_size", "pad_token_id",
         "initializer_range", "id2label", "label2id", "problem_type",
