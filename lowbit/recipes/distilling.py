@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from transformers import DataCollatorForLanguageModeling, PreTrainedModel, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, TrainingArguments, set_seed
 
 import lowbit
 
@@ -124,6 +124,7 @@ def _train(
     rows: Source | None = None,
 ) -> PreTrainedModel:
     """One stage of a student; `rows` are of one that reads other tokens than its teacher."""
+    set_seed(run.options.seed)  # of ramps and of what else is made here: the same when a stage begins again
     if stage.head == "masked_lm":
         return _general(run, name, recipe, stage, student, teacher)
     usual = None if rows is None else "own_columns"

@@ -76,7 +76,7 @@ def _subwords(
         model = masked_lm(run, recipe, teacher)
         made = parts.make("student", name, subwords.build, fields, model, tokenizer, run.tokenizer)
         args = arguments(run, "subwords", round(share * run.options.steps), run.options.teacher_learning_rate)
-        args.remove_unused_columns = False
+        args.remove_unused_columns, args.train_sampling_strategy = False, "random"  # rows are texts, without a length
         trainer = Trainer(
             model=made.model, args=args, train_dataset=[{"text": text} for text in _texts(run)],
             data_collator=segmentation.BothSegmentations(tokenizer, run.tokenizer),
