@@ -38,8 +38,11 @@ def run(script: str, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     "script",
-    ["demo.py", "ternarybert_glue.py", "binarybert_glue.py", "dynamic_length_glue.py", "dynamic_tinybert_squad.py"],
-)
+    [
+        "demo.py", "ternarybert_glue.py", "binarybert_glue.py", "dynamic_length_glue.py", "dynamic_tinybert_squad.py",
+        "ranking.py",
+    ],
+)  # fmt: skip
 def test_help_explains_with_an_example(script: str) -> None:
     text = run(script, "--help")
     assert "example:" in text and f"python examples/{script}" in text
@@ -448,3 +451,28 @@ def test_another_run_in_the_same_folder_is_refused(setup: tuple[Path, Path], tmp
     command = [sys.executable, str(EXAMPLES / "ternarybert_glue.py"), *options(setup, tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode != 0 and "other options" in result.stderr
+
+
+def test_ranking_ends_in_the_two_metrics_and_resumes(setup: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("ir_measures")
+    _, model = setup
+    rows, qrels = [], []
+    for query in range(4):
+        for document in range(3):
+            text = f"the plot was {'superb' if document == query % 3 else 'dull'}"
+            rows += [{"query_id": f"q{query}", "doc_id": f"d{document}", "query": "good", "passage": text}] * 2
+            qrels.append(f"q{query} 0 d{document} {int(document == query % 3)}")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "qrels").write_text("\n".join(qrels))
+    files = {"train_pairs": "pairs.jsonl", "pairs": "pairs.jsonl", "train_qrels": "qrels", "qrels": "qrels"}
+    given = [word for name, file in files.items() for word in (f"--{name}", str(tmp_path / file))]
+    given += ["--model", str(model), "--output_dir", str(tmp_path / "run"), "--steps", "2", "--teacher_steps", "2"]
+    first = run("ranking.py", *given, "--recipe", "ternarybert", "--batch_size", "4")
+    assert "== teacher" in first and "mrr@10" in first
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert all(0 < results[name]["ndcg@10"] <= 100 for name in ("teacher", "ternarybert-float-joint"))
+    assert "== " not in run("ranking.py", *given, "--recipe", "ternarybert", "--batch_size", "4")
+    (tmp_path / "qrels").write_text("q0 0 d0")
+    command = [sys.executable, str(EXAMPLES / "ranking.py"), *given]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode != 0 and "line 1: accepted is query" in result.stderr.splitlines()[-1]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, Trainer
+from transformers import AutoModelForSequenceClassification, Trainer, TrainerState
 
 import lowbit
 from helpers import batch, identical, outputs, tiny, training_arguments
@@ -210,3 +210,14 @@ def test_successors_learn_what_a_teacher_knows(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_said_before_training(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         theseus.build(teacher_of(), **fields)
+
+
+def test_without_a_slope_the_rate_reaches_one_at_the_end_of_any_run() -> None:
+    built = theseus.build(tiny(num_hidden_layers=4), layers=2, start=0.2, slope=None)
+    (callback,) = built.callbacks
+    places = [module for module in built.model.modules() if isinstance(module, Replaceable)]
+    for steps in (10, 1000):
+        for step in (0, steps // 2, steps):
+            state = TrainerState(global_step=step, max_steps=steps)
+            callback.on_step_begin(None, state, None, model=built.model)
+            assert all(place.rate == pytest.approx(0.2 + 0.8 * step / steps) for place in places)

@@ -70,6 +70,7 @@ class FileOptions(BinaryOptions):
 
     bits: str = field(default="ternary", metadata={"help": "ternary or binary, of a recipe also float"})
     recipe: str | None = field(default=None, metadata={"help": "name or file of a recipe"})
+    text_file: str | None = None
     train_file: str | None = None
     validation_file: str | None = None
     text_columns: list[str] = field(default_factory=list)

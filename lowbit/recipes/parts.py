@@ -17,7 +17,7 @@ from ..distill import layer_maps, objectives
 from ..distill.augment import HardestNeighbour
 from ..distill.generator import MaskedGenerator
 from ..distill.schedules import Scheduled
-from ..distill.students import Built, copies, deformer, rnn, squeeze, subwords, theseus
+from ..distill.students import Built, copies, deformer, mobile, rnn, squeeze, subwords, theseus
 from ..distill.students.both import OwnColumns
 from ..distill.views import On
 from . import RecipeError
@@ -64,6 +64,7 @@ STUDENTS: dict[str, Callable[..., Any]] = {
     "random": copies.random,
     "theseus": theseus.build,
     "squeeze": squeeze.build,
+    "mobile": mobile.transfer,
     "deformer": deformer.build,
     "bilstm": rnn.build,
     "cnn": rnn.build,

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from ..data.tasks import tokenize
-from ..data.text import chunks
+from ..data.text import chunks, read_texts
 from ..distill import augment as methods
 from ..distill.generator import masked_lm_of
 from . import RecipeError, parts
@@ -50,8 +50,7 @@ def source(run: Run, recipe: Recipe, data: str, teacher: PreTrainedModel) -> Sou
         raise RecipeError(f"data: {data} needs the texts, and the run has their tokens alone; pass raw=... to `start`")
     texts = run.raw["train"]
     if data == "text":
-        all_texts = [text for column in run.task.columns for text in texts[column]]
-        return Source(chunks(all_texts, run.tokenizer, run.task.max_length), padding)
+        return Source(chunks(corpus_of(run), run.tokenizer, run.task.max_length), padding)
     fields = dict(recipe.augment or {})
     if data == "augmented":
         made = methods.augment(
@@ -59,14 +58,20 @@ def source(run: Run, recipe: Recipe, data: str, teacher: PreTrainedModel) -> Sou
         )
         made = made.remove_columns([name for name in made.column_names if name not in (*run.task.columns, "label")])
         return Source(_tokenized(run, made), padding)
-    corpus = list(dict.fromkeys(texts[run.task.columns[0]]))
     held = [text for split in run.task.validation for text in run.raw[split][run.task.columns[0]]]
     found = methods.add_neighbours(
-        texts, run.task.columns[0], corpus, teacher.base_model, run.tokenizer, exclude=held,
+        texts, run.task.columns[0], corpus_of(run), teacher.base_model, run.tokenizer, exclude=held,
         cache=run.folder / "neighbours", **fields.get("neighbours", {}),
     )  # fmt: skip
     rows = methods.with_candidates(_tokenized(run, texts), found["candidates"], run.tokenizer, run.task.max_length)
     return Source(rows, methods.CandidateCollator(run.tokenizer), keep_columns=True)
+
+
+def corpus_of(run: Run) -> list[str]:
+    """Texts without labels: those of the run's file, or the training set's."""
+    if path := getattr(run.options, "text_file", None):
+        return read_texts(path)
+    return list(dict.fromkeys(text for column in run.task.columns for text in run.raw["train"][column]))
 
 
 def _tokenized(run: Run, rows: Any) -> Any:

@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from ..distill.students import Built, both, rnn, segmentation, subwords
 from . import RecipeError, parts
 from .recipe import Recipe
-from .sources import Source, masked_lm
+from .sources import Source, corpus_of, masked_lm
 from .stages import Run, arguments, reading, train
 
 
@@ -49,16 +49,12 @@ def build(
     return Student(made, own, Source(rows, both.PadBoth(own.tokenizer, run.tokenizer), keep_columns=True))
 
 
-def _texts(run: Run) -> list[str]:
-    return [text for column in run.task.columns for text in run.raw["train"][column]]
-
-
 def _words(
     run: Run, teacher: PreTrainedModel, recipe: Recipe, name: str, fields: Mapping[str, Any]
 ) -> tuple[Built, Run]:
     """A BiLSTM or CNN over the training texts' words."""
     fields = dict(fields)
-    tokenizer = rnn.word_tokenizer(_texts(run), fields.pop("size", 20000))
+    tokenizer = rnn.word_tokenizer(corpus_of(run), fields.pop("size", 20000))
     given = {"encoder": name, "pair": len(run.task.columns) == 2, "seed": run.options.seed, **fields}
     return parts.make("student", name, rnn.build, given, teacher, tokenizer), reading(run, tokenizer)
 
@@ -69,7 +65,7 @@ def _subwords(
     """A classifier on an encoder of few pieces, trained beside a masked language model of the teacher's first."""
     fields = dict(fields)
     size, share = fields.pop("size", 5000), fields.pop("steps", 0.5)
-    tokenizer = segmentation.learn_wordpiece(_texts(run), size)
+    tokenizer = segmentation.learn_wordpiece(corpus_of(run), size)
     own = reading(run, tokenizer)
 
     def dual() -> PreTrainedModel:
@@ -78,7 +74,7 @@ def _subwords(
         args = arguments(run, "subwords", round(share * run.options.steps), run.options.teacher_learning_rate)
         args.remove_unused_columns, args.train_sampling_strategy = False, "random"  # rows are texts, without a length
         trainer = Trainer(
-            model=made.model, args=args, train_dataset=[{"text": text} for text in _texts(run)],
+            model=made.model, args=args, train_dataset=[{"text": text} for text in corpus_of(run)],
             data_collator=segmentation.BothSegmentations(tokenizer, run.tokenizer),
         )  # fmt: skip
         return made.finish(train(run, "subwords", trainer))

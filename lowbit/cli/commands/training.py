@@ -44,6 +44,12 @@ def distill(
         str | None,
         typer.Option(help="A system by name (`lowbit recipes`) or a YAML file; without: TernaryBERT or BinaryBERT."),
     ] = None,
+    text_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Texts without labels for recipes that read some (.txt, JSON lines); without: the task's own."
+        ),
+    ] = None,
     bits: Annotated[
         StudentBits | None,
         typer.Option(
@@ -115,6 +121,7 @@ def distill(
             task=task or "",
             method=method.value, width=width, slim_steps=slim_steps, split_learning_rate=split_learning_rate,
             bits=bits.value if bits else "" if recipe else StudentBits.ternary.value, recipe=recipe,
+            text_file=text(text_file),
             train_file=text(train_file), validation_file=text(validation_file),
             text_columns=text_column or [], label_column=label_column, max_length=max_length,
         )  # fmt: skip

@@ -62,11 +62,12 @@ def replacing_rate(step: int, start: float = 0.3, slope: float = 6e-4, until: in
 class ReplacingRate(TrainerCallback):
     """Sets p of all modules before each step: a function of the global step alone, so that a run resumes."""
 
-    def __init__(self, start: float, slope: float, until: int | None) -> None:
+    def __init__(self, start: float, slope: float | None, until: int | None) -> None:
         self.start, self.slope, self.until = start, slope, until
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        rate = replacing_rate(state.global_step, self.start, self.slope, self.until)
+        slope = (1 - self.start) / max(state.max_steps, 1) if self.slope is None else self.slope
+        rate = replacing_rate(state.global_step, self.start, slope, self.until)
         for module in kwargs["model"].modules():
             if isinstance(module, Replaceable):
                 module.rate = rate
@@ -78,7 +79,7 @@ def build(
     which: str | Sequence[int] = "uniform",
     successor: PreTrainedModel | None = None,
     start: float = 0.3,
-    slope: float = 6e-4,
+    slope: float | None = 6e-4,
     until: int | None = None,
     train: str = "successors",
 ) -> Built:
@@ -91,7 +92,7 @@ def build(
             the first ones. The default is "uniform": successor i starts as the last of the layers that it replaces.
         successor: instead of a copy of layers: a model of the teacher's class and width, float or prepared. It becomes
             the hybrid: its own embeddings and head are what runs.
-        start, slope, until: see `replacing_rate`.
+        start, slope, until: see `replacing_rate`. A slope of None reaches 1 at the end of the run, however short.
         train: "successors": only they are trained, also when none is left to replace (published). "all": embeddings,
             pooler and head too, as a successor whose embedding is quantized needs.
 
@@ -101,7 +102,7 @@ def build(
     """
     if train not in ("successors", "all"):
         raise ValueError(f"train={train!r}; accepted: successors, all")
-    if not 0 <= start <= 1 or slope < 0 or (slope == 0 and start < 1 and until is None):
+    if not 0 <= start <= 1 or (slope is not None and (slope < 0 or (slope == 0 and start < 1 and until is None))):
         raise ValueError(
             f"start={start}, slope={slope}, until={until}: accepted is a start in [0, 1] and a slope of at least 0, "
             "with which the rate reaches 1 at some step, or until=STEP, from which on it is 1"
