@@ -5,4 +5,4 @@ from .measuring import bench, evaluate
 from .recipes import recipes
 from .training import distill, search_length
 
-COMMANDS = (quantize, distill, split, evaluate, bench, search_length, recipes, info, doctor)
+COMMANDS = (quantize, distill, recipes, split, evaluate, bench, search_length, info, doctor)
