@@ -75,6 +75,7 @@ def test_alternation_goes_on_where_it_was() -> None:
         first.advance(step / 10)
     second.load_state_dict(first.state_dict())
     second.advance(4 / 10)
+    second.advance(4 / 10)  # a second batch of the same step
     assert int(second.steps) == 4
     first.advance(0.0)  # another run
     assert int(first.steps) == 0
@@ -301,8 +302,8 @@ def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(tmp_path: Pat
         "learning_rate": 1e-3,
     }  # fmt: skip
 
-    def objectives() -> Any:
-        return [lowbit.ExitTaskLoss("linear"), lowbit.ExitLogitsLoss()]
+    def objectives() -> Any:  # the interruption is before an odd step
+        return [lowbit.ExitTaskLoss("linear" if stage == "packed" else "alternate"), lowbit.ExitLogitsLoss()]
 
     whole = trainer(tmp_path, copy.deepcopy(start), teacher, objectives(), **changes)
     whole.train()

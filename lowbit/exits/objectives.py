@@ -68,6 +68,7 @@ class ExitTaskLoss(nn.Module):
             raise ValueError(f"ExitTaskLoss: weights={weights!r}; accepted: {', '.join(map(repr, _WEIGHTS))}")
         self.weights, self.weight, self.problem_type = weights, weight, problem_type
         self.name, self.needs = "exit_task", ()
+        self._progress: float | None = None  # that `steps` are of; after resuming the next one is always new
         if weights == "alternate":
             self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
@@ -76,9 +77,10 @@ class ExitTaskLoss(nn.Module):
         _check_exits("ExitTaskLoss", student)
 
     def advance(self, progress: float) -> None:
-        """Before each training step."""
-        if self.weights == "alternate":
+        """Before each batch; batches whose gradients are accumulated have one progress, and are one step."""
+        if self.weights == "alternate" and progress != self._progress:
             self.steps = torch.zeros_like(self.steps) if progress == 0 else self.steps + 1
+            self._progress = progress
 
     def forward(self, student: Any, teacher: Any, batch: Batch) -> torch.Tensor:
         ramps, labels = _exit_logits("ExitTaskLoss", student), _labels("ExitTaskLoss", batch)
