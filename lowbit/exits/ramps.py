@@ -147,6 +147,8 @@ class Ramps(nn.ModuleDict):
         criterion: by which sentences leave, None: none does.
     """
 
+    inside_encoder = True  # which calls them with all tokens, whatever the head reads
+
     def __init__(self, model: PreTrainedModel, kind: str, layers: list[int], certainty: bool) -> None:
         super().__init__()
         config: Any = model.config

@@ -15,7 +15,6 @@ and where they do something else than `proof` can reproduce; with dropped tokens
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from contextvars import Context
 from typing import Any, Protocol
 
@@ -197,8 +196,8 @@ class UnpaddedEncoder(StandIn):
         mask = attention_mask
         if self.architecture.own_attention:  # else it is ours, which takes a padding mask as it is
             attention_mask = additive(attention_mask, hidden_states.dtype)
-        with nullcontext() if exits is None else noting(exits, hidden_states, self.layer, mask):
-            return self.original.forward(hidden_states, attention_mask, **kwargs)
+        encoder: Any = self.original if exits is None else noting(exits, self.original, hidden_states, mask)
+        return encoder.forward(hidden_states, attention_mask, **kwargs)
 
     def prevented(self) -> str | None:
         """Why the layers cannot be run without padding, None where they can.

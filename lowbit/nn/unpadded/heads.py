@@ -58,11 +58,11 @@ def reads_first_token_only(model: PreTrainedModel) -> bool:
 
 
 def _after_encoder(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """All modules but those in the encoder and the embeddings, with what holds these."""
+    """All modules but those in the encoder and the embeddings, with what holds these, and those that it calls."""
     waiting: list[nn.Module] = [model]
     while waiting:
         module = waiting.pop()
-        if not isinstance(module, StandIn):
+        if not isinstance(module, StandIn) and not getattr(module, "inside_encoder", False):
             yield module
             waiting.extend(module.children())
 

@@ -6,9 +6,9 @@ with the tokens of the sequences that stay; their order never changes.
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -54,13 +54,27 @@ def staying(stay: torch.Tensor, host: torch.Tensor, device: torch.device) -> Kep
     return Kept(rows.to(device), Sequences(cu_seqlens.to(device), longest, cu_seqlens))
 
 
-@contextmanager
-def noting(
-    exits: Exits, entering: torch.Tensor, layers: Sequence[nn.Module], mask: torch.Tensor | None
-) -> Iterator[None]:
-    """Exits look on while transformers' own encoder runs its layers.
+class _Noted(nn.Module):
+    """A layer, and what is to be told its output."""
+
+    def __init__(self, layer: nn.Module, note: Callable[[torch.Tensor], None]) -> None:
+        super().__init__()
+        self.layer, self.note = layer, note
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.layer(*args, **kwargs)
+        layer: Any = self.layer
+        if layer.training and getattr(layer, "gradient_checkpointing", False) and not torch.is_grad_enabled():
+            raise ValueError("exits get no gradient under use_reentrant=True; set it to False")
+        self.note(output[0] if isinstance(output, tuple) else output)
+        return output
+
+
+def noting(exits: Exits, encoder: nn.Module, entering: torch.Tensor, mask: torch.Tensor | None) -> nn.Module:
+    """transformers' own encoder for one forward pass, in which exits look on: a copy around the same layers.
 
     Args:
+        encoder: with its layers in its child `layer`; it is left alone, since other threads may run it.
         entering: [B, S, H], what enters the first layer.
         mask: of padding: [B, S], or added to scores; None.
 
@@ -78,15 +92,9 @@ def noting(
         tokens, sequences, _ = without_padding(states, mask)
         exits.look(number, tokens, sequences)
 
-    def note(number: int, layer: nn.Module, args: Any, output: Any) -> None:
-        if getattr(layer, "gradient_checkpointing", False) and layer.training and not torch.is_grad_enabled():
-            raise ValueError("exits get no gradient under use_reentrant=True; set it to False")
-        look(number, output[0] if isinstance(output, tuple) else output)
-
     look(0, entering)
-    handles = [layer.register_forward_hook(functools.partial(note, number)) for number, layer in enumerate(layers, 1)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers: Any = encoder.layer
+    noted = nn.ModuleList(_Noted(layer, functools.partial(look, number)) for number, layer in enumerate(layers, 1))
+    encoder = copy.copy(encoder)
+    encoder.__dict__["_modules"] = {**encoder._modules, "layer": noted}
+    return encoder

@@ -7,6 +7,7 @@ kept, too, and looked at again in every forward pass.
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -50,14 +51,17 @@ class Weights(NamedTuple):
 
 
 class Found(NamedTuple):
-    """Weights of all layers, and the steps on the way to them: (modules or tensors of a module, name, what it was)."""
+    """Weights of all layers, and the steps on the way to them: modules or tensors of a module, name, what it was."""
 
     weights: list[Weights]
-    steps: list[tuple[dict[str, Any], str, Any]]
+    tables: tuple[dict[str, Any], ...]
+    names: tuple[str, ...]
+    were: tuple[Any, ...]
 
     def holds(self, layers: nn.ModuleList) -> bool:
         """Whether these are still the weights of the layers."""
-        return len(layers) == len(self.weights) and all(own.get(name) is value for own, name, value in self.steps)
+        now = map(dict.get, self.tables, self.names)
+        return len(layers) == len(self.weights) and all(map(operator.is_, now, self.were))
 
 
 def find(layers: nn.ModuleList, paths: Architecture) -> Found:
@@ -93,4 +97,5 @@ def find(layers: nn.ModuleList, paths: Architecture) -> Found:
             projections, attention_output, attention_norm, ffn_input, activation, ffn_output, ffn_norm, shapes
         )
 
-    return Found([weights(step(layers._modules, number)) for number in layers._modules], steps)
+    found = [weights(step(layers._modules, number)) for number in layers._modules]
+    return Found(found, *map(tuple, zip(*steps, strict=True)))  # type: ignore[arg-type]
