@@ -43,8 +43,7 @@ class Criterion(Protocol):
 
 def entropy(logits: torch.Tensor) -> torch.Tensor:
     """Of softmax(logits) in nats: [..., C] -> [...]; finite for finite logits, also where a probability is 0."""
-    log_p = torch.log_softmax(logits, -1)
-    return -(log_p.exp() * log_p).sum(-1)  # log_p is finite: 0 * log_p is 0
+    return torch.special.entr(torch.softmax(logits, -1)).sum(-1)
 
 
 def _check_number(criterion: Any, name: str, low: float, high: float, accepted: str) -> None:

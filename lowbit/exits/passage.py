@@ -58,15 +58,14 @@ class Passage:
             return None
         wrong = None if answer.wrong is None else answer.wrong.float().sigmoid()
         leaves, memory = self.criterion(answer.logits.float(), wrong, self._memory)
-        stay = ~leaves.cpu()
-        if bool(stay.all()):
+        if not leaves.any():
             self._memory = memory
             return None
         rows = torch.arange(self._size, device=leaves.device) if self.rows is None else self.rows
         self.left.append((layer, rows[leaves], answer.logits[leaves], first_states(tokens, sequences)[leaves]))
         here = ~leaves
         self.rows, self._memory = rows[here], None if memory is None else memory[here]
-        kept = staying(stay, self._starts, tokens.device)
+        kept = staying(here.cpu(), self._starts, tokens.device)
         self._starts = kept.sequences.host
         return kept
 

@@ -45,9 +45,9 @@ def first_states(tokens: torch.Tensor, sequences: Sequences) -> torch.Tensor:
 
 def mean_states(tokens: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     """Means over the tokens of each sequence: [T, H] -> [B, H], zeros of an empty one."""
-    lengths = sequences.cu_seqlens.diff().long()
-    if len(lengths) == 1:
+    if sequences.cu_seqlens.shape[0] == 2:  # one sequence
         return tokens.mean(0, keepdim=True)
+    lengths = sequences.cu_seqlens.diff().long()
     of = torch.arange(len(lengths), device=tokens.device).repeat_interleave(lengths)
     total = tokens.new_zeros(len(lengths), tokens.shape[1]).index_add(0, of, tokens[: len(of)])
     return total / lengths.clamp(min=1)[:, None]
