@@ -20,7 +20,9 @@ from lowbit.exits import ExitFront, exit_front, exit_scores
 from lowbit.exits.criteria import entropy, from_dict, to_dict
 from lowbit.exits.front import leave
 from lowbit.exits.passage import Passage
+from lowbit.exits.ramps import first_states, mean_states
 from lowbit.nn import PackedEncoder, PackedLinear
+from lowbit.nn.unpadded.sequences import Sequences
 
 LAYERS = 5
 KINDS = ("linear", "mean", "pooler", "shared", "attention")
@@ -156,6 +158,16 @@ def test_ramps_read_what_is_behind_their_layers(kind: str) -> None:
     assert scores.layers == (0, 1, 3, 5)
     noted = call(model.train(False), inputs, exits=Passage(model, None), output_hidden_states=True)
     assert torch.allclose(noted["exit_logits"], expected[:-1], atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(2, 0), (0, 2), (1,), (3, 1, 0, 0), (1, 1)], ids=str)
+def test_states_of_sequences_of_any_lengths(lengths: tuple[int, ...]) -> None:
+    tokens, starts = torch.randn(sum(lengths), 4), torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0)
+    sequences = Sequences(starts.int(), max(lengths), starts.int())
+    parts, nothing = tokens.split(lengths), torch.zeros(4)
+    assert torch.equal(first_states(tokens, sequences), torch.stack([p[0] if len(p) else nothing for p in parts]))
+    means = torch.stack([p.mean(0) if len(p) else nothing for p in parts])
+    assert torch.allclose(mean_states(tokens, sequences), means, atol=1e-6)
 
 
 @pytest.mark.parametrize("criterion", [lowbit.Entropy(0.9), lowbit.Patience(1)], ids=str)

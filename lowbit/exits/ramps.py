@@ -36,9 +36,9 @@ class Answer(NamedTuple):
 
 def first_states(tokens: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     """States of the first tokens: [T, H] -> [B, H], zeros of an empty sequence."""
+    if sequences.cu_seqlens.shape[0] == 2:  # one sequence
+        return tokens[:1]
     starts, ends = sequences.cu_seqlens[:-1], sequences.cu_seqlens[1:]
-    if tokens.shape[0] == starts.shape[0]:  # one token each, where none is empty
-        return tokens
     first = tokens[starts.clamp(max=len(tokens) - 1).long()]
     return first.masked_fill((starts == ends)[:, None], 0)
 
