@@ -117,7 +117,7 @@ class Training:
         set_seed(self.options.seed)
         objectives = [lowbit.ExitTaskLoss("sum"), lowbit.ExitLogitsLoss(target="teacher")]
         model = lowbit.freeze_backbone(packed)
-        return self.run(model, self.options.ramp_steps, 3e-4, teacher=teacher, objectives=objectives)
+        return self.run(model, self.options.ramp_steps, 1e-3, teacher=teacher, objectives=objectives)
 
 
 def batches(rows: Any, collate: Any, size: int, order: Sequence[int]) -> list[Batch]:

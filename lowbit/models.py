@@ -112,6 +112,12 @@ def describe(model: PreTrainedModel) -> Architecture:
     return ARCHITECTURES[model.config.model_type]
 
 
+def runner(model: PreTrainedModel) -> nn.Module:
+    """The module that runs the layers, of a model that `describe` took: without looking again, for every call."""
+    path = ARCHITECTURES[model.config.model_type].layers.rpartition(".")[0]
+    return model.base_model.get_submodule(path)
+
+
 def describe_attention(model: PreTrainedModel, verb: str, bias: bool = False) -> Architecture:
     """The architecture of a model whose attention lowbit can run itself, as `verb` needs.
 

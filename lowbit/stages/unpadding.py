@@ -21,7 +21,7 @@ from .. import models
 from ..config import LengthConfig, LowbitConfig
 from ..errors import check_import
 from ..files.stage import current_config, own_config
-from ..models import describe
+from ..models import describe, runner
 from ..nn import FusedEmbeddings, PackedEncoder, PackedLinear, QuantLinear, UnpaddedEncoder
 from ..nn import attention as lowbit_attention
 from ..nn.unpadded import packed_encoder as lowbit_packed_encoder
@@ -277,14 +277,14 @@ def _without_padding(model: PreTrainedModel) -> None:
 
 def _read_first_token_only(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Head -> encoder, by keyword through the base model, which may be called without its head too."""
-    if isinstance(encoder_of(model), UnpaddedEncoder) and reads_first_token_only(model):
+    if isinstance(runner(model), UnpaddedEncoder) and reads_first_token_only(model):
         kwargs = {"first_token_only": True, **kwargs}
     return args, kwargs
 
 
 def _protect(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Base model -> encoder: the tokens of the first segment, where they are to be kept."""
-    lengths = getattr(encoder_of(base), "lengths", None)
+    lengths = getattr(runner(base), "lengths", None)
     if lengths is not None and "first_segment" in lengths.protect and "protected_tokens" not in kwargs:
         place = [*inspect.signature(type(base).forward).parameters].index("token_type_ids") - 1  # without self
         token_type_ids = args[place] if len(args) > place else kwargs.get("token_type_ids")

@@ -40,17 +40,17 @@ def reads_first_token_only(model: PreTrainedModel) -> bool:
         return False
     if getattr(model, "_is_replica", False):  # of torch.nn.DataParallel, which runs by its modules
         return False
-    if model.device.type == "meta":
-        return type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
     after = list(_after_encoder(model))
     # Hooks before the base model, and those of the whole model, do not see what the encoder returns.
     watched = [module for module in after if module is not model and module is not model.base_model]
-    encoder = _encoder(model)
+    encoder = models.runner(model)
     seen = model.base_model._forward_hooks or is_hooked(encoder) or "forward" in encoder.__dict__
     if any_global_hook() or seen or any(map(is_hooked, watched)):
         return False
     snapshot, reads = _found.get(model, (Snapshot(), False))
     if snapshot.compare() == "changed":
+        if model.device.type == "meta":
+            return type(model).__name__.endswith(_FIRST_TOKEN_HEADS)
         snapshot = Snapshot(after)
         reads = all(_is_library(module) for module in after) and Context().run(_ignores_others, model)
         _found[model] = snapshot, reads
@@ -62,13 +62,9 @@ def _after_encoder(model: PreTrainedModel) -> Iterator[nn.Module]:
     waiting: list[nn.Module] = [model]
     while waiting:
         module = waiting.pop()
-        if not isinstance(module, StandIn) and not getattr(module, "inside_encoder", False):
+        if not isinstance(module, StandIn) and not getattr(type(module), "inside_encoder", False):
             yield module
             waiting.extend(module.children())
-
-
-def _encoder(model: PreTrainedModel) -> nn.Module:
-    return model.base_model.get_submodule(models.describe(model).layers.rpartition(".")[0])
 
 
 def _is_library(module: nn.Module) -> bool:
@@ -80,7 +76,7 @@ def _ignores_others(model: PreTrainedModel) -> bool:
     """Whether outputs stay the same to the last bit when the states of all tokens but the first become NaN."""
     try:
         with trying(model) as tried:
-            encoder = _encoder(tried)
+            encoder = models.runner(tried)
             for shape in _SHAPES:
                 ids = torch.zeros(shape, dtype=torch.long, device=model.device)
                 try:
