@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -542,3 +543,15 @@ def test_trainers_evaluation_takes_the_answers_that_were_given(tmp_path: Path) -
     found = Trainer(model, training_arguments(tmp_path)).predict(rows)
     expected = torch.cat([call(model, {"input_ids": row["input_ids"][None]}).logits for row in rows])
     assert torch.allclose(torch.as_tensor(found.predictions), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("states", [False, True])
+def test_threads_may_share_a_model(states: bool) -> None:
+    model = classifier("packed")
+    lowbit.set_exit(model, lowbit.Patience(1))
+    batches = [batch(rows=rows) for rows in (1, 4, 7, 2)] * 4
+    expected = [call(model, each, output_hidden_states=states) for each in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(lambda each: call(model, each, output_hidden_states=states), batches)]
+    for a, b in zip(expected, found, strict=True):
+        assert torch.equal(a.logits, b.logits) and torch.equal(a.exit_layer, b.exit_layer)
