@@ -39,7 +39,7 @@ from lowbit.exits import exit_front
 from . import cpu, results
 
 TURNS = 5
-FROM_TEACHER = [lowbit.LogitsLoss(), lowbit.ExitLogitsLoss(0.5, target="teacher")]
+FROM_TEACHER = [lowbit.LogitsLoss(), lowbit.ExitLogitsLoss(target="teacher")]
 Batch = dict[str, torch.Tensor]
 
 
@@ -171,8 +171,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="of distillation")
     parser.add_argument("--ramp-steps", type=int, default=1000)
     parser.add_argument("--apart", type=int, default=2000, help="training sentences to choose thresholds on")
-    parser.add_argument("--train", type=int, default=20000, help="training phrases, at most")
-    parser.add_argument("--loss", type=float, default=0.5, help="points of accuracy that may be lost on these")
+    parser.add_argument("--train", type=int, default=47000, help="training phrases, at most")
+    parser.add_argument("--loss", type=float, default=0.75, help="points of accuracy that may be lost on these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
