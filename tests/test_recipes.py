@@ -208,3 +208,13 @@ def test_what_does_not_fit_the_models_is_said_before_training(taught: Taught, tm
         distil_by_recipe(run, teacher, dataclasses.replace(own, student={"layers": {"layers": 7}}), "float")
     with pytest.raises(RecipeError, match="recipe none: accepted are alp-kd"):
         recipe.load("none")
+
+
+def test_a_recipe_that_was_changed_does_not_go_on_with_what_it_was(taught: Taught, tmp_path: Path) -> None:
+    run, found = taught.run(tmp_path, steps=1), recipe.load("kd")
+    teacher = stages.teacher_stage(run)
+    distil_by_recipe(run, teacher, found, "float")
+    distil_by_recipe(run, teacher, found, "float")
+    distil_by_recipe(run, teacher, dataclasses.replace(found, name="other"), "float")
+    with pytest.raises(RecipeError, match=r"kd-float.json is of another form of recipe kd"):
+        distil_by_recipe(run, teacher, dataclasses.replace(found, student="same"), "float")

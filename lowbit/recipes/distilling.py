@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ import lowbit
 from ..distill.generator import masked_lm_of
 from ..distill.students import Built
 from ..exits import freeze_backbone
+from ..files.atomic import write_text
 from . import RecipeError, map_search, parts, students
 from .recipe import Recipe, Stage
 from .sources import Source, masked_lm, source
@@ -44,6 +46,7 @@ def distil_by_recipe(run: Run, teacher: PreTrainedModel, recipe: Recipe, bits: s
     bits = bits or recipe.bits[0]
     if bits not in recipe.bits:
         raise RecipeError(f"recipe {recipe.name} trains {' and '.join(recipe.bits)} students, not {bits}")
+    _record(run, recipe, bits)
     quantize = None if bits == "float" else partial(_quantized, config=QUANTIZED[bits]())
     before = quantize if recipe.quantize == "before" else None
     if recipe.search is not None:
@@ -65,6 +68,14 @@ def distil_by_recipe(run: Run, teacher: PreTrainedModel, recipe: Recipe, bits: s
         name, prepared = f"{name}-packed", student
         run.stage(name, lambda: lowbit.convert(prepared))
     return name
+
+
+def _record(run: Run, recipe: Recipe, bits: str) -> None:
+    """Write the recipe beside its stages; RecipeError where these are of another form of it."""
+    path, given = run.folder / f"{recipe.name}-{bits}.json", json.dumps(asdict(recipe), indent=2)
+    if path.is_file() and path.read_text() != given:
+        raise RecipeError(f"{path} is of another form of recipe {recipe.name}; choose another folder or delete it")
+    write_text(path, given)
 
 
 def _quantized(model: PreTrainedModel, config: Any) -> PreTrainedModel:
