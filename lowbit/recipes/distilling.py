@@ -73,7 +73,7 @@ def distil_by_recipe(run: Run, teacher: PreTrainedModel, recipe: Recipe, bits: s
 def _record(run: Run, recipe: Recipe, bits: str) -> None:
     """Write the recipe beside its stages; RecipeError where these are of another form of it."""
     path, given = run.folder / f"{recipe.name}-{bits}.json", json.dumps(asdict(recipe), indent=2)
-    begun = any(each.is_dir() for each in run.folder.glob(f"{recipe.name}-*"))
+    begun = any([*run.folder.glob(f"{recipe.name}-*/config.json"), *run.folder.glob(f"{recipe.name}-*/checkpoint-*")])
     if begun and path.is_file() and path.read_text() != given:
         raise RecipeError(f"{path} is of another form of recipe {recipe.name}; choose another folder or delete it")
     write_text(path, given)
