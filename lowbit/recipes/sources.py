@@ -13,6 +13,7 @@ from transformers import (
     Trainer,
 )
 
+from ..data.masking import SeededByBatch
 from ..data.tasks import tokenize
 from ..data.text import chunks, read_texts
 from ..distill import augment as methods
@@ -112,7 +113,7 @@ def masked_lm(run: Run, recipe: Recipe, teacher: PreTrainedModel) -> PreTrainedM
         )
         model = masked_lm_of(teacher, given.get("layers"))
         rows = source(run, recipe, "text", teacher).rows
-        collate = DataCollatorForLanguageModeling(run.tokenizer)
+        collate = SeededByBatch(DataCollatorForLanguageModeling(run.tokenizer), run.options.seed)
         trainer = Trainer(
             model=model, args=args, train_dataset=rows, data_collator=collate, processing_class=run.tokenizer
         )
