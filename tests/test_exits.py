@@ -256,23 +256,44 @@ def test_where_all_layers_are_asked_for_answers_stay_the_same(stage: str) -> Non
         assert torch.equal(states.exit_layer, expected.exit_layer)
 
 
+@pytest.mark.parametrize("stage", ["float", "packed"])
 @pytest.mark.parametrize("hooked", [False, True])
-def test_last_states_are_those_with_which_sentences_left(hooked: bool) -> None:
+def test_the_head_reads_the_rows_that_stayed(stage: str, hooked: bool) -> None:
     """All tokens of them where someone else than the head reads them, the first one otherwise."""
-    model, inputs = classifier(), batch(rows=6)
-    lowbit.set_exit(model, lowbit.Patience(1))
-    with torch.no_grad():
-        states = model.base_model(**inputs, output_hidden_states=True).hidden_states
+    model, inputs = classifier(stage), batch(rows=9)
+    full = call(model, inputs)
+    scores = exit_scores(model, [{**inputs, "labels": torch.zeros(9)}])
+    least = entropy(scores.logits[:-1]).amin(0).sort().values
+    lowbit.set_exit(model, lowbit.Entropy(float(least[4:6].mean())))  # five leave
     found: list[torch.Tensor] = []
-    encoder = model.base_model.encoder
-    hook = (model.classifier if hooked else encoder).register_forward_hook(lambda *a: None)
-    after = encoder.register_forward_hook(lambda module, args, output: found.append(output.last_hidden_state))
-    layers = call(model, inputs).exit_layer
-    hook.remove()
-    after.remove()
-    for row, layer in enumerate(layers.tolist()):
-        real = inputs["attention_mask"][row].bool()
-        assert torch.allclose(found[0][row][real], states[layer][row][real], atol=1e-4)
+    pooler = model.base_model.pooler.register_forward_pre_hook(lambda module, args: found.append(args[0]))
+    hooks = [pooler, *([model.classifier.register_forward_hook(lambda *a: None)] if hooked else [])]
+    output = call(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    stayed = output.exit_layer == LAYERS
+    assert 0 < int(stayed.sum()) < 9 and found[0].shape == (int(stayed.sum()), 11, 64)
+    assert torch.allclose(output.logits[stayed], full.logits[stayed], atol=1e-4)
+    if stage == "float":
+        with torch.no_grad():
+            states = model.base_model(**inputs).last_hidden_state[stayed]
+        real = inputs["attention_mask"][stayed].bool()
+        assert torch.allclose(found[0][real], states[real], atol=1e-4)
+
+
+def test_nobody_may_be_left_and_labels_may_be_anywhere() -> None:
+    for stage in STAGES:
+        model, inputs, labels = classifier(stage), batch(rows=4), torch.tensor([0, 1, 2, 1])
+        lowbit.set_exit(model, lowbit.NormalizedEntropy(1.0))
+        output = call(model, inputs)
+        assert output.exit_layer.tolist() == [1] * 4 and "loss" not in output
+        with torch.no_grad():
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            positional = model(ids, mask, None, None, None, labels)
+        for found in (positional, call(model, inputs, labels=labels)):
+            assert [*found] == ["loss", "logits"]
+            assert torch.equal(found.logits, output.logits)
+            assert torch.allclose(found.loss, F.cross_entropy(output.logits, labels))
 
 
 def test_labels_are_compared_with_the_answers_that_were_given() -> None:

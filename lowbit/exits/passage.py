@@ -15,7 +15,7 @@ from ..nn.unpadded.leaving import staying
 from ..nn.unpadded.pruning import Kept
 from ..nn.unpadded.sequences import Sequences
 from .criteria import Criterion, Memory
-from .ramps import Answer, Ramps, first_states, pooler_of
+from .ramps import Answer, Ramps, pooler_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,7 +37,8 @@ class Passage:
         self.pooler = pooler_of(model) if self.ramps.kind == "shared" else None
         self.answers: list[Answer] = []  # of all ramps, where there is no criterion
         self.rows: torch.Tensor | None = None  # int64 [B'] of the batch, still here; None: all
-        self.left: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []  # layer, rows, logits, first states
+        self.left: list[tuple[int, torch.Tensor, torch.Tensor]] = []  # layer, rows, logits
+        self.labels: torch.Tensor | None = None  # of the call; compared with the answers in the end
         self._memory: Memory = None
         self._starts: torch.Tensor | None = None  # of the sequences that are here, int32 [B' + 1] on the host
         self._size = 0
@@ -62,7 +63,7 @@ class Passage:
             self._memory = memory
             return None
         rows = torch.arange(self._size, device=leaves.device) if self.rows is None else self.rows
-        self.left.append((layer, rows[leaves], answer.logits[leaves], first_states(tokens, sequences)[leaves]))
+        self.left.append((layer, rows[leaves], answer.logits[leaves]))
         here = ~leaves
         self.rows, self._memory = rows[here], None if memory is None else memory[here]
         kept = staying(here.cpu(), self._starts, tokens.device)
@@ -80,14 +81,8 @@ class Passage:
             tokens, sequences = tokens[kept.rows], kept.sequences
         self.after(layer, tokens, sequences)
 
-    def joined(self, first: torch.Tensor) -> torch.Tensor:
-        if self.rows is None:
-            return first
-        all_rows = first.new_zeros(self._size, first.shape[1])
-        for _, rows, _, states in self.left:
-            all_rows[rows] = states
-        all_rows[self.rows] = first
-        return all_rows
+    def stayed(self) -> torch.Tensor | None:
+        return self.rows
 
     def exit_logits(self) -> torch.Tensor:
         """[ramps, B, C], where there is no criterion."""
@@ -99,11 +94,17 @@ class Passage:
         return None if wrong[0] is None else torch.stack(wrong)
 
     def answered(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last exit's logits [B, C] with those of the ramps in the rows that left; the layer of each row [B]."""
-        layers = torch.full((len(logits),), self.last, device=logits.device)
-        if self.left:
-            logits = logits.clone()
-        for layer, rows, own, _ in self.left:
-            logits[rows] = own.to(logits.dtype)
+        """The answers that were given, [B, C], and the layer of each row, int64 [B].
+
+        Args:
+            logits: of the model's own head: [B', C] of the rows that stayed, or [B, C] where it saw all.
+        """
+        if self.rows is None:
+            return logits, torch.full((len(logits),), self.last, device=logits.device)
+        answers = logits.new_empty(self._size, logits.shape[1])
+        layers = torch.full((self._size,), self.last, device=logits.device)
+        answers[self.rows] = logits if len(logits) == len(self.rows) else logits[self.rows]
+        for layer, rows, own in self.left:
+            answers[rows] = own.to(logits.dtype)
             layers[rows] = layer
-        return logits, layers
+        return answers, layers

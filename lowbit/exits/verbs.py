@@ -220,7 +220,19 @@ def _enter(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
         )
     if model.training:
         _quiet(model)
-    return args, {**kwargs, "exits": Passage(model, None if model.training else ramps.criterion)}
+    passage = Passage(model, None if model.training else ramps.criterion)
+    if passage.criterion is not None:  # the head sees some of the rows only, and is not to compare them with labels
+        args, kwargs, passage.labels = _without_labels(model, args, kwargs)
+    return args, {**kwargs, "exits": passage}
+
+
+def _without_labels(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Arguments of a call but for its labels, and these."""
+    if len(args) > 1:  # they may be among them
+        bound = inspect.signature(type(model).forward).bind(model, *args, **kwargs)
+        options = bound.arguments.pop("kwargs", {})
+        args, kwargs = (), {**{k: v for k, v in bound.arguments.items() if k != "self"}, **options}
+    return args, {k: v for k, v in kwargs.items() if k != "labels"}, kwargs.get("labels")
 
 
 def _quiet(model: PreTrainedModel) -> None:
@@ -236,32 +248,20 @@ def _answer(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
     passage = kwargs.get("exits")
     if not isinstance(passage, Passage):
         return output
-    if isinstance(output, tuple):
-        return _answer_tuple(model, passage, kwargs, output)
     if passage.criterion is None:
-        if passage.answers:
+        if passage.answers and not isinstance(output, tuple):
             output["exit_logits"] = passage.exit_logits()
             wrong = passage.exit_wrong()
             if wrong is not None:
                 output["exit_wrong"] = wrong
         return output
-    output["logits"], layers = passage.answered(output.logits)
-    if output.loss is not None and passage.left:
-        output["loss"] = task_loss(output.logits, _labels(model, args, kwargs), model.config.problem_type)
+    logits, layers = passage.answered(output[0])  # there is no loss before it
+    loss = None if passage.labels is None else task_loss(logits, passage.labels, model.config.problem_type)
+    if isinstance(output, tuple):  # return_dict=False
+        return (logits, *output[1:]) if loss is None else (loss, logits, *output[1:])
+    if loss is None:
+        output["logits"] = logits
+    else:
+        output = type(output)(**{**output, "loss": loss, "logits": logits})  # the loss comes first, as ever
     output.exit_layer = layers
     return output
-
-
-def _answer_tuple(model: PreTrainedModel, passage: Passage, kwargs: dict[str, Any], output: tuple[Any, ...]) -> Any:
-    """With `return_dict=False`: logits alone, and the loss of labels."""
-    if passage.criterion is None:
-        return output
-    labels = kwargs.get("labels")
-    logits, _ = passage.answered(output[0 if labels is None else 1])
-    if labels is None:
-        return logits, *output[1:]
-    return task_loss(logits, labels, model.config.problem_type), logits, *output[2:]
-
-
-def _labels(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    return inspect.signature(type(model).forward).bind_partial(model, *args, **kwargs).arguments["labels"]

@@ -214,6 +214,8 @@ class PackedLinear(Packed):
         """float [..., K] -> float [..., N] in x's dtype; ValueError for another K."""
         refuse_tracing()
         check_features(self, x)
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.numel():
+            return x.new_empty(*x.shape[:-1], self.out_features)  # a head that no sentence reached
         if self.input_quantizer is None:
             return nn.functional.linear(x, self.dequantize().to(x.dtype), self.bias)
         if self.joint is not None and self.joint.covers(self, x):

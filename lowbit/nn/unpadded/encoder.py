@@ -137,7 +137,7 @@ class UnpaddedEncoder(StandIn):
             exits: what is told the states behind layers, and says which sequences leave there; None: nothing.
 
         Returns:
-            transformers' output with last_hidden_state [B, S, H]; of a sequence that has left, as it left.
+            transformers' output with last_hidden_state [B, S, H]; [B', S, H] of the rows that stayed, where some left.
 
         Raises:
             ValueError: tokens are to be dropped, and something is asked for that needs them all, a row begins with
@@ -177,12 +177,14 @@ class UnpaddedEncoder(StandIn):
             run = self._run_modules if fast is None else fast  # not `fast or`: Dynamo of torch 2.11 cannot trace that
             more = () if exits is None else (exits,)  # graphs of `compile_for` take four arguments
             tokens = run(tokens, sequences, first_token_only, protected, *more)
-            if exits is not None and first_token_only:
-                tokens = exits.joined(tokens)
-        if first_token_only and len(tokens):
+        stayed = None if exits is None else exits.stayed()
+        if stayed is not None and first_token_only:
+            output = tokens.unsqueeze(1).expand(-1, *hidden_states.shape[1:])
+        elif first_token_only and len(tokens):
             output = with_first_tokens(tokens, sequences, places, hidden_states.shape)
         else:
             output = with_padding(tokens, places, hidden_states.shape)
+            output = output if stayed is None else output[stayed]
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=output)
 
     def _by_layer(
@@ -287,7 +289,7 @@ class UnpaddedEncoder(StandIn):
         for number, layer in enumerate(self.layer):
             kept = None if exits is None else exits.after(number, tokens, sequences)
             if kept is not None:
-                before, (tokens,) = tokens, gathered(kept, tokens)
+                before, tokens = tokens, tokens[kept.rows]
                 sequences, protected = after(before, kept, sequences, protected, survivors)
                 if not len(tokens):
                     break

@@ -33,8 +33,8 @@ class Exits(Protocol):
         """As `after`, where the encoder goes on with all sequences that there ever were."""
         ...
 
-    def joined(self, first: torch.Tensor) -> torch.Tensor:
-        """First tokens [B', H] of the sequences that stayed, and those of the others as they left: [B, H]."""
+    def stayed(self) -> torch.Tensor | None:
+        """int64 [B'], the rows of the batch that are still here; None: all."""
         ...
 
 
@@ -46,12 +46,13 @@ def staying(stay: torch.Tensor, host: torch.Tensor, device: torch.device) -> Kep
         host: int32 [B + 1], where the sequences lie; on the CPU.
         device: where the result is wanted.
     """
+    if not stay.any():
+        return Kept(torch.zeros(0, dtype=torch.long, device=device), Sequences(host[:1].to(device), 0, host[:1]))
     lengths = host.diff()
     rows = stay.repeat_interleave(lengths).nonzero().squeeze(1)
     left = lengths[stay]
     cu_seqlens = nn.functional.pad(left.cumsum(0, dtype=torch.int32), (1, 0))
-    longest = int(left.max()) if len(left) else 0
-    return Kept(rows.to(device), Sequences(cu_seqlens.to(device), longest, cu_seqlens))
+    return Kept(rows.to(device), Sequences(cu_seqlens.to(device), int(left.max()), cu_seqlens))
 
 
 class _Noted(nn.Module):

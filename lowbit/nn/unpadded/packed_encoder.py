@@ -202,7 +202,7 @@ class PackedEncoder(UnpaddedEncoder):
         while weights:
             kept = None if exits is None else exits.after(number, tokens, sequences)
             if kept is not None:
-                before, (tokens,) = tokens, gathered(kept, tokens)
+                before, tokens = tokens, tokens[kept.rows]
                 codes = None if codes is None else _gathered_codes(kept, codes)
                 kept = Kept(kept.rows, kept.sequences._replace(host=None))
                 sequences, protected = after(before, kept, sequences, protected, survivors)
