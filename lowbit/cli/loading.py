@@ -86,7 +86,7 @@ def load_classifier(checkpoint: str, labels: tuple[str, ...] | None = None) -> P
     from ..recipes.data import check_order, labels_of
 
     model = load_model(checkpoint)
-    if not type(model).__name__.endswith("ForSequenceClassification"):
+    if not type(model).__name__.endswith(("ForSequenceClassification", "WordClassifier")):
         raise ValueError(f"{checkpoint} is a {type(model).__name__}; accepted: a model ForSequenceClassification")
     own = labels_of(checkpoint, model.config)
     if labels is not None and len(own) != len(labels):

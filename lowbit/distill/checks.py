@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from .. import models
 from ..config import LowbitConfig
 from ..nn import UnpaddedEncoder
+from .columns import arguments, options
 from .objectives import Objective, sizes_of
 
 logger = logging.getLogger("lowbit")
@@ -24,6 +26,51 @@ def refuse_shared_parameters(student: nn.Module, teacher: nn.Module) -> None:
             raise ValueError(
                 f"student and teacher share the trainable parameter {name}; "
                 "give each its own: student = lowbit.prepare(copy.deepcopy(teacher), ...)"
+            )
+
+
+def check_models(
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    objectives: Sequence[Objective],
+    lifts_lengths: bool = False,
+) -> None:
+    """Raise ValueError where models cannot give what objectives compare; nothing is changed.
+
+    Args:
+        student: without adapters around it (`inside_peft`).
+        teacher: or None.
+        objectives: of all stages.
+        lifts_lengths: the student keeps all tokens where they are compared, though it drops some else.
+
+    Raises:
+        TypeError, ValueError: what does not fit, and what to pass instead.
+    """
+    pair = [model for model in (student, teacher) if model is not None]
+    if teacher is not None:
+        refuse_shared_parameters(student, teacher)
+        if any(getattr(objective, "view", None) is None for objective in objectives):
+            compare_vocabularies(student, teacher)  # a view may give each its own tokens
+    for objective in objectives:
+        if (check := getattr(objective, "check", None)) is not None:
+            check(student, teacher)
+    needs = {need for objective in objectives for need in objective.needs}
+    asked = options(needs)
+    for model in pair:
+        if "scores" in needs:
+            models.describe_attention(model, "AttentionScoreLoss")
+        if "qkv" in needs:
+            models.describe(model)  # refuses a model whose projections it does not know
+        if lacking := asked.keys() - arguments(model, {}, asked).keys():
+            raise ValueError(
+                f"{type(model).__name__}.forward does not take {', '.join(sorted(lacking))}, which the objectives "
+                "need; give it **kwargs and pass them on, or pass objectives that need less"
+            )
+        if asked and drops_tokens(model) and (model is teacher or not lifts_lengths):
+            raise ValueError(
+                f"{' and '.join(sorted(needs))} of all tokens are compared, and the "
+                f"{'teacher' if model is teacher else 'student'} drops tokens on the way; call "
+                "lowbit.set_length(model, None), or pass objectives=[LogitsLoss()]"
             )
 
 

@@ -13,6 +13,19 @@ from transformers import PreTrainedModel
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
+# What objectives need -> options of transformers' forward.
+OPTIONS = {
+    "hidden_states": ("output_hidden_states",),
+    "scores": ("output_attentions", "output_scores"),
+    "qkv": (),
+}
+
+
+def options(needs: Collection[str]) -> dict[str, bool]:
+    """Options of forward for what objectives need."""
+    return {option: True for need in OPTIONS if need in needs for option in OPTIONS[need]}
+
+
 def arguments(
     model: nn.Module,
     batch: Mapping[str, Any],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,17 +12,6 @@ from transformers import PreTrainedModel
 
 from .. import models
 from .checks import slimmed
-
-OPTIONS = {
-    "hidden_states": ("output_hidden_states",),
-    "scores": ("output_attentions", "output_scores"),
-    "qkv": (),
-}
-
-
-def options(needs: Collection[str]) -> dict[str, bool]:
-    """Options of forward for what objectives need."""
-    return {option: True for need in OPTIONS if need in needs for option in OPTIONS[need]}
 
 
 @contextlib.contextmanager

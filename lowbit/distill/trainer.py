@@ -16,10 +16,10 @@ from .. import models
 from ..files.records import read_json
 from ..nn.attention import NAME as LOWBIT_ATTENTION
 from . import parameters as of_objectives
-from .checks import check_prompt, compare_vocabularies, drops_tokens, inside_peft, refuse_shared_parameters, slimmed
-from .columns import arguments, parameters
+from .checks import check_models, check_prompt, inside_peft, slimmed
+from .columns import arguments, options, parameters
 from .objectives import AttentionScoreLoss, HiddenStateLoss, LogitsLoss, Objective, TaskLoss
-from .states import captured, of_kept_heads, options
+from .states import captured, of_kept_heads
 
 logger = logging.getLogger("lowbit")
 
@@ -169,33 +169,7 @@ class DistillationTrainer(Trainer):
         """Raise ValueError for whatever can be known before training; nothing is changed."""
         for _, objectives in self.stages:
             check_prompt(student, objectives)
-        student = inside_peft(student)
-        pair = [model for model in (student, self.teacher) if model is not None]
-        if self.teacher is not None:
-            refuse_shared_parameters(student, self.teacher)
-            if any(getattr(objective, "view", None) is None for objective in self._objectives):
-                compare_vocabularies(student, self.teacher)  # a view may give each its own tokens
-        for objective in self._objectives:
-            if (check := getattr(objective, "check", None)) is not None:
-                check(student, self.teacher)
-        needs = {need for objective in self._objectives for need in objective.needs}
-        asked = options(needs)
-        for model in pair:
-            if "scores" in needs:
-                models.describe_attention(model, "AttentionScoreLoss")
-            if "qkv" in needs:
-                models.describe(model)  # refuses a model whose projections it does not know
-            if lacking := asked.keys() - arguments(model, {}, asked).keys():
-                raise ValueError(
-                    f"{type(model).__name__}.forward does not take {', '.join(sorted(lacking))}, which the objectives "
-                    "need; give it **kwargs and pass them on, or pass objectives that need less"
-                )
-            if asked and drops_tokens(model) and (model is self.teacher or not self.lifts_lengths):
-                raise ValueError(
-                    f"{' and '.join(sorted(needs))} of all tokens are compared, and the "
-                    f"{'teacher' if model is self.teacher else 'student'} drops tokens on the way; call "
-                    "lowbit.set_length(model, None), or pass objectives=[LogitsLoss()]"
-                )
+        check_models(inside_peft(student), self.teacher, [*self._objectives], self.lifts_lengths)
 
     def _expose_scores(self, model: PreTrainedModel) -> None:
         if self._needs_scores:

@@ -20,6 +20,7 @@ class _OfThisRoom:
     """
 
     models: str
+    reads_pairs: bool  # token types say where the second text begins, and are needed
 
     @classmethod
     def from_dict(cls, *args: Any, **kwargs: Any) -> Any:
@@ -37,6 +38,7 @@ class DeformerConfig(_OfThisRoom, PreTrainedConfig):
 
     model_type = "deformer"
     models = "deformer"
+    reads_pairs = True
 
     separate_layers: int = 9
     passage_offset: int = 0
@@ -77,6 +79,10 @@ class WordClassifierConfig(_OfThisRoom, PreTrainedConfig):
 
     model_type = "word-classifier"
     models = "words"
+
+    @property
+    def reads_pairs(self) -> bool:  # type: ignore[override]
+        return self.pair
 
     encoder: str = "bilstm"
     vocab_size: int = 10000

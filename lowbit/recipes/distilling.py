@@ -6,26 +6,20 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 from transformers import DataCollatorForLanguageModeling, PreTrainedModel, TrainingArguments, set_seed
 
 import lowbit
 
-from ..data.masking import SeededByBatch
 from ..distill.generator import masked_lm_of
 from ..distill.students import Built
-from ..exits import freeze_backbone
 from ..files.atomic import write_text
 from . import RecipeError, map_search, parts, students
+from .checking import AFTER, check, give_exits, leave, quantizer
 from .recipe import Recipe, Stage
 from .sources import Source, masked_lm, source
 from .stages import Run, arguments, train, without_dropout
-
-QUANTIZED = {"ternary": lowbit.TernaryConfig, "binary": lowbit.BinaryConfig}
-# How a float student of a recipe is made a low-bit one afterwards (TernaryBERT).
-AFTER = Stage("", ("hidden", "scores", "logits"))
 
 
 def distil_by_recipe(run: Run, teacher: PreTrainedModel, recipe: Recipe, bits: str | None = None) -> str:
@@ -44,11 +38,9 @@ def distil_by_recipe(run: Run, teacher: PreTrainedModel, recipe: Recipe, bits: s
     Raises:
         RecipeError: bits that have no meaning for the recipe, or parts that do not fit these models.
     """
-    bits = bits or recipe.bits[0]
-    if bits not in recipe.bits:
-        raise RecipeError(f"recipe {recipe.name} trains {' and '.join(recipe.bits)} students, not {bits}")
+    bits = check(run, teacher, recipe, bits)
     _record(run, recipe, bits)
-    quantize = None if bits == "float" else partial(_quantized, config=QUANTIZED[bits]())
+    quantize = quantizer(bits)
     before = quantize if recipe.quantize == "before" else None
     if recipe.search is not None:
         low_bit = before is not None
@@ -78,10 +70,6 @@ def _record(run: Run, recipe: Recipe, bits: str) -> None:
     if begun and path.is_file() and path.read_text() != given:
         raise RecipeError(f"{path} is of another form of recipe {recipe.name}; choose another folder or delete it")
     write_text(path, given)
-
-
-def _quantized(model: PreTrainedModel, config: Any) -> PreTrainedModel:
-    return lowbit.prepare(model, config)
 
 
 def _student(
@@ -134,9 +122,9 @@ def _train(
     teacher: PreTrainedModel,
     low_bit: bool,
     callbacks: Sequence[Any] = (),
-    rows: Source | None = None,
+    rows: Callable[[str], Source] | None = None,
 ) -> PreTrainedModel:
-    """One stage of a student; `rows` are of one that reads other tokens than its teacher."""
+    """One stage of a student; `rows` gives the data of one that reads other tokens than its teacher."""
     set_seed(run.options.seed)  # of ramps and of what else is made here: the same when a stage begins again
     if stage.head == "masked_lm":
         return _general(run, name, recipe, stage, student, teacher)
@@ -144,18 +132,18 @@ def _train(
     if not stage.dropout:
         student = without_dropout(student)
     if stage.train != "all":
-        _give_exits(recipe, stage, student)
-    rows = rows or source(run, recipe, stage.data, teacher)
+        give_exits(recipe, stage, student)
+    given = source(run, recipe, stage.data, teacher) if rows is None else rows(stage.data)
     args = _arguments(run, name, stage, low_bit)
-    args.remove_unused_columns = not rows.keep_columns
+    args.remove_unused_columns = not given.keep_columns
     views: dict[str, Any] = {}
 
     def view(kind: str, fields: dict[str, Any]) -> Any:
         """The same one for objectives that say the same, so that it is run once a step."""
         key = f"{kind} {fields}"
         if key not in views:
-            given = (masked_lm(run, recipe, teacher), run.tokenizer) if kind == "masked_generator" else ()
-            views[key] = parts.make("view", kind, parts.VIEWS[kind], fields, *given)
+            its = (masked_lm(run, recipe, teacher), run.tokenizer) if kind == "masked_generator" else ()
+            views[key] = parts.make("view", kind, parts.VIEWS[kind], fields, *its)
         return views[key]
 
     try:
@@ -166,8 +154,8 @@ def _train(
             objectives=[parts.objective(each, view, usual) for each in stage.objectives],
             teacher_dropout=stage.teacher_dropout,
             callbacks=[*callbacks],
-            train_dataset=rows.rows,
-            data_collator=rows.collate,
+            train_dataset=given.rows,
+            data_collator=given.collate,
             processing_class=run.tokenizer,
         )
     except RecipeError:
@@ -176,7 +164,7 @@ def _train(
         raise RecipeError(f"stage {stage.name}: {error}") from error
     trained = train(run, name, trainer)
     if stage.train != "all":
-        lowbit.set_exit(trained.requires_grad_(True), parts.criterion(recipe.exits.get("criterion")))
+        leave(recipe, trained.requires_grad_(True))
     return trained
 
 
@@ -196,7 +184,7 @@ def _general(
             args=_arguments(run, name, stage, low_bit=False),
             objectives=[parts.objective(each) for each in stage.objectives],
             train_dataset=source(run, recipe, "text", teacher).rows,
-            data_collator=SeededByBatch(DataCollatorForLanguageModeling(run.tokenizer), run.options.seed),
+            data_collator=DataCollatorForLanguageModeling(run.tokenizer),
             processing_class=run.tokenizer,
         )
     except ValueError as error:
@@ -204,16 +192,6 @@ def _general(
     encoder = train(run, name, trainer).base_model.state_dict()
     student.base_model.load_state_dict(encoder, strict=False)  # a pooler is of the task
     return student.eval()
-
-
-def _give_exits(recipe: Recipe, stage: Stage, student: PreTrainedModel) -> None:
-    """Ramps, unless an earlier stage gave them; for their own stage all else is frozen."""
-    if not hasattr(student, "exits"):
-        fields = {key: value for key, value in recipe.exits.items() if key != "criterion"}
-        parts.make("exits", recipe.name, lowbit.add_exits, fields, student)
-    lowbit.set_exit(student, None)
-    if stage.train == "exits":
-        freeze_backbone(student)
 
 
 def _arguments(run: Run, name: str, stage: Stage, low_bit: bool) -> TrainingArguments:

@@ -11,12 +11,10 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 
 from ..distill.augment.hardest import divergence
 from ..distill.layer_maps import LayerMap
-from ..distill.map_search import Evolution, search_layer_map
-from . import RecipeError, parts
+from ..distill.map_search import search_layer_map
+from . import RecipeError, besides, parts
 from .recipe import Recipe
 from .stages import Run
-
-OWN = ("share", "examples")
 
 
 def with_map(recipe: Recipe, found: Any) -> Recipe:
@@ -55,17 +53,15 @@ def search(
     Raises:
         RecipeError: fewer training examples than are set apart.
     """
-    path, given = run.folder / "layer-map.json", dict(recipe.search)
+    path, (fields, how) = run.folder / "layer-map.json", besides.split_search(recipe.search or {})
     if path.is_file():
         return parts.layer_map(path)
-    share, examples = (given.pop(name, default) for name, default in zip(OWN, (0.1, 1000), strict=True))
-    rows = run.data["train"]
-    if examples >= len(rows):
-        raise RecipeError(f"search: examples={examples} of {len(rows)} training examples; give fewer")
+    rows, examples = run.data["train"], fields.examples
+    check_examples(run, recipe)
     seen, apart = rows.select(range(len(rows) - examples)), rows.select(range(len(rows) - examples, len(rows)))
     options = run.options
     changes = {
-        "steps": max(1, round(share * options.steps)),
+        "steps": max(1, round(fields.share * options.steps)),
         "save_steps": 0,
         "output_dir": str(run.folder / "map-search"),
     }
@@ -80,11 +76,17 @@ def search(
         proxy.folder.mkdir(exist_ok=True)
         return -_divergence(run, trained(proxy, with_map(recipe, candidate), student()), teacher, apart)
 
-    how = parts.make("search", recipe.name, Evolution, given)
     own, taught = (model.config.num_hidden_layers for model in (student().model, teacher))
     found = search_layer_map(own, taught, score, how, run.folder / "layer-map-search.json")
     found.save(path)
     return found
+
+
+def check_examples(run: Run, recipe: Recipe) -> None:
+    """RecipeError where a search sets apart as many examples as there are."""
+    examples, rows = besides.split_search(recipe.search or {})[0].examples, len(run.data["train"])
+    if examples >= rows:
+        raise RecipeError(f"search: examples={examples} of {rows} training examples; give fewer")
 
 
 @torch.inference_mode()

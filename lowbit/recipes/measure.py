@@ -63,6 +63,9 @@ def latencies(
         most = model.config.vocab_size
         ids = torch.randint(min(1000, most // 2), most, (batch_size, length), device=model.device)
         inputs[name] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(model.config, "reads_pairs", False):  # its second text is the second half
+            second = torch.arange(length, device=model.device) >= length // 2
+            inputs[name]["token_type_ids"] = second.long().expand_as(ids)
     for turn in range(repeats + 3):
         for name, model in models.items():
             begin = time.perf_counter()

@@ -21,6 +21,7 @@ from ..distill.students import Built, copies, deformer, mobile, rnn, squeeze, su
 from ..distill.students.both import OwnColumns
 from ..distill.views import On
 from . import RecipeError
+from . import fields as of_fields
 
 OBJECTIVES: dict[str, Callable[..., Any]] = {
     "hidden": objectives.HiddenStateLoss,
@@ -42,6 +43,7 @@ VIEWS: dict[str, Callable[..., Any]] = {
     "hardest_neighbour": HardestNeighbour,
     "own_columns": OwnColumns,
 }
+OF_LABELS = ("task", "exit_task", "exit_certainty")  # objectives that compare with them
 SEARCHED = "searched"  # a layer map that a search is to find
 OF_ON = ("alternate", "learning_rate")  # fields of a view's table that are `On`'s
 
@@ -71,7 +73,12 @@ STUDENTS: dict[str, Callable[..., Any]] = {
     "subwords": subwords.build,
 }
 OWN_TOKENS = ("bilstm", "cnn", "subwords")  # students that read other tokens than their teacher
-OF_RUN = ("size", "steps")  # of a student's vocabulary and of its own training: fields of a recipe alone
+# Fields of a recipe alone: of a student's vocabulary, and the share of the steps of its own training.
+OF_RUN: dict[str, dict[str, Any]] = {
+    "bilstm": {"size": 20000},
+    "cnn": {"size": 20000},
+    "subwords": {"size": 5000, "steps": 0.5},
+}
 
 
 def named(what: str, given: Any, table: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -114,15 +121,25 @@ def objective(given: Any, view: Callable[[str, dict[str, Any]], Any] | None = No
         del plain["map"]
     made = make("objective", name, OBJECTIVES[name], plain)
     try:
-        made = Scheduled(made, **schedules) if schedules else made
+        made = _scheduled(name, made, plain, schedules) if schedules else made
         if on is None:
             return made
         seen, of_view = named("view", on, VIEWS)
         own = {key: of_view.pop(key) for key in OF_ON if key in of_view}
-        check_fields("view", seen, VIEWS[seen], of_view)
+        of_fields.check(f"view {seen}", On, own)
+        check_fields("view", seen, VIEWS[seen], of_view, 2 if seen == "masked_generator" else 0)
         return made if view is None else On(view(seen, of_view), made, **own)
     except ValueError as error:
         raise error if isinstance(error, RecipeError) else RecipeError(f"objective {name}: {error}") from error
+
+
+def _scheduled(name: str, made: Any, plain: Mapping[str, Any], schedules: Mapping[str, Any]) -> Any:
+    """An objective whose fields follow schedules, which have to stay at values that it accepts."""
+    followed = Scheduled(made, **schedules)
+    for progress in (0.0, 0.5, 1.0):
+        values = {key: schedule(progress) for key, schedule in followed.schedules.items()}
+        make("objective", name, OBJECTIVES[name], {**plain, **values})
+    return followed
 
 
 def layer_map(path: Path) -> layer_maps.LayerMap:
@@ -138,11 +155,30 @@ def criterion(given: Any) -> Any:
     return make("criterion", name, CRITERIA[name], fields)
 
 
+def view_of(fields: Mapping[str, Any]) -> str | None:
+    """The name of an objective's view."""
+    return named("view", fields["view"], VIEWS)[0] if fields.get("view") is not None else None
+
+
+def is_searched(given: Any) -> bool:
+    """Whether an objective's layer map is one that a search finds."""
+    return named("objective", given, OBJECTIVES)[1].get("map") == SEARCHED
+
+
 def check_fields(what: str, name: str, part: Callable[..., Any], fields: Mapping[str, Any], skip: int = 0) -> None:
-    """RecipeError for fields that a part does not have; its first `skip` parameters are none of a recipe's."""
-    known = [*inspect.signature(part).parameters][skip:]
+    """RecipeError for fields that a part does not have, or of another type than its own.
+
+    Its first `skip` parameters are none of a recipe's.
+    """
+    known = parameters_of(part)[skip:]
     if unknown := fields.keys() - set(known):
-        raise RecipeError(f"{what} {name} has no {', '.join(sorted(unknown))}; it has {', '.join(known)}")
+        raise RecipeError(f"{what} {name} has no {', '.join(sorted(map(str, unknown)))}; it has {', '.join(known)}")
+    of_fields.check(f"{what} {name}", part, fields)
+
+
+def parameters_of(part: Callable[..., Any]) -> list[str]:
+    """Names of what a part takes."""
+    return [each.name for each in inspect.signature(part).parameters.values() if each.kind is not each.VAR_KEYWORD]
 
 
 def reads_own_tokens(given: Any) -> bool:
@@ -153,7 +189,21 @@ def reads_own_tokens(given: Any) -> bool:
 def check_student(given: Any) -> None:
     """RecipeError for a builder that there is not, or fields that it does not have."""
     name, fields = named("student", given, STUDENTS)
-    check_fields("student", name, STUDENTS[name], {key: fields[key] for key in fields if key not in OF_RUN}, 1)
+    of_run, fields = split_student(name, fields)
+    for key, value in of_run.items():
+        if not of_fields.fits(value, float if key == "steps" else int) or value <= 0:
+            raise RecipeError(
+                f"student {name}: {key}={value!r}; accepted: a {'number' if key == 'steps' else 'whole number'} above 0"
+            )
+    check_fields("student", name, STUDENTS[name], fields, {"subwords": 3, "bilstm": 2, "cnn": 2}.get(name, 1))
+
+
+def split_student(name: str, fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields that the run reads, and those of the builder."""
+    of_run = OF_RUN.get(name, {})
+    return {**of_run, **{key: fields[key] for key in of_run if key in fields}}, {
+        key: value for key, value in fields.items() if key not in of_run
+    }
 
 
 def student(given: Any, teacher: Any, quantize: Callable[[Any], Any] | None) -> Built:

@@ -11,14 +11,14 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedModel,
     Trainer,
+    set_seed,
 )
 
-from ..data.masking import SeededByBatch
 from ..data.tasks import tokenize
 from ..data.text import chunks, read_texts
 from ..distill import augment as methods
 from ..distill.generator import masked_lm_of
-from . import RecipeError, parts
+from . import RecipeError, besides, parts
 from .recipe import Recipe
 from .stages import Run, arguments, train
 
@@ -54,11 +54,7 @@ def source(run: Run, recipe: Recipe, data: str, teacher: PreTrainedModel) -> Sou
         return Source(chunks(corpus_of(run), run.tokenizer, run.task.max_length), padding)
     fields = dict(recipe.augment or {})
     if data == "augmented":
-        made = methods.augment(
-            texts, run.task.columns, _method(run, recipe, teacher), seed=run.options.seed, cache=run.folder / "augment"
-        )
-        made = made.remove_columns([name for name in made.column_names if name not in (*run.task.columns, "label")])
-        return Source(_tokenized(run, made), padding)
+        return Source(_tokenized(run, augmented(run, recipe, teacher)), padding)
     held = [text for split in run.task.validation for text in run.raw[split][run.task.columns[0]]]
     found = methods.add_neighbours(
         texts, run.task.columns[0], corpus_of(run), teacher.base_model, run.tokenizer, exclude=held,
@@ -66,6 +62,15 @@ def source(run: Run, recipe: Recipe, data: str, teacher: PreTrainedModel) -> Sou
     )  # fmt: skip
     rows = methods.with_candidates(_tokenized(run, texts), found["candidates"], run.tokenizer, run.task.max_length)
     return Source(rows, methods.CandidateCollator(run.tokenizer), keep_columns=True)
+
+
+def augmented(run: Run, recipe: Recipe, teacher: PreTrainedModel) -> Any:
+    """The training texts and what a recipe's method makes of them, with labels, not yet in tokens."""
+    made = methods.augment(
+        run.raw["train"], run.task.columns, _method(run, recipe, teacher), seed=run.options.seed,
+        cache=run.folder / "augment",
+    )  # fmt: skip
+    return made.remove_columns([name for name in made.column_names if name not in (*run.task.columns, "label")])
 
 
 def corpus_of(run: Run) -> list[str]:
@@ -107,13 +112,15 @@ def masked_lm(run: Run, recipe: Recipe, teacher: PreTrainedModel) -> PreTrainedM
     if isinstance(given, str):
         return AutoModelForMaskedLM.from_pretrained(given)
 
+    fields = besides.MaskedLMFields(**given)
+
     def build() -> PreTrainedModel:
-        args = arguments(
-            run, "masked-lm", round(given.get("share", 0.5) * run.options.steps), run.options.teacher_learning_rate
-        )
-        model = masked_lm_of(teacher, given.get("layers"))
+        set_seed(run.options.seed)  # its head is new
+        steps = round(fields.share * run.options.steps)
+        args = arguments(run, "masked-lm", steps, run.options.teacher_learning_rate)
+        model = masked_lm_of(teacher, fields.layers)
         rows = source(run, recipe, "text", teacher).rows
-        collate = SeededByBatch(DataCollatorForLanguageModeling(run.tokenizer), run.options.seed)
+        collate = DataCollatorForLanguageModeling(run.tokenizer)
         trainer = Trainer(
             model=model, args=args, train_dataset=rows, data_collator=collate, processing_class=run.tokenizer
         )

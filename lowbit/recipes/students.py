@@ -11,17 +11,17 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 from ..distill.students import Built, both, rnn, segmentation, subwords
 from . import RecipeError, parts
 from .recipe import Recipe
-from .sources import Source, corpus_of, masked_lm
+from .sources import Source, augmented, corpus_of, masked_lm
 from .stages import Run, arguments, reading, train
 
 
 @dataclass
 class Student:
-    """A built student, the run with its tokenizer, and what it is trained on instead of the run's own examples."""
+    """A built student, the run with its tokenizer, and what a stage's data are for one of other tokens."""
 
     built: Built
     run: Run
-    rows: Source | None = None
+    rows: Callable[[str], Source] | None = None
 
 
 def build(
@@ -35,6 +35,8 @@ def build(
     name, fields = parts.named("student", given, parts.STUDENTS)
     if name not in parts.OWN_TOKENS:
         return Student(parts.student(given, teacher, quantize), run)
+    from datasets import Value
+
     if run.raw is None:
         raise RecipeError(
             f"student {name} needs the texts, and the run has their tokens alone; pass raw=... to `start`"
@@ -42,19 +44,25 @@ def build(
     made, own = (_subwords if name == "subwords" else _words)(run, teacher, recipe, name, fields)
     if quantize is not None:
         made = replace(made, model=quantize(made.model))
-    columns = run.task.columns
-    rows = both.tokenize_for_both(
-        run.raw["train"], own.tokenizer, run.tokenizer, columns, max_length=run.task.max_length
-    )
-    return Student(made, own, Source(rows, both.PadBoth(own.tokenizer, run.tokenizer), keep_columns=True))
+
+    def rows(data: str) -> Source:
+        """Of both tokenizers; labels as `tokenize` has them, whole numbers or, of regression, any."""
+        texts = run.raw["train"] if data == "train" else augmented(run, recipe, teacher)
+        texts = texts.cast_column("label", Value("int64" if len(run.task.labels) > 1 else "float32"))
+        encoded = both.tokenize_for_both(
+            texts, own.tokenizer, run.tokenizer, run.task.columns, max_length=run.task.max_length
+        )
+        return Source(encoded, both.PadBoth(own.tokenizer, run.tokenizer), keep_columns=True)
+
+    return Student(made, own, rows)
 
 
 def _words(
     run: Run, teacher: PreTrainedModel, recipe: Recipe, name: str, fields: Mapping[str, Any]
 ) -> tuple[Built, Run]:
     """A BiLSTM or CNN over the training texts' words."""
-    fields = dict(fields)
-    tokenizer = rnn.word_tokenizer(corpus_of(run), fields.pop("size", 20000))
+    of_run, fields = parts.split_student(name, fields)
+    tokenizer = rnn.word_tokenizer(corpus_of(run), of_run["size"])
     given = {"encoder": name, "pair": len(run.task.columns) == 2, "seed": run.options.seed, **fields}
     return parts.make("student", name, rnn.build, given, teacher, tokenizer), reading(run, tokenizer)
 
@@ -63,15 +71,14 @@ def _subwords(
     run: Run, teacher: PreTrainedModel, recipe: Recipe, name: str, fields: Mapping[str, Any]
 ) -> tuple[Built, Run]:
     """A classifier on an encoder of few pieces, trained beside a masked language model of the teacher's first."""
-    fields = dict(fields)
-    size, share = fields.pop("size", 5000), fields.pop("steps", 0.5)
-    tokenizer = segmentation.learn_wordpiece(corpus_of(run), size)
+    of_run, fields = parts.split_student(name, fields)
+    tokenizer = segmentation.learn_wordpiece(corpus_of(run), of_run["size"])
     own = reading(run, tokenizer)
 
     def dual() -> PreTrainedModel:
         model = masked_lm(run, recipe, teacher)
         made = parts.make("student", name, subwords.build, fields, model, tokenizer, run.tokenizer)
-        args = arguments(run, "subwords", round(share * run.options.steps), run.options.teacher_learning_rate)
+        args = arguments(run, "subwords", round(of_run["steps"] * run.options.steps), run.options.teacher_learning_rate)
         args.remove_unused_columns, args.train_sampling_strategy = False, "random"  # rows are texts, without a length
         trainer = Trainer(
             model=made.model, args=args, train_dataset=[{"text": text} for text in corpus_of(run)],

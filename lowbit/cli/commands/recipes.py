@@ -23,7 +23,7 @@ def recipes(
 
     if name:
         found = recipe.load(name)
-        show(dataclasses.asdict(found), as_json, (recipe.CATALOGUE / f"{found.name}.yaml").read_text().rstrip())
+        show(dataclasses.asdict(found), as_json, recipe.path_of(name).read_text(encoding="utf-8").rstrip())
         return
     found_all = [recipe.load(each) for each in recipe.names()]
     widest = max(len(each.name) for each in found_all)

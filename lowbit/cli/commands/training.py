@@ -96,6 +96,8 @@ def distill(
     need_one_of(("--task", task), ("--train-file", train_file))
     if (train_file is None) != (validation_file is None):
         raise typer.BadParameter("--train-file and --validation-file go together")
+    if recipe is None and text_file is not None:
+        raise typer.BadParameter("--text-file is read by recipes only; see lowbit recipes")
     if recipe is None and bits == StudentBits.float:
         raise typer.BadParameter("--bits float needs a --recipe; see lowbit recipes")
     from ...recipes import require
@@ -107,6 +109,7 @@ def distill(
         from ...data.tasks import tokenize
         from ...recipes import recipe as recipes
         from ...recipes import stages
+        from ...recipes.checking import check
         from ...recipes.distilling import distil_by_recipe
         from ...recipes.measure import measure
         from .. import loading
@@ -132,8 +135,11 @@ def distill(
             files = {"train": str(train_file), "validation": str(validation_file)}
             given, data = load_files(files, text_column or (), label_column, names, max_length, max_train_samples)
         tokenizer = loading.load_tokenizer(model)
-        stages.load_teacher(options, given)  # refuses a model that is no teacher before OUT is written
-        run = stages.start(options, given, tokenize(data, tokenizer, given), tokenizer, raw=data)
+        untrained, _ = stages.load_teacher(options, given)  # refuses a model that is no teacher before OUT is written
+        tokens = tokenize(data, tokenizer, given)
+        if chosen:
+            check(stages.Run(options, given, tokens, tokenizer, raw=data), untrained, chosen, options.bits or None)
+        run = stages.start(options, given, tokens, tokenizer, raw=data)
         teacher = stages.teacher_stage(run)
         if chosen:
             packed = distil_by_recipe(run, teacher, chosen, options.bits or None)
