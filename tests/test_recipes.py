@@ -131,7 +131,9 @@ def test_a_binary_student_is_packed(taught: Taught, tmp_path: Path) -> None:
     assert student.config.quantization_config.weight_bits == 1
 
 
-@pytest.mark.parametrize("name", ["tinybert", "mate-kd", "elm", "theseus", "minimax-knn", "bilstm", "deebert"])
+@pytest.mark.parametrize(
+    "name", ["tinybert", "mate-kd", "elm", "theseus", "minimax-knn", "bilstm", "deebert", "distilbert"]
+)
 def test_a_run_that_was_interrupted_ends_in_the_same_bits(
     name: str, taught: Taught, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

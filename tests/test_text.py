@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import BertForMaskedLM, BertTokenizerFast, DataCollatorForLang
 
 from helpers import tiny_config, training_arguments
 from lowbit.data import sentiment
-from lowbit.data.masking import RareTokenCollator, count_tokens
+from lowbit.data.masking import RareTokenCollator, SeededByBatch, count_tokens
 from lowbit.data.text import chunks, read_texts, task_texts
 
 TEXTS = [row["sentence"] for row in sentiment.generate(80, False, 0)]
@@ -156,3 +157,19 @@ def test_a_language_model_learns_from_chunks(tokenizer, rare: bool, tmp_path: Pa
 def test_a_dataset_column_will_do_for_texts(tokenizer) -> None:
     data = Dataset.from_dict({"text": TEXTS})
     assert chunks(data["text"], tokenizer, 32)[:] == chunks(TEXTS, tokenizer, 32)[:]
+
+
+def test_masks_are_a_function_of_the_batch_and_draw_nothing(tokenizer: Any) -> None:
+    """So that batches which are made ahead of their step are the same after resuming."""
+    rows = [{"input_ids": [*range(5, 25)]}, {"input_ids": [*range(6, 26)]}]
+    collate = SeededByBatch(DataCollatorForLanguageModeling(tokenizer))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first, again = collate(rows), collate(rows)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert (first["labels"] != -100).any()
+    turned = collate(rows[::-1])  # in another batch a row has other masks
+    assert not torch.equal(turned["labels"].flip(0), first["labels"])
+    other = SeededByBatch(DataCollatorForLanguageModeling(tokenizer), seed=1)(rows)
+    assert not torch.equal(other["labels"], first["labels"])

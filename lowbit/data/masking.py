@@ -1,9 +1,10 @@
-"""Which tokens a masked language model has to predict: rare ones rather than frequent ones (DistilBERT)."""
+"""Which tokens a masked language model has to predict: the same after resuming; rare rather than frequent ones."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,29 @@ def count_tokens(rows: Iterable[Iterable[int]], vocabulary: int) -> torch.Tensor
     for row in rows:
         counts += np.bincount(np.asarray(row, np.int64), minlength=vocabulary)
     return torch.from_numpy(counts)
+
+
+@dataclass
+class SeededByBatch:
+    """A collator whose random choices are a function of the rows of its batch.
+
+    Batches are made ahead of their step, so that a run that is resumed would draw other masks than one left alone
+    (transformers 5.23, `DataCollatorForLanguageModeling`). Rows meet in other batches in each epoch, and
+    get other masks.
+
+    Args:
+        collate: draws from torch's global generator, which is put back.
+        seed: of all batches.
+    """
+
+    collate: Callable[[Sequence[Any]], Any]
+    seed: int = 0
+
+    def __call__(self, rows: Sequence[Any]) -> Any:
+        ids = np.concatenate([np.asarray(row["input_ids"], np.int64) for row in rows])
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(ids.tobytes(), self.seed))
+            return self.collate(rows)
 
 
 @dataclass

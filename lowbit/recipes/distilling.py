@@ -12,6 +12,7 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedModel, Train
 
 import lowbit
 
+from ..data.masking import SeededByBatch
 from ..distill.generator import masked_lm_of
 from ..distill.students import Built
 from ..files.atomic import write_text
@@ -184,7 +185,7 @@ def _general(
             args=_arguments(run, name, stage, low_bit=False),
             objectives=[parts.objective(each) for each in stage.objectives],
             train_dataset=source(run, recipe, "text", teacher).rows,
-            data_collator=DataCollatorForLanguageModeling(run.tokenizer),
+            data_collator=SeededByBatch(DataCollatorForLanguageModeling(run.tokenizer), run.options.seed),
             processing_class=run.tokenizer,
         )
     except ValueError as error:

@@ -14,6 +14,7 @@ from transformers import (
     set_seed,
 )
 
+from ..data.masking import SeededByBatch
 from ..data.tasks import tokenize
 from ..data.text import chunks, read_texts
 from ..distill import augment as methods
@@ -120,7 +121,7 @@ def masked_lm(run: Run, recipe: Recipe, teacher: PreTrainedModel) -> PreTrainedM
         args = arguments(run, "masked-lm", steps, run.options.teacher_learning_rate)
         model = masked_lm_of(teacher, fields.layers)
         rows = source(run, recipe, "text", teacher).rows
-        collate = DataCollatorForLanguageModeling(run.tokenizer)
+        collate = SeededByBatch(DataCollatorForLanguageModeling(run.tokenizer), run.options.seed)
         trainer = Trainer(
             model=model, args=args, train_dataset=rows, data_collator=collate, processing_class=run.tokenizer
         )
