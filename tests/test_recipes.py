@@ -139,7 +139,7 @@ def test_a_binary_student_is_packed(taught: Taught, tmp_path: Path) -> None:
 def test_a_run_that_was_interrupted_ends_in_the_same_bits(
     name: str, limit: int, taught: Taught, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Projections, adversaries, searches and replaced modules: killed in mid-stage, the first or second; begun again."""
+    """Projections, adversaries, searches and replaced modules: killed in the first stage or the second."""
     found = small(name)
     if name == "tinybert":  # with a projection
         stages_of = (dataclasses.replace(found.stages[0], objectives=({"hidden": {"project": "per_layer"}}, "scores")),)
