@@ -13,7 +13,7 @@ import yaml
 from transformers import AutoConfig, BertForSequenceClassification, Trainer
 from typer.testing import CliRunner
 
-from helpers import tiny_config, tiny_task
+from helpers import tiny_config, tiny_task, training_arguments
 from lowbit.cli.app import app
 from lowbit.data import sentiment
 from lowbit.recipes import RecipeError, fields, parts, recipe
@@ -238,3 +238,42 @@ def test_checking_a_recipe_leaves_the_teacher_and_random_numbers_as_they_are(tmp
     after = teacher.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert AutoConfig.from_pretrained(model).num_hidden_layers == teacher.config.num_hidden_layers
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+# Trainer goes on without those that end in .pt, but not with a half of one.
+FILES = ("model.safetensors", "trainer_state.json", "optimizer.pt", "scheduler.pt")
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"), [*((file, damaged) for file in FILES), *((file, Path.unlink) for file in FILES[:2])]
+)
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(file: str, damage: Any, tmp_path: Path) -> None:
+    """A process that is killed while it saves leaves one; the same command has to go on nevertheless."""
+    from lowbit.recipes.resuming import last_checkpoint
+
+    rows = [{"input_ids": [2, 7, 3], "attention_mask": [1, 1, 1], "labels": i % 2} for i in range(8)]
+    args = training_arguments(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=2)
+    model = BertForSequenceClassification(tiny_config())
+    Trainer(model=model, args=args, train_dataset=rows).train()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    damage(tmp_path / "checkpoint-4" / file)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    damage(tmp_path / "checkpoint-2" / file)
+    assert last_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("teacher/model.safetensors", "delete it to have it made again"), ("options.json", "options.json is damaged")],
+)
+def test_a_damaged_folder_of_a_run_is_one_clear_error(file: str, message: str, tmp_path: Path) -> None:
+    data, model = pairs(tmp_path, lambda i: i % 2)
+    options = ("--task", "mrpc", "--recipe", "kd")
+    assert distil(data, model, tmp_path / "out", *options).exit_code == 0
+    damaged(tmp_path / "out" / file)
+    result = distil(data, model, tmp_path / "out", *options)
+    assert result.exit_code == 1 and message in result.stderr.strip().splitlines()[-1]

@@ -132,15 +132,17 @@ def test_a_binary_student_is_packed(taught: Taught, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tinybert", "mate-kd", "elm", "theseus", "minimax-knn", "bilstm", "deebert", "distilbert"]
+    ("name", "limit"),
+    [(name, 7) for name in ("tinybert", "mate-kd", "elm", "theseus", "minimax-knn", "bilstm", "deebert", "distilbert")]
+    + [("tinybert", 11)],
 )
 def test_a_run_that_was_interrupted_ends_in_the_same_bits(
-    name: str, taught: Taught, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, limit: int, taught: Taught, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Projections, adversaries, searches and replaced modules: killed in mid-stage, and begun again."""
+    """Projections, adversaries, searches and replaced modules: killed in the first stage or the second."""
     found = small(name)
     if name == "tinybert":  # with a projection
-        stages_of = (dataclasses.replace(found.stages[0], objectives=({"hidden": {"project": "per_layer"}},)),)
+        stages_of = (dataclasses.replace(found.stages[0], objectives=({"hidden": {"project": "per_layer"}}, "scores")),)
         found = dataclasses.replace(found, stages=(*stages_of, *found.stages[1:]))
 
     def student(folder: Path) -> dict[str, torch.Tensor]:
@@ -149,7 +151,7 @@ def test_a_run_that_was_interrupted_ends_in_the_same_bits(
         return AutoModelForSequenceClassification.from_pretrained(folder / stage).state_dict()
 
     whole = student(tmp_path / "whole")
-    calls, limit = [], 7
+    calls: list[int] = []
     step = lowbit.DistillationTrainer.training_step
 
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:

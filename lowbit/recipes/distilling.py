@@ -138,6 +138,7 @@ def _train(
     args = _arguments(run, name, stage, low_bit)
     args.remove_unused_columns = not given.keep_columns
     views: dict[str, Any] = {}
+    attention = teacher.config._attn_implementation
 
     def view(kind: str, fields: dict[str, Any]) -> Any:
         """The same one for objectives that say the same, so that it is run once a step."""
@@ -163,7 +164,10 @@ def _train(
         raise
     except ValueError as error:
         raise RecipeError(f"stage {stage.name}: {error}") from error
-    trained = train(run, name, trainer)
+    try:
+        trained = train(run, name, trainer)
+    finally:  # another attention rounds otherwise, and a run that goes on from here would have this one
+        teacher.set_attn_implementation(attention)
     if stage.train != "all":
         leave(recipe, trained.requires_grad_(True))
     return trained

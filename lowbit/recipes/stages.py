@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -32,6 +33,7 @@ from ..data.tasks import Task, tokenize
 from ..files.atomic import write_text
 from . import RecipeError, log, require
 from .data import check_order, labels_of
+from .resuming import last_checkpoint
 
 NO_STAGES = ("output_dir", "keep")  # options that change nothing in the stages of a run
 
@@ -56,6 +58,9 @@ class Run:
         """The model of a finished stage from its folder; else build it, then save it under a temporary name.
 
         `auto` loads it, where it has another head than the others.
+
+        Raises:
+            RecipeError: a folder that cannot be loaded.
         """
         folder = self.folder / name
         if not folder.is_dir():
@@ -66,7 +71,10 @@ class Run:
             self.tokenizer.save_pretrained(unfinished)
             unfinished.rename(folder)
             shutil.rmtree(self.folder / f"{name}-checkpoints", ignore_errors=True)
-        return (auto or self.auto).from_pretrained(folder)
+        try:
+            return (auto or self.auto).from_pretrained(folder)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise RecipeError(f"{folder} cannot be loaded ({error}); delete it to have it made again") from error
 
     def record(self, name: str, **values: Any) -> None:
         """Add to results.json (kept from earlier runs of this folder)."""
@@ -80,13 +88,17 @@ def start(options: Any, task: Any, data: Any, tokenizer: PreTrainedTokenizerBase
     """Prepare the output folder, and record the options there.
 
     Raises:
-        RecipeError: the folder holds a run with other options.
+        RecipeError: the folder holds a run with other options, or its options cannot be read.
     """
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path, wanted = folder / "options.json", {k: v for k, v in asdict(options).items() if k not in NO_STAGES}
     if path.is_file():
-        recorded = _defaults(options) | json.loads(path.read_text())  # options that are newer than the run
+        try:
+            read = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise RecipeError(f"{path} is damaged ({error}); choose another folder or delete it") from error
+        recorded = _defaults(options) | read  # options that are newer than the run
         recorded = {k: v for k, v in recorded.items() if k not in NO_STAGES}
         if recorded != wanted:
             names = sorted(key for key in recorded.keys() | wanted.keys() if recorded.get(key) != wanted.get(key))
@@ -145,11 +157,10 @@ def train(run: Run, name: str, trainer: Trainer) -> PreTrainedModel:
     """Train, from the stage's last checkpoint if there is one; records seconds per step. 0 steps leave the model."""
     if trainer.args.max_steps == 0:
         return trainer.model.eval()
-    checkpoints = Path(trainer.args.output_dir)
-    resume = checkpoints.is_dir() and any(checkpoints.glob("checkpoint-*"))
+    resume = last_checkpoint(Path(trainer.args.output_dir))
     start_step = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume or None)
-    if not resume:
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    if resume is None:
         run.record(name, seconds_per_step=round((time.perf_counter() - start_step) / trainer.args.max_steps, 4))
     return trainer.model.eval()
 
