@@ -46,6 +46,13 @@ def rows(count: int = 8) -> list[dict[str, str]]:
     return [{"text": text} for text in TEXTS[:count]]
 
 
+def test_the_same_texts_give_the_same_vocabulary() -> None:
+    """A run that goes on learns it again; pairs of pieces that are as frequent must be joined in one order."""
+    texts = [" ".join(a + b + c for c in "aeiou") for a in "bcdfgh" for b in "lmnrst" for _ in range(3)]
+    found = [segmentation.learn_wordpiece(texts, 60).get_vocab() for _ in range(5)]
+    assert all(each == found[0] for each in found) and len(found[0]) == 60
+
+
 def test_a_learned_vocabulary_is_berts_tokenizer(tokenizers: tuple[Any, Any], tmp_path: Path) -> None:
     own, taught = tokenizers
     assert len(own) <= 90 < len(taught) and own.mask_token_id != own.unk_token_id

@@ -22,6 +22,9 @@ from .recipe import Recipe, Stage
 from .sources import Source, masked_lm, source
 from .stages import Run, arguments, train, without_dropout
 
+# What a recipe makes before its stages, under names that are not its own.
+MADE_BEFORE = ("masked-lm", "subwords", *(f"{name}-tokenizer" for name in parts.OWN_TOKENS), map_search.SCORES)
+
 
 def distil_by_recipe(run: Run, teacher: PreTrainedModel, recipe: Recipe, bits: str | None = None) -> str:
     """Train the student of a recipe.
@@ -68,6 +71,7 @@ def _record(run: Run, recipe: Recipe, bits: str) -> None:
     """Write the recipe beside its stages; RecipeError where these are of another form of it."""
     path, given = run.folder / f"{recipe.name}-{bits}.json", json.dumps(asdict(recipe), indent=2)
     begun = any([*run.folder.glob(f"{recipe.name}-*/config.json"), *run.folder.glob(f"{recipe.name}-*/checkpoint-*")])
+    begun |= any((run.folder / name).exists() for name in MADE_BEFORE)
     if begun and path.is_file() and path.read_text() != given:
         raise RecipeError(f"{path} is of another form of recipe {recipe.name}; choose another folder or delete it")
     write_text(path, given)

@@ -16,6 +16,8 @@ from . import RecipeError, besides, parts
 from .recipe import Recipe
 from .stages import Run
 
+SCORES = "layer-map-search.json"  # of candidates, in the run's folder
+
 
 def with_map(recipe: Recipe, found: Any) -> Recipe:
     """The recipe with a layer map in all places that say `map: searched`."""
@@ -77,7 +79,7 @@ def search(
         return -_divergence(run, trained(proxy, with_map(recipe, candidate), student()), teacher, apart)
 
     own, taught = (model.config.num_hidden_layers for model in (student().model, teacher))
-    found = search_layer_map(own, taught, score, how, run.folder / "layer-map-search.json")
+    found = search_layer_map(own, taught, score, how, run.folder / SCORES)
     found.save(path)
     return found
 

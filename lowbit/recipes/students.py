@@ -6,7 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedModel, Trainer
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+)
 
 from ..distill.students import Built, both, rnn, segmentation, subwords
 from . import RecipeError, parts
@@ -57,12 +64,21 @@ def build(
     return Student(made, own, rows)
 
 
+def _kept(run: Run, name: str, learn: Callable[[], PreTrainedTokenizerBase]) -> PreTrainedTokenizerBase:
+    """A student's tokenizer from its folder of the run; else it is learned. A run that goes on must read the same."""
+    folder, unfinished = run.folder / f"{name}-tokenizer", run.folder / f".{name}-tokenizer"
+    if not folder.is_dir():
+        learn().save_pretrained(unfinished)
+        unfinished.rename(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
 def _words(
     run: Run, teacher: PreTrainedModel, recipe: Recipe, name: str, fields: Mapping[str, Any]
 ) -> tuple[Built, Run]:
     """A BiLSTM or CNN over the training texts' words."""
     of_run, fields = parts.split_student(name, fields)
-    tokenizer = rnn.word_tokenizer(corpus_of(run), of_run["size"])
+    tokenizer = _kept(run, name, lambda: rnn.word_tokenizer(corpus_of(run), of_run["size"]))
     given = {"encoder": name, "pair": len(run.task.columns) == 2, "seed": run.options.seed, **fields}
     return parts.make("student", name, rnn.build, given, teacher, tokenizer), reading(run, tokenizer)
 
@@ -72,7 +88,7 @@ def _subwords(
 ) -> tuple[Built, Run]:
     """A classifier on an encoder of few pieces, trained beside a masked language model of the teacher's first."""
     of_run, fields = parts.split_student(name, fields)
-    tokenizer = segmentation.learn_wordpiece(corpus_of(run), of_run["size"])
+    tokenizer = _kept(run, name, lambda: segmentation.learn_wordpiece(corpus_of(run), of_run["size"]))
     own = reading(run, tokenizer)
 
     def dual() -> PreTrainedModel:

@@ -9,6 +9,7 @@ The collator draws nothing: batches are made ahead of their step, and a run that
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +26,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 def learn_wordpiece(
     texts: Iterable[str], size: int = 5000, lowercase: bool = True, min_frequency: int = 2
 ) -> BertTokenizerFast:
-    """BERT's tokenizer with a vocabulary of at most `size` pieces, learned on some texts.
+    """BERT's tokenizer with a vocabulary of at most `size` pieces, learned on some texts: of the same ones the same.
 
     Args:
         texts: the training texts.
@@ -39,8 +40,16 @@ def learn_wordpiece(
     if size <= len(SPECIAL):
         raise ValueError(f"size={size}; accepted: more than the {len(SPECIAL)} special tokens")
     learner = BertWordPieceTokenizer(lowercase=lowercase)
+    texts = [*texts]
+    inside = _inside(texts, learner)
+    # Pieces inside of words are numbered as a hash table has the words, anew each time, and pairs that are as frequent
+    # are joined by their numbers: unless they have numbers before.
     learner.train_from_iterator(
-        iter(texts), vocab_size=size, min_frequency=min_frequency, special_tokens=[*SPECIAL], show_progress=False
+        iter(texts),
+        vocab_size=size,
+        min_frequency=min_frequency,
+        special_tokens=[*SPECIAL, *(f"##{letter}" for letter in inside)],
+        show_progress=False,
     )
     vocabulary = sorted(learner.get_vocab(), key=learner.get_vocab().__getitem__)
     if len(vocabulary) <= len(SPECIAL):
@@ -48,6 +57,15 @@ def learn_wordpiece(
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "vocab.txt").write_text("\n".join(vocabulary[:size]), encoding="utf-8")
         return BertTokenizerFast.from_pretrained(folder, do_lower_case=lowercase)
+
+
+def _inside(texts: Iterable[str], learner: BertWordPieceTokenizer, limit: int = 1000) -> list[str]:
+    """Letters that stand inside of words, sorted; of more than `limit`, the trainer's own limit, the most frequent."""
+    found: Counter[str] = Counter()
+    for text in texts:
+        for word, _ in learner.pre_tokenizer.pre_tokenize_str(learner.normalizer.normalize_str(text)):
+            found.update(word[1:])
+    return sorted(sorted(found, key=lambda letter: (-found[letter], letter))[:limit])
 
 
 @dataclass
