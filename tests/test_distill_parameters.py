@@ -285,6 +285,9 @@ def test_views_that_cannot_work_are_refused(tmp_path: Path) -> None:
     other = On(MaskedGenerator(BertForMaskedLM(tiny_config(vocab_size=90)), tokenizer), LogitsLoss())
     with pytest.raises(ValueError, match="the generator has 90 tokens"):
         trainer(tmp_path, tiny(), tiny(), [other])
+    trained = On(MaskedGenerator(model, tokenizer), LogitsLoss(), alternate=(1, 1))
+    with pytest.raises(ValueError, match="set gradient_checkpointing=False"):
+        trainer(tmp_path, tiny(), tiny(), [trained], gradient_checkpointing=True)
 
 
 def test_a_teacher_may_keep_its_dropout(tmp_path: Path) -> None:

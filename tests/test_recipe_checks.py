@@ -172,6 +172,18 @@ def test_students_that_read_pairs_are_measured_evaluated_and_timed(name: str, ta
     assert timed.exit_code == 0, timed.output
 
 
+def test_a_student_of_words_learns_from_augmented_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, model = pairs(tmp_path, lambda i: i % 2)
+    seen: list[int] = []
+    train = Trainer.train
+    monkeypatch.setattr(Trainer, "train", lambda self, **k: (seen.append(len(self.train_dataset)), train(self, **k))[1])
+    path, stages = tmp_path / "own.yaml", stage(data="augmented", objectives=["logits"])
+    path.write_text(yaml.safe_dump(with_(GOOD, student="cnn", stages=stages, augment={"rules": {"copies": 3}})))
+    result = distil(data, model, tmp_path / "out", "--task", "mrpc", "--recipe", str(path))
+    assert result.exit_code == 0, result.output
+    assert seen[0] == 32 < seen[1]  # the teacher's, the student's
+
+
 @pytest.mark.parametrize(
     ("task", "name", "options", "message"),
     [

@@ -57,10 +57,10 @@ class DistillationTrainer(Trainer):
 
     Raises:
         ValueError: no teacher, one that shares trainable parameters with the student, both or ill-ordered `objectives`
-            and `stages`, a stage without objectives, label smoothing, reentrant checkpointing with scores, a model
-            that cannot give what an objective needs, tokens of a trained prompt to compare with the teacher's, a
-            student with more token ids than the teacher, or what the objectives of any stage refuse (another hidden
-            size, layers that do not divide the teacher's, ...).
+            and `stages`, a stage without objectives, label smoothing, reentrant checkpointing with scores, any with a
+            view that is trained, a model that cannot give what an objective needs, tokens of a trained prompt to
+            compare with the teacher's, a student with more token ids than the teacher, or what the objectives of any
+            stage refuse (another hidden size, layers that do not divide the teacher's, ...).
     """
 
     # Losses are per-batch means, so Trainer must divide them by the accumulation steps; it would not for models that
@@ -100,6 +100,11 @@ class DistillationTrainer(Trainer):
             raise ValueError("label_smoothing_factor smooths labels, which distillation does not train on; set it to 0")
         if self._needs_scores and self._reentrant:
             raise ValueError("attention scores get no gradient under use_reentrant=True; set it to False")
+        if self.args.gradient_checkpointing and any(getattr(each, "alternate", None) for each in self._objectives):
+            raise ValueError(
+                "a view that is trained against the student (alternate) freezes it for a forward pass, which gradient "
+                "checkpointing runs again when it is not; set gradient_checkpointing=False"
+            )
         self.model_accepts_loss_kwargs = False
         student = self.accelerator.unwrap_model(self.model)
         if self.model_init is None:  # else it was checked when it was made
