@@ -90,3 +90,14 @@ def logging_as_before() -> Iterator[None]:
     logger.propagate, logger.handlers = propagate, handlers
     transformers.logging.set_verbosity(verbosity)
     transformers.logging.enable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """Programs that a test runs inside of its process set variables, which later tests would hand on to theirs."""
+    before = dict(os.environ)
+    yield
+    own = {"PYTEST_CURRENT_TEST": os.environ["PYTEST_CURRENT_TEST"]}  # another one now
+    if {**os.environ, **own} != {**before, **own}:
+        os.environ.clear()
+        os.environ.update({**before, **own})
