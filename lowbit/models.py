@@ -112,10 +112,16 @@ def describe(model: PreTrainedModel) -> Architecture:
     return ARCHITECTURES[model.config.model_type]
 
 
-def runner(model: PreTrainedModel) -> nn.Module:
-    """The module that runs the layers, of a model that `describe` took: without looking again, for every call."""
+def runner(model: PreTrainedModel) -> Any:
+    """The module that runs the layers, of a model that `describe` took: without looking again, for every call.
+
+    None where it is there no more: the base model was given another name since.
+    """
     path = ARCHITECTURES[model.config.model_type].layers.rpartition(".")[0]
-    return model.base_model.get_submodule(path)
+    try:
+        return model.base_model.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def describe_attention(model: PreTrainedModel, verb: str, bias: bool = False) -> Architecture:

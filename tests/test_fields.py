@@ -151,9 +151,16 @@ def test_another_name_of_a_field_may_say_the_same(saved: dict[str, Path], tmp_pa
 
 def test_a_field_that_is_newer_than_the_checkpoint_may_say_its_default() -> None:
     values = {"hidden_size": 64}
-    assert first_that_matters(BertConfig, {**values, "hidden_act": "gelu", "note": 1}, ["hidden_act", "note"]) is None
     assert (
-        first_that_matters(BertConfig, {**values, "hidden_act": "relu", "note": 1}, ["hidden_act", "note"])
+        first_that_matters(
+            BertConfig, {**values, "hidden_act": "gelu", "remark_of_mine": 1}, ["hidden_act", "remark_of_mine"]
+        )
+        is None
+    )
+    assert (
+        first_that_matters(
+            BertConfig, {**values, "hidden_act": "relu", "remark_of_mine": 1}, ["hidden_act", "remark_of_mine"]
+        )
         == "hidden_act"
     )
 

@@ -19,8 +19,8 @@ from typing import Any
 
 _SHARED = ("*.py", "distributed/*.py", "integrations/**/*.py", "loss/*.py", "models/auto/*.py", "quantizers/*.py",
            "utils/*.py")  # fmt: skip
-_OWN = ("*.py", "deploy/*.py", "distill/*.py", "elastic/*.py", "exits/*.py", "files/*.py", "length/*.py", "nn/**/*.py",
-        "stages/*.py")  # fmt: skip
+_OWN = ("*.py", "deploy/*.py", "distill/**/*.py", "elastic/*.py", "exits/*.py", "files/*.py", "length/*.py",
+        "modeling/*.py", "nn/**/*.py", "stages/*.py")  # fmt: skip
 # They read no configuration of a model, or nothing of it that a loaded model computes with.
 _OTHERS = re.compile(
     r"audio|auto_docstring|convert|dummy|feature_extraction|hf_argparser|image|modelcard|notebook|processing|"
