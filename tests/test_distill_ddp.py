@@ -25,6 +25,8 @@ from transformers import (
 import lowbit
 from helpers import batch, end_of_process, outputs, tiny
 from lowbit import AttentionScoreLoss, HiddenStateLoss, LogitsLoss, card
+from lowbit.distill.students import theseus
+from lowbit.exits import ExitLogitsLoss, ExitTaskLoss
 
 SCHEDULES = {
     "joint": [(1.0, [HiddenStateLoss(), AttentionScoreLoss(), LogitsLoss()])],
@@ -33,6 +35,10 @@ SCHEDULES = {
     "slimmed": [(1.0, [HiddenStateLoss(), AttentionScoreLoss(), LogitsLoss()])],
     # Parameters that DistributedDataParallel does not know of.
     "projected": [(1.0, [HiddenStateLoss(project="per_layer"), LogitsLoss()])],
+    # Ramps, which the model's own hooks let answer, inside DistributedDataParallel's forward.
+    "exits": [(0.5, [ExitTaskLoss()]), (1.0, [ExitLogitsLoss()])],
+    # Parts of the model that a step may not use: ranks draw the same, as all have one seed.
+    "theseus": [(1.0, [LogitsLoss()])],
     # A DistilBERT: the teacher alone reads token types.
     "other columns": [(1.0, [HiddenStateLoss(), AttentionScoreLoss(), LogitsLoss()])],
 }
@@ -66,7 +72,12 @@ def train(folder: Path, processes: int) -> tuple[dict[str, list[dict[str, float]
         torch.manual_seed(7)
         student = prepared(pair=name == "two stages", slimmed=name == "slimmed")
         student = distilbert() if name == "other columns" else student
+        student = lowbit.add_exits(student) if name == "exits" else student
         teacher = tiny(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        callbacks: Any = ()
+        if name == "theseus":
+            built = theseus.build(teacher, successor=student, start=0.5, slope=0.0, until=3, train="all")
+            student, callbacks = built.model.train(), built.callbacks
         seen: list[torch.Tensor | None] = []
         teacher.register_forward_pre_hook(
             lambda _module, _args, kwargs, seen=seen: seen.append(kwargs.get("token_type_ids")), with_kwargs=True
@@ -95,7 +106,7 @@ def train(folder: Path, processes: int) -> tuple[dict[str, list[dict[str, float]
             per_device_train_batch_size=8 // processes,
         )
         trainer = lowbit.DistillationTrainer(
-            model=student, teacher=teacher, args=args, train_dataset=data, stages=stages
+            model=student, teacher=teacher, args=args, train_dataset=data, stages=stages, callbacks=[*callbacks]
         )
         assert args.world_size == processes
         for key, value in trainer.parametrised.state_dict().items():

@@ -196,6 +196,9 @@ def test_a_student_of_words_learns_from_augmented_texts(tmp_path: Path, monkeypa
         ("mrpc", "seven.yaml", (), "student layers: layers=7"),
         ("mrpc", "words.yaml", (), "student bilstm reads other tokens"),
         ("mrpc", "unmasked.yaml", (), "has no mask token"),
+        ("mrpc", "minilm-v1", ("--text-file", "short.txt"), "reads text without labels: 1 texts have 2 tokens"),
+        ("mrpc", "distilbert", ("--text-file", "short.txt"), "fewer than the 126 of one row"),
+        ("mrpc", "mate-kd", ("--text-file", "short.txt"), "fewer than the 126 of one row"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_teacher_is_trained(
@@ -212,6 +215,7 @@ def test_what_does_not_fit_is_said_before_the_teacher_is_trained(
     }
     for file, table in own.items():
         Path(file).write_text(yaml.safe_dump(table))
+    Path("short.txt").write_text("two words")
     data, model = pairs(tmp_path, lambda i: i % 2)
     if name == "unmasked.yaml":
         config = json.loads((model / "tokenizer_config.json").read_text())

@@ -14,14 +14,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertForSequenceClassification,
     BertTokenizerFast,
+    DataCollatorWithPadding,
     Trainer,
     TrainingArguments,
 )
 
+import lowbit
 from helpers import tiny_config
 from lowbit.data import sentiment
 from lowbit.data.tasks import get_task, load_task, tokenize
-from lowbit.recipes import RecipeError, recipe, stages
+from lowbit.exits import exit_scores
+from lowbit.recipes import RecipeError, parts, recipe, stages
 from lowbit.recipes.checking import check
 from lowbit.recipes.distilling import distil_by_recipe
 from lowbit.recipes.measure import as_read, evaluate
@@ -35,7 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "minilm-v2": {"student": {"random": {"layers": 3, "hidden": 36, "heads": 12, "intermediate": 72}}},
     "weight-squeezing": {"student": {"squeeze": {"layers": 3, "hidden": 36, "heads": 12, "intermediate": 72}}},
 }
-STEPS = {"bilstm": 100, "cnn": 100, "subwords": 200, "tinybert-narrow": 200, "minilm-v2": 150}
+STEPS = {"bilstm": 100, "cnn": 100, "subwords": 200, "tinybert-narrow": 200, "minilm-v2": 150, "distilbert": 120}
 
 
 @dataclasses.dataclass
@@ -99,14 +102,55 @@ def test_the_teacher_has_learned(taught: Taught, tmp_path: Path) -> None:
     assert evaluate(taught.run(tmp_path), model)["accuracy"] > 85
 
 
+@torch.inference_mode()
+def loss(run: stages.Run, model: Any) -> float:
+    """Mean cross-entropy of a model's answers, of the worst of its ramps where it has some, on the validation rows."""
+    rows = run.data["validation"]
+    batch = dict(DataCollatorWithPadding(run.tokenizer)([rows[i] for i in range(len(rows))]))
+    if getattr(model, "exits", None) is None:
+        logits = model.eval()(**batch).logits[None]
+    else:
+        logits = exit_scores(model, [batch]).logits[:-1]
+    return max(float(torch.nn.functional.cross_entropy(each, batch["labels"])) for each in logits)
+
+
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Students begin with a head that knows nothing: of this task even a teacher's first layers know all."""
+    build = parts.student
+
+    def student(*given: Any) -> Any:
+        built = build(*given)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            torch.nn.init.normal_(built.model.classifier.weight, std=0.02)
+        return built
+
+    monkeypatch.setattr(parts, "student", student)
+
+
+def begun(teacher: Any, found: recipe.Recipe) -> Any:
+    """The student as it is before any training."""
+    model = parts.student(found.student, teacher, None).model
+    if found.exits is not None:
+        torch.manual_seed(0)
+        lowbit.add_exits(model, found.exits["kind"])
+    return model
+
+
 @pytest.mark.parametrize("name", recipe.names())
-def test_a_recipe_learns_and_its_student_loads(name: str, taught: Taught, tmp_path: Path) -> None:
-    """The float student, from the folder that the run gives, knows what its teacher knows."""
+def test_a_recipe_learns_and_its_student_loads(
+    name: str, taught: Taught, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The student, from the folder that the run gives, knows what its teacher knows, and did not before."""
     run, found = taught.run(tmp_path, steps=STEPS.get(name, 48)), small(name)
     teacher = stages.teacher_stage(run)
+    forgetful(monkeypatch)
+    words = parts.reads_own_tokens(found.student)  # their weights are random before
+    first = None if words else loss(run, begun(teacher, found))
     stage = distil_by_recipe(run, teacher, found, "float")
     student, own = AutoModelForSequenceClassification.from_pretrained(tmp_path / stage), as_read(run, stage)
     assert evaluate(own, student)["accuracy"] > 75  # of a teacher's 91; half of the labels are positive
+    assert first is None or loss(own, student) < 0.9 * first
     own_names = {key for key in student.state_dict() if "projections" in key or "generator" in key}
     assert not own_names  # what objectives train is not in the student's file
 

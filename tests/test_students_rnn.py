@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bert
 import lowbit
 from helpers import tiny, training_arguments
 from lowbit.data import sentiment
+from lowbit.distill.augment import Rules
 from lowbit.distill.augment.vectors import vectors_of
 from lowbit.distill.students import both, rnn
 from lowbit.distill.views import On
@@ -108,6 +109,7 @@ def test_words_are_the_tokens(tmp_path: Path) -> None:
     tokenizer = rnn.word_tokenizer(TEXTS, size=8)
     assert len(tokenizer) == 8 and tokenizer.pad_token_id == 0
     assert tokenizer.tokenize("IS zebra ,") == ["is", "[UNK]", ","]
+    assert tokenizer.tokenize("is [MASK],") == ["is", Rules().mask_word, ","]  # one word, as augmentation writes it
     pair = tokenizer("a film", "joy")
     assert pair["token_type_ids"] == [0, 0, 1] and len(pair["input_ids"]) == 3
     tokenizer.save_pretrained(tmp_path)
@@ -115,8 +117,8 @@ def test_words_are_the_tokens(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again("A film", "joy", return_tensors="pt")["input_ids"].tolist() == [pair["input_ids"]]
-    with pytest.raises(ValueError, match="size=2"):
-        rnn.word_tokenizer(TEXTS, size=2)
+    with pytest.raises(ValueError, match="size=3"):
+        rnn.word_tokenizer(TEXTS, size=3)
     with pytest.raises(ValueError, match="no word"):
         rnn.word_tokenizer([])
 

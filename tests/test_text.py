@@ -72,7 +72,7 @@ def test_chunks_hold_all_tokens_in_order(tokenizer, length: int, count: int) -> 
         stream += [*tokenizer.convert_tokens_to_ids(tokenizer.tokenize(text)), tokenizer.sep_token_id]
     stream.pop()
     if len(stream) < length - 2:
-        with pytest.raises(ValueError, match=f"have {len(stream)} tokens, fewer than one row of {length}"):
+        with pytest.raises(ValueError, match=f"have {len(stream)} tokens, fewer than the {length - 2} of one row"):
             chunks(texts, tokenizer, length)
         return
     data = chunks(texts, tokenizer, length)

@@ -67,6 +67,7 @@ class Checkpoint:
     stage: str
     config: dict[str, Any] | None
     length_config: dict[str, Any] | None
+    exit_config: dict[str, Any] | None
     bytes: int
     checksums: int
     damaged: tuple[str, ...]
@@ -117,6 +118,7 @@ def read(folder: Path) -> Checkpoint:
         stage=stage,
         config=quantization,
         length_config=config.get("length_config"),
+        exit_config=config.get("exit_config"),
         bytes=sum(file.stat().st_size for file in files),
         checksums=checked,
         damaged=tuple(damaged),

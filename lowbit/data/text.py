@@ -63,6 +63,18 @@ def task_texts(name: str, data_dir: str | Path | None = None) -> list[str]:
     return list(dict.fromkeys(text for column in get_task(name).columns for text in data[column]))
 
 
+def check_one_row(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int = 128) -> None:
+    """ValueError where `chunks` would have no row to give; reads no more texts than it takes to know."""
+    tokens = -1  # the last text has no [SEP] after it
+    for text in texts:
+        tokens += len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + 1
+        if tokens >= length - 2:
+            return
+    raise ValueError(
+        f"{len(texts)} texts have {max(tokens, 0)} tokens, fewer than the {length - 2} of one row; give more"
+    )
+
+
 def chunks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int = 128) -> Dataset:
     """The tokens of all texts one after another, cut into rows of one length: no padding, nothing cut off.
 
@@ -87,6 +99,7 @@ def chunks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
         raise ValueError(f"{type(tokenizer).__name__} has no tokens for the beginning and end of a text (CLS, SEP)")
     if length < 3:
         raise ValueError(f"length={length}; accepted: 3 or more, two of them are special tokens")
+    check_one_row(texts, tokenizer, length)
     ids: list[np.ndarray] = []
     with tqdm(total=len(texts), desc="tokenizing", unit="text", disable=None) as bar:
         for start in range(0, len(texts), 1000):
@@ -96,8 +109,6 @@ def chunks(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, length: int
             bar.update(len(part))
     stream = np.concatenate(ids)[:-1] if ids else np.empty(0, np.int32)
     count = len(stream) // (length - 2)
-    if not count:
-        raise ValueError(f"{len(texts)} texts have {len(stream)} tokens, fewer than one row of {length}; give more")
     inside = stream[: count * (length - 2)].reshape(count, length - 2)
     rows = np.pad(inside, ((0, 0), (1, 1)), constant_values=((0, 0), (begin, end)))
     special = np.isin(rows, tokenizer.all_special_ids) & (rows != tokenizer.unk_token_id)

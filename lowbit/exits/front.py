@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..files.atomic import write_text
+from ..files.drawing import draw_front
 from . import criteria
 from .criteria import Criterion, Entropy
 from .passage import Passage
@@ -135,18 +136,9 @@ class ExitFront:
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw score over layers as PNG (or what the suffix says); needs matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("ExitFront.plot needs matplotlib: pip install matplotlib") from error
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([p.layers for p in self.points], [p.score for p in self.points], "o-", label="with exits")
-        axes.plot([self.full_layers], [self.full_score], "s", label="all layers")
-        axes.set_xlabel("layers run for a text, mean")
-        axes.set_ylabel("score")
-        axes.legend()
-        figure.savefig(path, dpi=110)
+        found = [(point.layers, point.score) for point in self.points]
+        labels = ("with exits", "all layers", "layers run for a text, mean")
+        draw_front(path, found, (self.full_layers, self.full_score), labels)
 
 
 def exit_front(

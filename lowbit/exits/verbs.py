@@ -8,9 +8,11 @@ forward, hand a `Passage` to its encoder and put the ramps' answers into its out
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .. import models
 from ..files import saving
@@ -24,6 +26,20 @@ from .ramps import KINDS, Ramps, pooler_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass
+class ExitClassifierOutput(SequenceClassifierOutput):
+    """What a sequence classifier with ramps gives while it is trained.
+
+    Attributes:
+        exit_logits: [ramps, B, C].
+        exit_wrong: [ramps, B], before the sigmoid: that a ramp is wrong; None without `certainty`.
+    """
+
+    exit_logits: torch.Tensor | None = None
+    exit_wrong: torch.Tensor | None = None
+
 
 _HEAD = "ForSequenceClassification"
 FIELD = "exit_config"  # of the model's configuration
@@ -249,12 +265,10 @@ def _answer(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
     if not isinstance(passage, Passage):
         return output
     if passage.criterion is None:
-        if passage.answers and not isinstance(output, tuple):
-            output["exit_logits"] = passage.exit_logits()
-            wrong = passage.exit_wrong()
-            if wrong is not None:
-                output["exit_wrong"] = wrong
-        return output
+        if not passage.answers or isinstance(output, tuple):
+            return output
+        # A class with these fields: DistributedDataParallel builds an output again from its keys.
+        return ExitClassifierOutput(**output, exit_logits=passage.exit_logits(), exit_wrong=passage.exit_wrong())
     logits, layers = passage.answered(output[0])  # there is no loss before it
     loss = None if passage.labels is None else task_loss(logits, passage.labels, model.config.problem_type)
     if isinstance(output, tuple):  # return_dict=False

@@ -12,7 +12,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import models
 from ..config import LengthConfig, LowbitConfig
@@ -169,7 +169,17 @@ def _description(model: PreTrainedModel, config: LowbitConfig, parent: str | Non
     if lengths is not None:
         keep = LengthConfig.from_dict(lengths)
         lines.append(f"- tokens kept by the layers ({keep.unit}): {', '.join(f'{k:g}' for k in keep.keep)}")
+    exits = getattr(model.config, "exit_config", None)
+    if exits is not None:
+        layers, criterion = ", ".join(map(str, exits["layers"])), exits["criterion"]
+        leave = "none is used" if criterion is None else f"sentences leave by {_criterion(criterion)}"
+        lines.append(f"- early exits ({exits['kind']}) behind layers {layers}; {leave}")
     return "\n".join(lines)
+
+
+def _criterion(values: Mapping[str, Any]) -> str:
+    fields = ", ".join(f"{name}={value:g}" for name, value in values.items() if name != "name" and value is not None)
+    return f"`{values['name']}({fields})`"
 
 
 def _decoder(model: PreTrainedModel) -> list[str]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from ..config import LengthConfig
 from ..files.atomic import write_text
+from ..files.drawing import draw_front
 
 
 class FrontPoint(NamedTuple):
@@ -82,15 +83,6 @@ class Front:
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw score over cost as PNG (or what the suffix says); needs matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("Front.plot needs matplotlib: pip install matplotlib") from error
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([p.cost for p in self.points], [p.score for p in self.points], "o-", label="found")
-        axes.plot([self.full_cost], [self.full_score], "s", label="all tokens kept")
-        axes.set_xlabel(f"cost ({self.cost_unit})")
-        axes.set_ylabel("score")
-        axes.legend()
-        figure.savefig(path, dpi=110)
+        found = [(point.cost, point.score) for point in self.points]
+        labels = ("found", "all tokens kept", f"cost ({self.cost_unit})")
+        draw_front(path, found, (self.full_cost, self.full_score), labels)

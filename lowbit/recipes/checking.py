@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 import lowbit
 
+from ..data.text import check_one_row
 from ..distill.checks import check_models
 from ..distill.generator import masked_lm_of
 from ..distill.students import rnn, subwords
@@ -79,12 +80,19 @@ def _check_data(run: Run, recipe: Recipe) -> None:
     if getattr(run.options, "text_file", None):
         corpus_of(run)
     needed = {"mask": run.tokenizer.mask_token_id} if recipe.masked_lm is not None else {}
-    if reads and "text" in data:
+    trained = recipe.masked_lm is not None and not isinstance(recipe.masked_lm, str)
+    rows = trained or "text" in data or any(stage.head == "masked_lm" for stage in recipe.stages)
+    if rows:
         needed |= {"CLS": run.tokenizer.cls_token_id, "SEP": run.tokenizer.sep_token_id}
     if lacking := [name for name, number in needed.items() if number is None]:
         raise RecipeError(
             f"recipe {recipe.name}: the tokenizer of {run.options.model} has no {', '.join(lacking)} token"
         )
+    if rows:
+        try:
+            check_one_row(corpus_of(run), run.tokenizer, run.task.max_length)
+        except ValueError as error:
+            raise RecipeError(f"recipe {recipe.name} reads text without labels: {error}") from error
 
 
 def _masked_lm(run: Run, recipe: Recipe, teacher: PreTrainedModel) -> PreTrainedModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import glob
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -70,7 +71,8 @@ def distil_by_recipe(run: Run, teacher: PreTrainedModel, recipe: Recipe, bits: s
 def _record(run: Run, recipe: Recipe, bits: str) -> None:
     """Write the recipe beside its stages; RecipeError where these are of another form of it."""
     path, given = run.folder / f"{recipe.name}-{bits}.json", json.dumps(asdict(recipe), indent=2)
-    begun = any([*run.folder.glob(f"{recipe.name}-*/config.json"), *run.folder.glob(f"{recipe.name}-*/checkpoint-*")])
+    stages = glob.escape(recipe.name) + "-*"
+    begun = any([*run.folder.glob(f"{stages}/config.json"), *run.folder.glob(f"{stages}/checkpoint-*")])
     begun |= any((run.folder / name).exists() for name in MADE_BEFORE)
     if begun and path.is_file() and path.read_text() != given:
         raise RecipeError(f"{path} is of another form of recipe {recipe.name}; choose another folder or delete it")

@@ -10,6 +10,7 @@ other; or the compared layers of each word.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +29,7 @@ Sums = tuple[torch.Tensor, torch.Tensor]  # of a loss, and of what it is a mean 
 
 
 @dataclass
-class _ContextLoss:
+class _ContextLoss(ABC):
     """What both relations share: fields, checks, and the groups."""
 
     weight: float = 1.0
@@ -75,8 +76,9 @@ class _ContextLoss:
         total, count = (torch.stack(each).sum() for each in zip(*sums, strict=True))
         return self.weight * total / count.clamp(min=1)
 
+    @abstractmethod
     def _sums(self, s: torch.Tensor, t: torch.Tensor, real: torch.Tensor) -> Sums:
-        raise NotImplementedError
+        """A sum over a group of vectors [B, n, d], and what it is to be divided by."""
 
 
 @dataclass

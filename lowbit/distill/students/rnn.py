@@ -21,7 +21,7 @@ from ..augment.vectors import WordVectors, read_vectors
 from . import Built
 from .copies import check_sizes
 
-PAD, UNKNOWN = "[PAD]", "[UNK]"
+PAD, UNKNOWN, MASK = "[PAD]", "[UNK]", "[MASK]"
 
 
 def word_tokenizer(
@@ -33,28 +33,28 @@ def word_tokenizer(
 
     Args:
         texts: the training texts.
-        size: words at most, with padding and unknown.
+        size: words at most, with padding, unknown and the word that augmentation by rules masks with.
         min_frequency: of a word.
         lowercase: of all words.
 
     Raises:
-        ValueError: no texts, or a size below 3.
+        ValueError: no texts, or a size below 4.
     """
-    if size < 3:
-        raise ValueError(f"size={size}; accepted: at least 3, since padding and unknown are two")
+    if size < 4:
+        raise ValueError(f"size={size}; accepted: at least 4, since padding, unknown and mask are three")
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordLevelTrainer(
-        vocab_size=size, min_frequency=min_frequency, special_tokens=[PAD, UNKNOWN], show_progress=False
+        vocab_size=size, min_frequency=min_frequency, special_tokens=[PAD, UNKNOWN, MASK], show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if tokenizer.get_vocab_size() < 3:
+    if tokenizer.get_vocab_size() < 4:
         raise ValueError(f"the texts have no word that occurs {min_frequency} times; give the training texts")
     tokenizer.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1", special_tokens=[])
     names = ["input_ids", "token_type_ids", "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, model_input_names=names
+        tokenizer_object=tokenizer, pad_token=PAD, unk_token=UNKNOWN, mask_token=MASK, model_input_names=names
     )
 
 
@@ -118,6 +118,6 @@ def build(
             raise ValueError(f"embedding_size={embedding_size}, and the vectors have {found.table.shape[1]} numbers")
         table = student.words.embeddings.weight.data
         for word, row in tokenizer.get_vocab().items():
-            if (vector := found.vector(word)) is not None and word not in (PAD, UNKNOWN):
+            if (vector := found.vector(word)) is not None and word not in (PAD, UNKNOWN, MASK):
                 table[row] = torch.from_numpy(vector)
     return Built(student.eval())
