@@ -29,10 +29,11 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 from lowbit.data.tasks import tokenize
 from lowbit.distill.augment.hardest import divergence
 from lowbit.files.atomic import write_text
-from lowbit.recipes import recipe, stages
+from lowbit.recipes import stages
 from lowbit.recipes.data import load_glue
-from lowbit.recipes.distilling import distil_by_recipe
 from lowbit.recipes.options import GlueOptions
+from lowbit.recipes.systems import recipe
+from lowbit.recipes.systems.distilling import distil_by_recipe
 
 from .cpu import machine
 from .report import RESULTS, render

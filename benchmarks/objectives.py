@@ -44,6 +44,8 @@ ROWS: dict[str, Any] = {
     "triples of words, window 7": objectives.TripleRelationLoss(window=7),
     "triples of words, window 21": objectives.TripleRelationLoss(window=21),
     "triples of layers": objectives.TripleRelationLoss(axis="layers"),
+    "exits, labels": lowbit.ExitTaskLoss(),
+    "exits, logits": lowbit.ExitLogitsLoss(),
 }
 
 
@@ -55,12 +57,14 @@ def model(layers: int, **sizes: int) -> BertForSequenceClassification:
 
 
 def trainers(folder: str, **sizes: int) -> dict[str, lowbit.DistillationTrainer]:
-    """One for each row. Those that compare scores share models, since scores switch their attention; all others too."""
+    """One for each row; those that need the same of their models share them: scores switch their attention."""
     arguments = TrainingArguments(folder, report_to=[], use_cpu=True, max_steps=1, disable_tqdm=True)
-    pairs = {scores: (model(3, **sizes).train(), model(6, **sizes)) for scores in (False, True)}
+    pairs = {kind: (model(3, **sizes).train(), model(6, **sizes)) for kind in ("plain", "scores", "exits")}
+    lowbit.add_exits(pairs["exits"][0])
     found = {}
     for name, objective in ROWS.items():
-        student, teacher = pairs["scores" in objective.needs]
+        kind = "scores" if "scores" in objective.needs else "exits" if name.startswith("exits") else "plain"
+        student, teacher = pairs[kind]
         given: dict[str, Any] = {"model": student, "args": arguments, "objectives": [objective]}
         if name == PLAIN:
             found[name] = _WithoutTeacher(teacher=None, **given)

@@ -22,10 +22,11 @@ from transformers import DataCollatorWithPadding, PreTrainedModel
 from _common import Options, run_example
 from lowbit.data.ranking import ranking_metrics, read_pairs, read_qrels
 from lowbit.data.tasks import Task, tokenize
-from lowbit.recipes import RecipeError, recipe
-from lowbit.recipes.distilling import distil_by_recipe
+from lowbit.recipes import RecipeError
 from lowbit.recipes.measure import table
 from lowbit.recipes.stages import Run, load_teacher, start, teacher_stage
+from lowbit.recipes.systems import recipe
+from lowbit.recipes.systems.distilling import distil_by_recipe
 
 
 @dataclass

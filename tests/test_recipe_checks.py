@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from helpers import tiny_config, tiny_task, training_arguments
 from lowbit.cli.app import app
 from lowbit.data import sentiment
-from lowbit.recipes import RecipeError, fields, parts, recipe
+from lowbit.recipes import RecipeError
+from lowbit.recipes.systems import fields, parts, recipe
 
 GOOD = {"about": "a", "source": "b", "student": "same", "stages": [{"name": "a", "objectives": ["task"]}]}
 # Of each type a value that a file may hold by mistake, and that is none of it.
@@ -234,8 +235,8 @@ def test_what_does_not_fit_is_said_before_the_teacher_is_trained(
 def test_checking_a_recipe_leaves_the_teacher_and_random_numbers_as_they_are(tmp_path: Path) -> None:
     from lowbit.data.tasks import get_task, load_task, tokenize
     from lowbit.recipes import stages
-    from lowbit.recipes.checking import check
     from lowbit.recipes.options import FileOptions
+    from lowbit.recipes.systems.checking import check
 
     data_dir, model = pairs(tmp_path, lambda i: i % 2)
     options = FileOptions(data_dir=str(data_dir), model=str(model), task="mrpc", output_dir=str(tmp_path / "out"))

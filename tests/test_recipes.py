@@ -24,11 +24,12 @@ from helpers import tiny_config
 from lowbit.data import sentiment
 from lowbit.data.tasks import get_task, load_task, tokenize
 from lowbit.exits import exit_scores
-from lowbit.recipes import RecipeError, parts, recipe, stages
-from lowbit.recipes.checking import check
-from lowbit.recipes.distilling import distil_by_recipe
+from lowbit.recipes import RecipeError, stages
 from lowbit.recipes.measure import as_read, evaluate
 from lowbit.recipes.options import FileOptions
+from lowbit.recipes.systems import parts, recipe
+from lowbit.recipes.systems.checking import check
+from lowbit.recipes.systems.distilling import distil_by_recipe
 
 # Of recipes whose sizes are for a larger teacher.
 SMALL: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ def recipes(
 
     The first of the students is the one that is trained without --bits.
     """
-    from ...recipes import recipe
+    from ...recipes.systems import recipe
 
     if name:
         found = recipe.load(name)

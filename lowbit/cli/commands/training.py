@@ -107,11 +107,11 @@ def distill(
     offline_if_local(model, data_dir, text(train_file))
     with progress_to_stderr():
         from ...data.tasks import tokenize
-        from ...recipes import recipe as recipes
         from ...recipes import stages
-        from ...recipes.checking import check
-        from ...recipes.distilling import distil_by_recipe
         from ...recipes.measure import measure
+        from ...recipes.systems import recipe as recipes
+        from ...recipes.systems.checking import check
+        from ...recipes.systems.distilling import distil_by_recipe
         from .. import loading
 
         loading.quiet()

@@ -12,15 +12,16 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 import lowbit
 
-from ..data.text import check_one_row
-from ..distill.checks import check_models
-from ..distill.generator import masked_lm_of
-from ..distill.students import rnn, subwords
-from ..exits import freeze_backbone
-from . import RecipeError, besides, map_search, parts
+from ...data.text import check_one_row
+from ...distill.checks import check_models
+from ...distill.generator import masked_lm_of
+from ...distill.students import rnn, subwords
+from ...exits import freeze_backbone
+from .. import RecipeError
+from ..stages import Run
+from . import besides, map_search, parts
 from .recipe import Recipe, Stage
 from .sources import corpus_of
-from .stages import Run
 
 QUANTIZED = {"ternary": lowbit.TernaryConfig, "binary": lowbit.BinaryConfig}
 # How a float student of a recipe is made a low-bit one afterwards (TernaryBERT).

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from . import RecipeError, besides, parts, yaml_file
+from .. import RecipeError
+from . import besides, parts, yaml_file
 from . import fields as of_fields
 
 CATALOGUE = Path(__file__).parent / "catalogue"

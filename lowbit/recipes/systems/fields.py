@@ -10,7 +10,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from . import RecipeError
+from .. import RecipeError
 
 
 def check(what: str, part: Callable[..., Any], fields: Mapping[str, Any]) -> None:

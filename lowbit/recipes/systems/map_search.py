@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
-from ..distill.augment.hardest import divergence
-from ..distill.layer_maps import LayerMap
-from ..distill.map_search import search_layer_map
-from . import RecipeError, besides, parts
+from ...distill.augment.hardest import divergence
+from ...distill.layer_maps import LayerMap
+from ...distill.map_search import search_layer_map
+from .. import RecipeError
+from ..stages import Run
+from . import besides, parts
 from .recipe import Recipe
-from .stages import Run
 
 SCORES = "layer-map-search.json"  # of candidates, in the run's folder
 

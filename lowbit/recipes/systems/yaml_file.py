@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from . import RecipeError
+from .. import RecipeError
 
 
 class _Loader(yaml.SafeLoader):

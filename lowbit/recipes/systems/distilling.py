@@ -13,15 +13,16 @@ from transformers import DataCollatorForLanguageModeling, PreTrainedModel, Train
 
 import lowbit
 
-from ..data.masking import SeededByBatch
-from ..distill.generator import masked_lm_of
-from ..distill.students import Built
-from ..files.atomic import write_text
-from . import RecipeError, map_search, parts, students
+from ...data.masking import SeededByBatch
+from ...distill.generator import masked_lm_of
+from ...distill.students import Built
+from ...files.atomic import write_text
+from .. import RecipeError
+from ..stages import Run, arguments, train, without_dropout
+from . import map_search, parts, students
 from .checking import AFTER, check, give_exits, leave, quantizer
 from .recipe import Recipe, Stage
 from .sources import Source, masked_lm, source
-from .stages import Run, arguments, train, without_dropout
 
 # What a recipe makes before its stages, under names that are not its own.
 MADE_BEFORE = ("masked-lm", "subwords", *(f"{name}-tokenizer" for name in parts.OWN_TOKENS), map_search.SCORES)

@@ -12,15 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import exits
-from ..distill import layer_maps, objectives
-from ..distill.augment import HardestNeighbour
-from ..distill.generator import MaskedGenerator
-from ..distill.schedules import Scheduled
-from ..distill.students import Built, copies, deformer, mobile, rnn, squeeze, subwords, theseus
-from ..distill.students.both import OwnColumns
-from ..distill.views import On
-from . import RecipeError
+from ... import exits
+from ...distill import layer_maps, objectives
+from ...distill.augment import HardestNeighbour
+from ...distill.generator import MaskedGenerator
+from ...distill.schedules import Scheduled
+from ...distill.students import Built, copies, deformer, mobile, rnn, squeeze, subwords, theseus
+from ...distill.students.both import OwnColumns
+from ...distill.views import On
+from .. import RecipeError
 from . import fields as of_fields
 
 OBJECTIVES: dict[str, Callable[..., Any]] = {

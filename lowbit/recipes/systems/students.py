@@ -15,11 +15,12 @@ from transformers import (
     Trainer,
 )
 
-from ..distill.students import Built, both, rnn, segmentation, subwords
-from . import RecipeError, parts
+from ...distill.students import Built, both, rnn, segmentation, subwords
+from .. import RecipeError
+from ..stages import Run, arguments, reading, train
+from . import parts
 from .recipe import Recipe
 from .sources import Source, augmented, corpus_of, masked_lm
-from .stages import Run, arguments, reading, train
 
 
 @dataclass

@@ -14,14 +14,15 @@ from transformers import (
     set_seed,
 )
 
-from ..data.masking import SeededByBatch
-from ..data.tasks import tokenize
-from ..data.text import chunks, read_texts
-from ..distill import augment as methods
-from ..distill.generator import masked_lm_of
-from . import RecipeError, besides, parts
+from ...data.masking import SeededByBatch
+from ...data.tasks import tokenize
+from ...data.text import chunks, read_texts
+from ...distill import augment as methods
+from ...distill.generator import masked_lm_of
+from .. import RecipeError
+from ..stages import Run, arguments, train
+from . import besides, parts
 from .recipe import Recipe
-from .stages import Run, arguments, train
 
 
 @dataclass

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import exits
-from ..distill import augment as methods
-from ..distill.map_search import Evolution
-from . import RecipeError
+from ... import exits
+from ...distill import augment as methods
+from ...distill.map_search import Evolution
+from .. import RecipeError
 from . import fields as of_fields
 from .parts import check_fields, criterion, make, named
 
