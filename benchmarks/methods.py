@@ -4,9 +4,10 @@
     python -m benchmarks.methods --data-dir DIR --runs RUNS --only kd tinybert --task sst2
 
 The teacher is all-MiniLM-L6-v2, fine-tuned once for each task. Of each student: the accuracy on the validation split
-(SST-2: also on 2,000 whole sentences of the training set that nobody was trained on any part of), how often it gives
-the teacher's label, and the mean KL(teacher || student). The last checkpoint counts, never the best. Seeds draw the
-order of examples. Each run is a folder of RUNS; what is finished is not repeated.
+(SST-2: also on 2,000 whole sentences of the training set that nobody was trained on any part of; MRPC: also F1), how
+often it gives the teacher's label, the mean KL(teacher || student), and the paired difference to plain distillation.
+The last checkpoint counts, never the best. Seeds draw the order of examples. Each run is a folder of RUNS; what is
+finished is not repeated.
 
 Writes benchmarks/results/methods.json, and the tables of docs/methods.md from it.
 """
@@ -19,10 +20,11 @@ import json
 import logging
 import statistics
 import sys
-import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DataCollatorWithPadding, PreTrainedModel
 
@@ -48,7 +50,6 @@ METHODS = (
     "fine-tuning", "kd", "tinybert", "simplified-tinybert", "pkd", "mobilebert", "ckd", "alp-kd", "annealing",
     "contextual", "weight-squeezing", "theseus",
 )  # fmt: skip
-BEST = 3  # of the methods, by the mean of the tasks' validation accuracy: also trained as 2-2-8 students
 
 
 def options(task: str, runs: Path, data_dir: str, **changes: Any) -> Any:
@@ -69,32 +70,27 @@ def logits(run: stages.Run, model: PreTrainedModel, split: str) -> tuple[torch.T
     return torch.cat(found), torch.tensor(rows["labels"])
 
 
-def scores(run: stages.Run, student: PreTrainedModel, answers: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Accuracy by split; agreement with the teacher's answers and divergence from them on all rows together."""
-    values, own, taught = {}, [], []
-    for split, theirs in answers.items():
-        mine, labels = logits(run, student, split)
-        values["accuracy" + split.removeprefix("validation")] = 100 * float((mine.argmax(-1) == labels).float().mean())
-        own.append(mine)
-        taught.append(theirs)
-    mine, theirs = torch.cat(own), torch.cat(taught)
-    values["agreement"] = 100 * float((mine.argmax(-1) == theirs.argmax(-1)).float().mean())
-    values["divergence"] = float(divergence(mine, theirs).mean())
-    return values
+def scores(run: stages.Run, student: PreTrainedModel, answers: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """What a student predicts, by split, and its divergence from the teacher's answers on all rows together."""
+    own = {split: logits(run, student, split)[0] for split in answers}
+    return {
+        "predicted": {split: "".join(map(str, each.argmax(-1).tolist())) for split, each in own.items()},
+        "divergence": float(divergence(torch.cat([*own.values()]), torch.cat([*answers.values()])).mean()),
+    }
 
 
 @functools.cache
-def read(task: str, data_dir: str, teacher: Path) -> tuple[Any, Any, Any, dict[str, torch.Tensor]]:
-    """A task, its texts, their tokens, and the teacher's logits of the validation splits."""
+def read(task: str, data_dir: str, teacher: Path) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """A task, its texts, their tokens, and by validation split the teacher's logits and the labels."""
     opened = options(task, teacher, data_dir, model=str(teacher), teacher_steps=0)
     rows, data = load_glue(opened)
     model, tokenizer = stages.load_teacher(opened, rows)
     tokenized = tokenize(data, tokenizer, rows)
     run = stages.Run(opened, rows, tokenized, tokenizer, raw=data)
-    return rows, data, tokenized, {split: logits(run, model, split)[0] for split in rows.validation}
+    return rows, data, tokenized, {split: logits(run, model, split) for split in rows.validation}
 
 
-def measured(task: str, name: str, bits: str, seed: int, given: argparse.Namespace, teacher: Path) -> dict[str, float]:
+def measured(task: str, name: str, bits: str, seed: int, given: argparse.Namespace, teacher: Path) -> dict[str, Any]:
     """One student's scores, from its folder where it is there."""
     folder = given.runs / task / f"{name}-{bits}-{seed}"
     path = folder / "scores.json"
@@ -106,34 +102,61 @@ def measured(task: str, name: str, bits: str, seed: int, given: argparse.Namespa
     rows, data, tokenized, answers = read(task, given.data_dir, teacher)
     float_teacher, tokenizer = stages.load_teacher(opened, rows)
     run = stages.start(opened, rows, tokenized, tokenizer, raw=data)
-    begin = time.perf_counter()
     stage = distil_by_recipe(run, float_teacher, recipe.load(name), bits)
-    seconds = time.perf_counter() - begin
-    found = {**scores(run, run.auto.from_pretrained(folder / stage), answers), "seconds": seconds}
+    student = run.auto.from_pretrained(folder / stage)
+    found = scores(run, student, {split: theirs for split, (theirs, _) in answers.items()})
     write_text(path, json.dumps(found, indent=2))
     return found
 
 
-def runs(task: str, name: str, bits: str, given: argparse.Namespace, teacher: Path) -> list[dict[str, float]]:
+def runs(task: str, name: str, bits: str, given: argparse.Namespace, teacher: Path) -> list[dict[str, Any]]:
     """The scores of all seeds."""
     found = []
     for seed in range(given.seeds):
         found.append(measured(task, name, bits, seed, given, teacher))
-        print(f"{task} {name} {bits} seed {seed}: {found[-1]['accuracy']:.2f} %", flush=True)
+        print(f"{task} {name} {bits} seed {seed}", flush=True)
     return found
 
 
-def summary(found: list[dict[str, float]]) -> dict[str, Any]:
-    """Mean and deviation over seeds, and accuracy of each."""
-    row: dict[str, Any] = {"seeds": len(found)}
-    for key in found[0]:
-        values = [each[key] for each in found]
-        digits = {"divergence": 3, "seconds": 0}.get(key, 2)
-        mean = statistics.mean(values)
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 and key != "seconds" else ""
-        row[key] = f"{mean:.{digits}f}{spread}"
-    row["each accuracy"] = ", ".join(f"{each['accuracy']:.2f}" for each in found)
+def predicted(one: dict[str, Any], split: str | None = None) -> np.ndarray:
+    """Labels as a student gave them, of a split or of all."""
+    chosen = one["predicted"].values() if split is None else [one["predicted"][split]]
+    return np.array([int(label) for each in chosen for label in each])
+
+
+def mean(values: Sequence[float], digits: int = 2) -> str:
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def summary(found: list[dict[str, Any]], kd: list[dict[str, Any]], answers: dict[str, Any]) -> dict[str, Any]:
+    """Means over seeds with their deviation. Beside `kd`: the difference in accuracy over all rows, with its standard
+    error over rows, of which each counts with its mean over seeds."""
+    labels = {split: np.asarray(each) for split, (_, each) in answers.items()}
+    every, row = np.concatenate([*labels.values()]), {}
+    taught = np.concatenate([theirs.argmax(-1).numpy() for theirs, _ in answers.values()])
+    for split, right in labels.items():
+        title = "accuracy" if split == "validation" else "held-out accuracy"
+        row[title] = mean([100 * (predicted(each, split) == right).mean() for each in found])
+    if "validation_heldout" not in labels:
+        row["F1"] = mean([100 * f1(predicted(each), every) for each in found])
+    row["agreement with the teacher"] = mean([100 * (predicted(each) == taught).mean() for each in found])
+    row["divergence"] = mean([each["divergence"] for each in found], 3)
+    own, other = (np.mean([predicted(each) == every for each in some], axis=0) for some in (found, kd))
+    gained = 100 * (own - other)
+    row["over kd"] = f"{gained.mean():+.2f} ± {gained.std(ddof=1) / len(gained) ** 0.5:.2f}"
     return row
+
+
+def f1(given: np.ndarray, right: np.ndarray) -> float:
+    both = ((given == 1) & (right == 1)).sum()
+    return float(2 * both / ((given == 1).sum() + (right == 1).sum()))
+
+
+def of_teacher(answers: dict[str, Any]) -> dict[str, Any]:
+    """The scores of the teacher, in the form of a student's."""
+    names = {split: "".join(map(str, theirs.argmax(-1).tolist())) for split, (theirs, _) in answers.items()}
+    return {"predicted": names, "divergence": 0.0}
 
 
 def main() -> None:
@@ -147,24 +170,34 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rate", type=float, default=1e-4, help="of float students")
     parser.add_argument("--low-bit-rate", type=float, default=3e-4)
+    parser.add_argument(
+        "--best", type=int, default=3, help="how many also as 2-2-8 students: by validation accuracy on the first task"
+    )
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16 (autocast)")
     given = parser.parse_args()
     logging.getLogger("lowbit").addHandler(logging.StreamHandler(sys.stderr))
     tasks = {task: teach(task, given) for task in given.task or TASKS}
-    names = given.only or METHODS
+    names = [*dict.fromkeys(["kd", *(given.only or METHODS)])]
     found = {
         (task, name): runs(task, name, "float", given, teacher) for name in names for task, teacher in tasks.items()
     }
+    answers = {task: read(task, given.data_dir, teacher)[3] for task, teacher in tasks.items()}
+    first = next(iter(tasks))
     means = {
-        name: statistics.mean(each["accuracy"] for task in tasks for each in found[task, name])
+        name: statistics.mean(
+            (predicted(each, "validation") == np.asarray(answers[first]["validation"][1])).mean()
+            for each in found[first, name]
+        )
         for name in names
         if name != "fine-tuning" and "ternary" in recipe.load(name).bits
     }
-    for name in sorted(means, key=lambda name: -means[name])[:BEST]:
+    for name in sorted(means, key=lambda name: -means[name])[: given.best]:
         found |= {(task, f"{name}, 2-2-8"): runs(task, name, "ternary", given, each) for task, each in tasks.items()}
     results: dict[str, dict[str, Any]] = {task: {} for task in tasks}
+    for task in tasks:
+        results[task]["teacher, 6 layers"] = summary([of_teacher(answers[task])], found[task, "kd"], answers[task])
     for (task, name), seeds in found.items():
-        results[task][name] = summary(seeds)
+        results[task][name] = summary(seeds, found[task, "kd"], answers[task])
     steps = " and ".join(str(given.steps or TASKS[task]["steps"]) for task in tasks)
     report = {
         "suite": "methods",
