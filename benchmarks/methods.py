@@ -94,14 +94,14 @@ def measured(task: str, name: str, bits: str, seed: int, given: argparse.Namespa
     """One student's scores, from its folder where it is there."""
     folder = given.runs / task / f"{name}-{bits}-{seed}"
     path = folder / "scores.json"
-    if path.is_file():
-        return json.loads(path.read_text())
     steps = given.steps or TASKS[task]["steps"]
     opened = options(task, folder, given.data_dir, model=str(teacher), teacher_steps=0, steps=steps, seed=seed,
                      teacher_learning_rate=given.rate, learning_rate=given.low_bit_rate, bf16=given.bf16)  # fmt: skip
     rows, data, tokenized, answers = read(task, given.data_dir, teacher)
     float_teacher, tokenizer = stages.load_teacher(opened, rows)
-    run = stages.start(opened, rows, tokenized, tokenizer, raw=data)
+    run = stages.start(opened, rows, tokenized, tokenizer, raw=data)  # refuses a folder of other options
+    if path.is_file():
+        return json.loads(path.read_text())
     stage = distil_by_recipe(run, float_teacher, recipe.load(name), bits)
     student = run.auto.from_pretrained(folder / stage)
     found = scores(run, student, {split: theirs for split, (theirs, _) in answers.items()})

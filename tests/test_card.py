@@ -96,8 +96,8 @@ def leaving(criterion: object) -> object:
         (lambda: packed(modules_to_not_convert=["pooler"], embedding_bits=None), ["2-32-8", "`pooler`"]),
         (lambda: lowbit.set_length(packed(), lowbit.LengthConfig(keep=(0.9, 0.5))), ["(ratio): 0.9, 0.5"]),
         (lambda: lowbit.add_exits(packed(), "mean", [0, 1]), ["early exits (mean) behind layers 0, 1; none is used"]),
-        (lambda: leaving(lowbit.Entropy(0.25)), ["behind layers 1; sentences leave by `entropy(threshold=0.25)`"]),
-        (lambda: leaving(lowbit.Patience(2)), ["sentences leave by `patience(times=2)`"]),
+        (lambda: leaving(lowbit.Entropy(0.25)), ["behind layers 1; sentences leave by entropy(threshold=0.25)"]),
+        (lambda: leaving(lowbit.Patience(2)), ["sentences leave by patience(times=2)"]),
     ],
 )
 def test_every_kind_of_model_is_described(make: object, words: list[str]) -> None:

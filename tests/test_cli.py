@@ -226,12 +226,20 @@ def test_info_for_people_has_a_row_a_module_and_bars(saved: dict[str, Path]) -> 
     assert "none in these files" in call("info", saved["float"])
 
 
-@pytest.mark.parametrize("criterion", [None, lowbit.Entropy(0.25)])
-def test_info_says_by_what_sentences_leave(criterion: object, saved: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("criterion", "words"),
+    [
+        (None, "none is used"),
+        (lowbit.Entropy(0.25), "sentences leave by entropy(threshold=0.25)"),
+        (lowbit.Patience(2), "sentences leave by patience(times=2)"),
+    ],
+)
+def test_info_says_by_what_sentences_leave(
+    criterion: object, words: str, saved: dict[str, Path], tmp_path: Path
+) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(saved["ternary"])
     lowbit.set_exit(lowbit.add_exits(model, "mean"), criterion).save_pretrained(tmp_path)
-    words = "none used" if criterion is None else "entropy, threshold 0.25"
-    assert f"early exits: mean, behind layers [1]; {words}" in call("info", tmp_path)
+    assert f"early exits (mean) behind layers 1; {words}" in call("info", tmp_path)
     assert called("info", tmp_path)["exit_config"]["kind"] == "mean"
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from transformers import BertForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import lowbit
-from helpers import batch, tiny, training_arguments
+from helpers import batch, tiny, tiny_config, training_arguments
 from lowbit.nn import PackedEncoder
 
 LAYERS = 4
@@ -216,6 +220,34 @@ def test_a_frozen_backbone_runs_without_dropout_gradients_or_padding(
     first["exit_logits"].sum().backward()
     assert all(parameter.grad is None for parameter in model.base_model.parameters())
     assert all(ramp.classifier.weight.grad is not None for ramp in model.exits.values())
+
+
+@dataclass
+class Scored(SequenceClassifierOutput):
+    """Of a head of one's own."""
+
+    score: torch.Tensor | None = None
+
+
+class ScoringForSequenceClassification(BertForSequenceClassification):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        return Scored(**output, score=output.logits.max(-1).values)
+
+
+@pytest.mark.parametrize("certainty", [False, True])
+@pytest.mark.parametrize("kind", [BertForSequenceClassification, ScoringForSequenceClassification])
+def test_outputs_with_ramps_are_the_head_s_and_can_be_built_again(kind: type, certainty: bool) -> None:
+    """As DistributedDataParallel takes them apart and builds them, also of a head with keys of its own."""
+    model = lowbit.add_exits(kind(tiny_config(num_labels=3)), certainty=certainty).train()
+    output = model(**batch())
+    values, structure = tree_flatten(output)
+    again = tree_unflatten(values, structure)
+    scored = ["score"] if kind is ScoringForSequenceClassification else []
+    wrong = ["exit_wrong"] if certainty else []
+    assert [*again] == [*output] == ["logits", *scored, "exit_logits", *wrong]
+    assert type(again) is type(output) and isinstance(output, Scored if scored else SequenceClassifierOutput)
+    assert all(again[key] is output[key] for key in output)
 
 
 @pytest.mark.parametrize("stage", ["float", "prepared"])

@@ -8,11 +8,11 @@ forward, hand a `Passage` to its encoder and put the ramps' answers into its out
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import make_dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .. import models
 from ..files import saving
@@ -26,20 +26,6 @@ from .ramps import KINDS, Ramps, pooler_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass
-class ExitClassifierOutput(SequenceClassifierOutput):
-    """What a sequence classifier with ramps gives while it is trained.
-
-    Attributes:
-        exit_logits: [ramps, B, C].
-        exit_wrong: [ramps, B], before the sigmoid: that a ramp is wrong; None without `certainty`.
-    """
-
-    exit_logits: torch.Tensor | None = None
-    exit_wrong: torch.Tensor | None = None
-
 
 _HEAD = "ForSequenceClassification"
 FIELD = "exit_config"  # of the model's configuration
@@ -259,6 +245,14 @@ def _quiet(model: PreTrainedModel) -> None:
             child.train(child is model.exits)
 
 
+@cache
+def _with_exits(output: type) -> type:
+    """A head's class of outputs with fields for the ramps: DistributedDataParallel builds outputs again from keys."""
+    fields = [(name, "torch.Tensor | None", None) for name in ("exit_logits", "exit_wrong")]
+    named = {"__module__": output.__module__}  # of the same name in two modules there may be two
+    return make_dataclass(f"{output.__name__}WithExits", fields, bases=(output,), namespace=named)
+
+
 def _answer(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     """What the ramps said, into the output."""
     passage = kwargs.get("exits")
@@ -267,8 +261,8 @@ def _answer(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any
     if passage.criterion is None:
         if not passage.answers or isinstance(output, tuple):
             return output
-        # A class with these fields: DistributedDataParallel builds an output again from its keys.
-        return ExitClassifierOutput(**output, exit_logits=passage.exit_logits(), exit_wrong=passage.exit_wrong())
+        kind: Any = type(output)
+        return _with_exits(kind)(**output, exit_logits=passage.exit_logits(), exit_wrong=passage.exit_wrong())
     logits, layers = passage.answered(output[0])  # there is no loss before it
     loss = None if passage.labels is None else task_loss(logits, passage.labels, model.config.problem_type)
     if isinstance(output, tuple):  # return_dict=False

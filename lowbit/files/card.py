@@ -171,15 +171,18 @@ def _description(model: PreTrainedModel, config: LowbitConfig, parent: str | Non
         lines.append(f"- tokens kept by the layers ({keep.unit}): {', '.join(f'{k:g}' for k in keep.keep)}")
     exits = getattr(model.config, "exit_config", None)
     if exits is not None:
-        layers, criterion = ", ".join(map(str, exits["layers"])), exits["criterion"]
-        leave = "none is used" if criterion is None else f"sentences leave by {_criterion(criterion)}"
-        lines.append(f"- early exits ({exits['kind']}) behind layers {layers}; {leave}")
+        lines.append(f"- {exits_in_words(exits)}")
     return "\n".join(lines)
 
 
-def _criterion(values: Mapping[str, Any]) -> str:
-    fields = ", ".join(f"{name}={value:g}" for name, value in values.items() if name != "name" and value is not None)
-    return f"`{values['name']}({fields})`"
+def exits_in_words(config: Mapping[str, Any]) -> str:
+    """What the `exit_config` of a model says: its ramps, and by which criterion sentences leave."""
+    layers, criterion = ", ".join(map(str, config["layers"])), config["criterion"]
+    leave = "none is used"
+    if criterion is not None:
+        given = {name: value for name, value in criterion.items() if name != "name" and value is not None}
+        leave = f"sentences leave by {criterion['name']}({', '.join(f'{name}={v:g}' for name, v in given.items())})"
+    return f"early exits ({config['kind']}) behind layers {layers}; {leave}"
 
 
 def _decoder(model: PreTrainedModel) -> list[str]:

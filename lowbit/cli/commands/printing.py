@@ -65,10 +65,10 @@ def info_tables(found: Any) -> list[Any]:
         )
     if found.length_config:
         lines.append(f"lengths: keep {found.length_config.get('keep')}, {found.length_config.get('unit')}")
-    if (exits := found.exit_config) is not None:
-        criterion = exits.get("criterion") or {"name": "none used"}
-        rule = ", ".join(str(value) if name == "name" else f"{name} {value}" for name, value in criterion.items())
-        lines.append(f"early exits: {exits.get('kind')}, behind layers {exits.get('layers')}; {rule}")
+    if found.exit_config is not None:
+        from ...files.card import exits_in_words
+
+        lines.append(exits_in_words(found.exit_config))
     return [*lines, sums if found.checksums else "checksums: none in these files"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ SHARED = (
 )  # fmt: skip
 
 
-class StandIn(nn.Module):
+class StandIn(nn.Module, ABC):
     """Takes the place of `original` in a model.
 
     Both have one table of children, of parameters, of buffers and of hooks: what is replaced, moved or hooked in one is
@@ -48,9 +49,9 @@ class StandIn(nn.Module):
         """Whether this is a copy that torch.nn.DataParallel made for one forward pass on one of several devices."""
         return bool(self.__dict__.get("_is_replica", False))
 
+    @abstractmethod
     def prevented(self) -> str | None:
         """Why the modules of the original run in place of ours, in words; None where ours do."""
-        raise NotImplementedError
 
     def _replicate_for_data_parallel(self) -> StandIn:
         self.prevented()  # found out by trying, which replicas would do in every forward pass

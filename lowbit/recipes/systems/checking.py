@@ -78,11 +78,10 @@ def _check_data(run: Run, recipe: Recipe) -> None:
         raise RecipeError(f"recipe {recipe.name} reads texts, and the run has tokens alone; pass raw=... to `start`")
     if "neighbours" in data and len(run.task.columns) > 1:
         raise RecipeError(f"data: neighbours is for single texts, and the task has {' and '.join(run.task.columns)}")
-    if getattr(run.options, "text_file", None):
-        corpus_of(run)
-    needed = {"mask": run.tokenizer.mask_token_id} if recipe.masked_lm is not None else {}
     trained = recipe.masked_lm is not None and not isinstance(recipe.masked_lm, str)
     rows = trained or "text" in data or any(stage.head == "masked_lm" for stage in recipe.stages)
+    texts = corpus_of(run) if rows or getattr(run.options, "text_file", None) else []
+    needed = {"mask": run.tokenizer.mask_token_id} if recipe.masked_lm is not None else {}
     if rows:
         needed |= {"CLS": run.tokenizer.cls_token_id, "SEP": run.tokenizer.sep_token_id}
     if lacking := [name for name, number in needed.items() if number is None]:
@@ -91,7 +90,7 @@ def _check_data(run: Run, recipe: Recipe) -> None:
         )
     if rows:
         try:
-            check_one_row(corpus_of(run), run.tokenizer, run.task.max_length)
+            check_one_row(texts, run.tokenizer, run.task.max_length)
         except ValueError as error:
             raise RecipeError(f"recipe {recipe.name} reads text without labels: {error}") from error
 
