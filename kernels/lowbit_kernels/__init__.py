@@ -17,16 +17,18 @@ if TYPE_CHECKING:
     from .linear.codes import codes_linear
     from .linear.cpu import expanded_bytes, keep_expanded
     from .linear.joint import joint_dynamic_linear, joint_linear
-    from .linear.op import binary_linear, split_linear, ternary_linear
+    from .linear.op import binary_linear, int8_linear, split_linear, ternary_linear, uniform_linear
     from .packing import (
         pack_binary,
         pack_split,
         pack_ternary,
         pack_trits,
+        pack_uniform,
         unpack_binary,
         unpack_split,
         unpack_ternary,
         unpack_trits,
+        unpack_uniform,
     )
     from .prune.op import gather_tokens, kept_cu_seqlens, select_tokens
     from .quantize.op import fake_quantize_per_token, quantize_per_tensor, quantize_per_token
@@ -49,6 +51,7 @@ _HOME = {
     "expanded_bytes": "linear.cpu",
     "fake_quantize_per_token": "quantize.op",
     "gather_tokens": "prune.op",
+    "int8_linear": "linear.op",
     "joint_dynamic_linear": "linear.joint",
     "joint_linear": "linear.joint",
     "keep_expanded": "linear.cpu",
@@ -57,6 +60,7 @@ _HOME = {
     "pack_split": "packing",
     "pack_ternary": "packing",
     "pack_trits": "packing",
+    "pack_uniform": "packing",
     "quantize_per_tensor": "quantize.op",
     "quantize_per_token": "quantize.op",
     "quantized_embedding": "embedding.op",
@@ -65,10 +69,12 @@ _HOME = {
     "split_ternary": "split.op",
     "ternarize": "weights.op",
     "ternary_linear": "linear.op",
+    "uniform_linear": "linear.op",
     "unpack_binary": "packing",
     "unpack_split": "packing",
     "unpack_ternary": "packing",
     "unpack_trits": "packing",
+    "unpack_uniform": "packing",
 }
 
 __all__ = [
@@ -83,6 +89,7 @@ __all__ = [
     "expanded_bytes",
     "fake_quantize_per_token",
     "gather_tokens",
+    "int8_linear",
     "joint_dynamic_linear",
     "joint_linear",
     "keep_expanded",
@@ -91,6 +98,7 @@ __all__ = [
     "pack_split",
     "pack_ternary",
     "pack_trits",
+    "pack_uniform",
     "quantize_per_tensor",
     "quantize_per_token",
     "quantized_embedding",
@@ -99,10 +107,12 @@ __all__ = [
     "split_ternary",
     "ternarize",
     "ternary_linear",
+    "uniform_linear",
     "unpack_binary",
     "unpack_split",
     "unpack_ternary",
     "unpack_trits",
+    "unpack_uniform",
 ]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from .embedding.cpu import gather_rows
 from .embedding.op import embedding_op
-from .linear.cpu import joint_codes, scaled_op
+from .linear.cpu import joint_codes, scaled_op, sum_of_values
 
 
 def _product(
@@ -23,11 +23,12 @@ def _product(
     x_zero_point: torch.Tensor | None,
     layout: str,
 ) -> torch.Tensor:
-    codes, scales = joint_codes(packed, scale, x.shape[1], layout)
+    codes, scales, offsets = joint_codes(packed, scale, x.shape[1], layout)
     y = torch._int_mm(x.contiguous(), codes.t()).float()
     if x_zero_point is not None:
         y = y - x_zero_point.float().unsqueeze(-1) * codes.sum(1, dtype=torch.int32).float()
-    return y * scales
+    y = y * scales
+    return y if offsets is None else y + sum_of_values(x, x_zero_point).unsqueeze(-1) * offsets
 
 
 TABLE = {scaled_op: _product, embedding_op: gather_rows}

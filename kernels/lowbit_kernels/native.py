@@ -61,6 +61,8 @@ class Product(ctypes.Structure):
         ("scale", _pointer),
         ("w_sum", _pointer),
         ("bias", _pointer),
+        ("offset", _pointer),
+        ("layout", _size),
     )
 
 
@@ -134,7 +136,6 @@ class Rest(ctypes.Structure):
         ("ffn_output", Product),
         ("attention_norm", Norm),
         ("ffn_norm", Norm),
-        ("layout", _int),
         ("activation", _int),
         ("bits", _int),
         ("ffn_symmetric", ctypes.c_bool),
@@ -152,15 +153,15 @@ _ARGUMENTS = {
     "add_layernorm": [_pointer, _pointer, _size, _size, ctypes.POINTER(Norm), _int, *[_pointer] * 4],
     "embedding_layernorm": [ctypes.POINTER(Embeddings), _size, ctypes.POINTER(Norm), _int, *[_pointer] * 4],
     "linears": [
-        *(_pointer, _size, _size, _pointer, _size, _pointer, ctypes.POINTER(Product), _int, _int),
+        *(_pointer, _size, _size, _pointer, _size, _pointer, ctypes.POINTER(Product), _int),
         *(_pointer, _size),
     ],
     "dynamic_linears": [
-        *(_pointer, _size, _size, _int, ctypes.c_bool, ctypes.POINTER(Product), _int, _int, _pointer, _size),
+        *(_pointer, _size, _size, _int, ctypes.c_bool, ctypes.POINTER(Product), _int, _pointer, _size),
     ],
     "attention": [ctypes.POINTER(Attention), _pointer, _size],
     "attention_half": [
-        *(_pointer, _size, _pointer, _pointer, ctypes.POINTER(Product), _int, _int),
+        *(_pointer, _size, _pointer, _pointer, ctypes.POINTER(Product), _int),
         *(ctypes.POINTER(Attention), _pointer, _size),
     ],
     "rest": [ctypes.POINTER(Rest), _pointer, _pointer, _size, *[_pointer] * 4],

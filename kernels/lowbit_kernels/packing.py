@@ -3,12 +3,16 @@
     lb2   uint8 [N, ceil(K/128)*32]   blocks of 128 values -> 32 bytes, K-planar: byte t of a block holds the values
                                       t, t+32, t+64, t+96 in bits 7:6, 5:4, 3:2, 1:0
     lb1   uint8 [N, ceil(K/256)*32]   blocks of 256 values -> 32 bytes: byte t holds value t + 32*i in bit i
+    lb4   uint8 [N, ceil(K/64)*32]    blocks of 64 values -> 32 bytes: byte t holds the values t, t+32 in bits 7:4, 3:0
+    int8  int8 [N, K]                 a byte each
 
     b3    uint8 [N, ceil(K/5)]        in files only, ternary at 1.6 bits: byte t of a row of C bytes holds the values
                                       t, t+C, .., t+4C as digits of weight 1, 3, 9, 27, 81
 
-Codes: ternary w + 1 (lb2, b3), binary (w + 1) / 2 (lb1), split pair w1 + w2/2 + 3/2 = 2*b1 + b2 (lb2). K is padded
-with the code of 0 (ternary) or 0 bits; the activations there are zeros, so the padding never counts. Planes rather than
+Codes: ternary w + 1 (lb2, b3), binary (w + 1) / 2 (lb1), split pair w1 + w2/2 + 3/2 = 2*b1 + b2 (lb2); evenly spaced
+levels, of which w counts the steps from one near the middle: w + 1 (lb2, "uniform2"), w + 8 (lb4, "uniform4"), w (int8:
+"uniform8", and "int8" where that level is 0). K is padded with the code of 0, for binary ones with 0 bits; the
+activations there are zeros, so the padding never counts. Planes rather than
 neighbours share a byte so that one shift and one mask unpack a whole register (the I2_S order of bitnet.cpp).
 """
 
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 import torch
 
-from ._ops import check_device, check_tensor
+from ._ops import check_choice, check_device, check_tensor
 from ._triton import tl, triton
 
 BLOCK_BYTES = 32
@@ -116,6 +120,35 @@ def _unpack(packed: torch.Tensor, shifts: list[int], mask: int, columns: int) ->
 
 _LB2 = [6, 4, 2, 0]
 _LB1 = [0, 1, 2, 3, 4, 5, 6, 7]
+_LB4 = [4, 0]
+
+# Layout -> codes in a byte of a block of 32; those with one have no blocks.
+CODES_IN_A_BYTE = {"ternary": 4, "binary": 8, "split": 4, "uniform2": 4, "uniform4": 2, "uniform8": 1, "int8": 1}
+UNIFORM_CODES = {"uniform2": (-1, 2), "uniform4": (-8, 7), "uniform8": (-128, 127), "int8": (-127, 127)}
+
+
+def row_bytes(K: int, layout: str) -> int:
+    """Bytes of a packed row of K codes."""
+    values = CODES_IN_A_BYTE[layout]
+    return K if values == 1 else -(-K // (BLOCK_BYTES * values)) * BLOCK_BYTES
+
+
+def code_dtype(layout: str) -> torch.dtype:
+    """Of packed codes: int8 where each has a byte of its own, else uint8."""
+    return torch.int8 if CODES_IN_A_BYTE[layout] == 1 else torch.uint8
+
+
+def has_offset(layout: str) -> bool:
+    """Whether scales of this layout are pairs [2, N]: step and offset, w standing for step * w + offset."""
+    return layout.startswith("uniform")
+
+
+def check_layout(packed: torch.Tensor, K: int, layout: str) -> None:
+    """Raise TypeError or ValueError unless `packed` holds rows of K codes in this layout."""
+    check_tensor("packed", packed, (code_dtype(layout),), ndim=2)
+    _check_columns(K)
+    if K < 0 or packed.shape[1] != row_bytes(K, layout):
+        raise ValueError(f"packed has {packed.shape[1]} bytes a row, K={K} needs {row_bytes(K, layout)}")
 
 
 def _check_codes(name: str, codes: torch.Tensor, accepted: tuple[int, ...]) -> None:
@@ -147,8 +180,12 @@ def _pad(codes: torch.Tensor, block: int, value: int) -> torch.Tensor:
 
 
 def pack_codes(codes: torch.Tensor, layout: str) -> torch.Tensor:
-    """Pack without looking at the values: int8 [N, K] ("ternary", "binary") or [2, N, K] ("split") -> uint8."""
-    if layout == "ternary":
+    """Pack without looking at the values: int8 [N, K], or [2, N, K] for "split" -> uint8, or int8 as it is."""
+    if code_dtype(layout) == torch.int8:
+        return codes.contiguous()
+    if layout == "uniform4":
+        return _pack((_pad(codes, 64, 0) + 8).view(torch.uint8), _LB4)
+    if layout in ("ternary", "uniform2"):
         return _pack((_pad(codes, 128, 0) + 1).view(torch.uint8), _LB2)
     if layout == "binary":
         return _pack((_pad(codes, 256, -1) > 0).view(torch.uint8), _LB1)
@@ -233,8 +270,47 @@ def unpack_split(packed: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tens
     return (pair >> 1) * 2 - 1, (pair & 1) * 2 - 1
 
 
+def pack_uniform(codes: torch.Tensor, layout: str) -> torch.Tensor:
+    """Pack evenly spaced levels.
+
+    Args:
+        codes: int8 [N, K], steps from the level near the middle, in `UNIFORM_CODES[layout]`.
+        layout: "uniform2", "uniform4", "uniform8" or "int8".
+
+    Returns:
+        uint8 [N, ceil(K/128)*32] (2 bits) or [N, ceil(K/64)*32] (4 bits); int8 [N, K], a copy.
+
+    Raises:
+        TypeError, ValueError: another dtype, rank, code or layout.
+    """
+    check_choice("layout", layout, tuple(UNIFORM_CODES))
+    check_tensor("codes", codes, (torch.int8,), ndim=2)
+    least, most = UNIFORM_CODES[layout]
+    if codes.numel() and not codes.is_meta:
+        lowest, highest = (int(value) for value in codes.aminmax())
+        if lowest < least or highest > most:
+            raise ValueError(f"codes holds {lowest if lowest < least else highest}, accepted codes: {least} to {most}")
+    packed = pack_codes(codes, layout)
+    return packed.clone() if packed.data_ptr() == codes.data_ptr() else packed
+
+
+def unpack_uniform(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
+    """Inverse of `pack_uniform` -> int8 [N, K]; the packed tensor itself where a code has a byte.
+
+    Raises:
+        TypeError, ValueError: another dtype, rank or layout, or bytes a row that do not fit K.
+    """
+    check_choice("layout", layout, tuple(UNIFORM_CODES))
+    check_layout(packed, K, layout)
+    if packed.dtype == torch.int8:
+        return packed
+    return _unpack(packed, _LB4, 15, K) - 8 if layout == "uniform4" else _unpack(packed, _LB2, 3, K) - 1
+
+
 def unpacked(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
     """int8 codes of any layout: [N, K]; [2, N, K] for "split"."""
+    if layout in UNIFORM_CODES:
+        return unpack_uniform(packed, K, layout)
     if layout == "split":
         return torch.stack(unpack_split(packed, K))
     return (unpack_ternary if layout == "ternary" else unpack_binary)(packed, K)

@@ -20,14 +20,14 @@ def _fields(packed: Tensor, K: int, bits: int) -> Tensor:
     """The unsigned `bits`-wide field of every value: int64 [N, K].
 
     A block is 32 bytes; byte t of it holds the values t, t + 32, t + 64, ... Two-bit fields start at the top of the
-    byte (bits 7:6 first), one-bit fields at the bottom (bit 0 first).
+    byte (bits 7:6 first), and four-bit fields; one-bit fields at the bottom (bit 0 first).
     """
     per_byte = 8 // bits
     fields = torch.zeros(packed.shape[0], K, dtype=torch.int64)
     for k in range(K):
         block, place = divmod(k, 32 * per_byte)
         plane, t = divmod(place, 32)
-        shift = 6 - 2 * plane if bits == 2 else plane
+        shift = plane if bits == 1 else 8 - bits - bits * plane
         fields[:, k] = packed[:, block * 32 + t].long() // 2**shift % 2**bits
     return fields
 
@@ -48,6 +48,13 @@ def unpack_split(packed: Tensor, K: int) -> tuple[Tensor, Tensor]:
     return (2 * (fields // 2) - 1).to(torch.int8), (2 * (fields % 2) - 1).to(torch.int8)
 
 
+def unpack_uniform(packed: Tensor, K: int, layout: str) -> Tensor:
+    """uint8 [N, bytes] -> int8 [N, K]; field = code + 1 (2 bits) or + 8 (4 bits); int8 is what it is."""
+    if layout in ("int8", "uniform8"):
+        return packed.clone()
+    return (_fields(packed, K, int(layout[-1])) - {"uniform2": 1, "uniform4": 8}[layout]).to(torch.int8)
+
+
 def _pack(fields: Tensor, bits: int, padding: int) -> Tensor:
     """Inverse of `_fields`; the last block is filled up with `padding`."""
     per_byte = 8 // bits
@@ -57,7 +64,7 @@ def _pack(fields: Tensor, bits: int, padding: int) -> Tensor:
     for k in range(blocks * 32 * per_byte):
         block, place = divmod(k, 32 * per_byte)
         plane, t = divmod(place, 32)
-        shift = 6 - 2 * plane if bits == 2 else plane
+        shift = plane if bits == 1 else 8 - bits - bits * plane
         packed[:, block * 32 + t] += 2**shift * (fields[:, k].long() if k < K else padding)
     return packed.to(torch.uint8)
 
@@ -75,6 +82,14 @@ def pack_binary(codes: Tensor) -> Tensor:
 def pack_split(codes1: Tensor, codes2: Tensor) -> Tensor:
     """Two int8 {-1, 1} [N, K] -> uint8 [N, ceil(K/128)*32]; padded with 0 bits."""
     return _pack(codes1.long() + 1 + (codes2.long() + 1) // 2, 2, 0)
+
+
+def pack_uniform(codes: Tensor, layout: str) -> Tensor:
+    """int8 [N, K] -> uint8 [N, bytes] or int8; padded with the field of 0."""
+    if layout in ("int8", "uniform8"):
+        return codes.clone()
+    middle = {"uniform2": 1, "uniform4": 8}[layout]
+    return _pack(codes.long() + middle, int(layout[-1]), middle)
 
 
 # --- activations ---------------------------------------------------------------------------------------------------
@@ -241,6 +256,46 @@ def split_linear(
 ) -> Tensor:
     """The same with the sum of two binary weights; scale [2, N] or [2, 1]."""
     planes = list(zip(unpack_split(packed, x.shape[-1]), scale, strict=True))
+    return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype, residual, out_scale)
+
+
+def int8_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> Tensor:
+    """The same with int8 weights."""
+    planes = [(packed, scale)]
+    return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype, residual, out_scale)
+
+
+def uniform_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    *,
+    bits: int,
+    x_scale: Tensor | None = None,
+    x_zero_point: Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    residual: Tensor | None = None,
+    out_scale: Tensor | None = None,
+) -> Tensor:
+    """The same with weights step * code + offset; scale [2, G] holds both for each of G groups of rows."""
+    N, groups = packed.shape[0], scale.shape[1]
+    step, offset = (own[[n * groups // N for n in range(N)]] for own in scale)
+    codes = unpack_uniform(packed, x.shape[-1], f"uniform{bits}")
+    planes = [(codes, step), (torch.ones_like(codes), offset)]
     return _linear(x, planes, bias, x_scale, x_zero_point, activation, out_dtype, residual, out_scale)
 
 

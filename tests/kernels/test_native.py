@@ -41,6 +41,7 @@ from lowbit_kernels import (
 from lowbit_kernels.encoder import cpu as encoder_cpu
 
 LAYOUTS = ["ternary", "binary", "split"]
+EVERY_LAYOUT = list(packing.CODES_IN_A_BYTE)
 SHAPES = [(1, 1, 1), (1, 17, 64), (15, 33, 63), (16, 32, 128), (33, 15, 312), (257, 50, 130), (300, 97, 520)]
 
 
@@ -84,23 +85,33 @@ def of_all_kinds(using: Callable[[str], None], run: Callable[[], torch.Tensor]) 
         yield run()
 
 
+def pair(layout: str) -> tuple[int, ...]:
+    """How the shape of scales begins."""
+    return (2,) if layout == "split" or packing.has_offset(layout) else ()
+
+
 def codes_of(layout: str, N: int, K: int) -> torch.Tensor:
+    if layout in packing.UNIFORM_CODES:
+        least, most = packing.UNIFORM_CODES[layout]
+        return torch.randint(least, most + 1, (N, K), dtype=torch.int8)
     if layout == "ternary":
         return torch.randint(-1, 2, (N, K), dtype=torch.int8)
     return torch.randint(0, 2, (2, N, K) if layout == "split" else (N, K), dtype=torch.int8) * 2 - 1
 
 
 def packed_of(layout: str, codes: torch.Tensor) -> torch.Tensor:
+    if layout in packing.UNIFORM_CODES:
+        return packing.pack_uniform(codes, layout)
     return packing.pack_split(*codes) if layout == "split" else getattr(packing, f"pack_{layout}")(codes)
 
 
 @needs_native
 @pytest.mark.parametrize("zero_point", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", EVERY_LAYOUT)
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
 def test_linears(M: int, N: int, K: int, layout: str, zero_point: bool, using: Callable[[str], None]) -> None:
     x = torch.randint(-128, 128, (M, K), dtype=torch.int8)
-    codes, scale = codes_of(layout, N, K), torch.rand(*((2,) if layout == "split" else ()), N) + 0.1
+    codes, scale = codes_of(layout, N, K), torch.rand(*pair(layout), N) + 0.1
     x_scale, bias = torch.rand(M), torch.randn(N)
     zero = torch.randint(-128, 128, (M,), dtype=torch.int32) if zero_point else None
     packed = packed_of(layout, codes)
@@ -115,9 +126,11 @@ def test_linears(M: int, N: int, K: int, layout: str, zero_point: bool, using: C
     for result in results:
         assert torch.equal(result, results[0])
     torch.testing.assert_close(results[0], by_torch, rtol=1e-5, atol=1e-5 * float(by_torch.abs().max()))
-    expected = getattr(reference, f"{layout}_linear")(
-        x, packed, scale, bias, x_scale=x_scale, x_zero_point=zero, out_dtype=torch.float64
-    )
+    uniform = packing.has_offset(layout)
+    expected = getattr(reference, "uniform_linear" if uniform else f"{layout}_linear")(
+        x, packed, scale, bias, x_scale=x_scale, x_zero_point=zero, out_dtype=torch.float64,
+        **({"bits": int(layout[-1])} if uniform else {}),
+    )  # fmt: skip
     close = 1e-5 * max(1.0, float(expected.abs().max()))
     torch.testing.assert_close(results[0][:, :N].double(), expected, rtol=1e-5, atol=close)
     using(KINDS[0])
@@ -136,7 +149,7 @@ def test_dynamic_linears_are_quantization_and_product(
     x = torch.randn(K, M).t() if M % 2 else torch.randn(M, K)  # of any strides
     if M > 2 and K:
         x[1], x[2, 0] = 0.0, math.nan
-    packed, scale = packed_of(layout, codes_of(layout, N, K)), torch.rand(*((2,) if layout == "split" else ()), N)
+    packed, scale = packed_of(layout, codes_of(layout, N, K)), torch.rand(*pair(layout), N)
     weights = [packed, packed], [scale, scale], [torch.randn(N), None]
     got = joint_dynamic_linear(x, *weights, bits, symmetric, layout, activation)
     codes, x_scale, zero_point = quantize_per_token(x, bits, symmetric)
@@ -187,7 +200,7 @@ def test_codes_are_the_same_bytes_as_torchs(K: int, bits: int, symmetric: bool, 
 def embeddings_of(layout: str, shape: tuple[int, ...], K: int, per_row: bool) -> list[Any]:
     """Arguments of `embedding_layernorm` up to bias; token type ids of every token, position ids [S], in two dtypes."""
     words, types, positions = 40, 3, 50
-    scale = torch.rand(*((2,) if layout == "split" else ()), words if per_row else 1)
+    scale = torch.rand(*pair(layout), words if per_row else 1)
     if layout == "int8":
         table: tuple = (torch.randint(-128, 128, (words, K), dtype=torch.int8), scale / 64, 8)
     else:
@@ -295,7 +308,7 @@ def test_the_rest_of_a_layer_is_its_operations(
     context, tokens = torch.randn(T, C), torch.randn(T, H)
     shapes = [(H, C), (F, H), (H, F)]
     packed = [packed_of(layout, codes_of(layout, *shape)) for shape in shapes]
-    scale = [torch.rand(*((2,) if layout == "split" else ()), N) * K**-0.5 for N, K in shapes]
+    scale = [torch.rand(*pair(layout), N) * K**-0.5 for N, K in shapes]
     bias = [torch.randn(N) for N, _ in shapes]
     norms = [torch.rand(H), torch.randn(H), torch.rand(H), torch.randn(H)]
 
@@ -309,7 +322,7 @@ def test_the_rest_of_a_layer_is_its_operations(
     inner = quantize_per_token(product(1, tuple(codes), activation), 8, False)
     expected = add_layernorm(product(2, inner), y, norms[2], norms[3], 1e-5, bits=8)
     got = encoder_cpu.encoder_rest(
-        context, tokens, packed, scale, bias, norms, layout, activation, 1e-5, 8, True, False
+        context, tokens, packed, scale, bias, norms, [layout] * 3, activation, 1e-5, 8, True, False
     )
     # GELU differs in the last place, so that now and then a value on a tie takes the other code.
     assert ((got[0] - expected[0]).abs() > 1e-4).float().mean() < 0.02
@@ -323,19 +336,35 @@ def test_ops_of_a_layer_pass_opcheck(symmetric: bool, kind: str) -> None:
     H, packed = 32, [packed_of("ternary", codes_of("ternary", 32, 32)) for _ in range(3)]
     scale, bias, norm = [torch.rand(32)] * 3, [torch.randn(32), None, None], [torch.rand(32), torch.randn(32)]
     rest = (torch.randn(5, H), torch.randn(5, H), packed, scale, bias, norm * 2)
-    torch.library.opcheck(encoder_cpu.encoder_rest, (*rest, "ternary", "gelu", 1e-5, 8, symmetric, not symmetric))
+    torch.library.opcheck(encoder_cpu.encoder_rest, (*rest, ["ternary"] * 3, "gelu", 1e-5, 8, symmetric, not symmetric))
     q, q_scale, zero = quantize_per_token(torch.randn(5, H), 8, symmetric)
     starts = torch.tensor([0, 2, 5], dtype=torch.int32)
     for importance in (None, "all"):
-        arguments = (q, q_scale, zero, packed, scale, bias, "ternary", starts, 3, 2, 0.25, 8, [], None, importance)
+        arguments = (
+            q,
+            q_scale,
+            zero,
+            packed,
+            scale,
+            bias,
+            ["ternary"] * 3,
+            starts,
+            3,
+            2,
+            0.25,
+            8,
+            [],
+            None,
+            importance,
+        )
         torch.library.opcheck(encoder_cpu.encoder_attention, arguments)
 
 
-def layers_of(count: int, layout: str, H: int, F: int, C: int) -> tuple[list, list, list, list]:
+def layers_of(count: int, layouts: list[str], H: int, F: int, C: int) -> tuple[list, list, list, list]:
     """Packed codes, scales, biases and norms of layers."""
     shapes = [(C, H), (C, H), (C, H), (H, C), (F, H), (H, F)] * count
-    packed = [packed_of(layout, codes_of(layout, *shape)) for shape in shapes]
-    scale = [torch.rand(*((2,) if layout == "split" else ()), N) * K**-0.5 for N, K in shapes]
+    packed = [packed_of(layout, codes_of(layout, *shape)) for layout, shape in zip(layouts, shapes, strict=True)]
+    scale = [torch.rand(*pair(layout), N) * K**-0.5 for layout, (N, K) in zip(layouts, shapes, strict=True)]
     bias = [torch.randn(N) if number % 5 else None for number, (N, _) in enumerate(shapes)]
     return packed, scale, bias, [torch.rand(H) for _ in range(4 * count)]
 
@@ -345,17 +374,17 @@ def layer_by_layer(
 ) -> tuple[torch.Tensor, ...]:
     """`encoder_layers` by its halves."""
     packed, scale, bias, norms = weights
-    layout, activation, eps, bits, ffn_symmetric, heads, position_bias = options
+    layouts, activation, eps, bits, ffn_symmetric, heads, position_bias = options
     symmetric = codes[2] is None
     for i in range(len(packed) // 6):
         first, rest = slice(6 * i, 6 * i + 3), slice(6 * i + 3, 6 * i + 6)
         context, _ = encoder_cpu.encoder_attention(
-            *codes, packed[first], scale[first], bias[first], layout, starts, int(starts.diff().max()), heads, 0.2,
-            bits, [], position_bias, None,
+            *codes, packed[first], scale[first], bias[first], layouts[first], starts, int(starts.diff().max()), heads,
+            0.2, bits, [], position_bias, None,
         )  # fmt: skip
         tokens, q, q_scale, zero = encoder_cpu.encoder_rest(
-            context, tokens, packed[rest], scale[rest], bias[rest], norms[4 * i : 4 * i + 4], layout, activation, eps,
-            bits, symmetric, ffn_symmetric,
+            context, tokens, packed[rest], scale[rest], bias[rest], norms[4 * i : 4 * i + 4], layouts[rest],
+            activation, eps, bits, symmetric, ffn_symmetric,
         )  # fmt: skip
         codes = q, q_scale, None if symmetric else zero
     return tokens, *codes
@@ -363,19 +392,21 @@ def layer_by_layer(
 
 @needs_native
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, "int8", "uniform4", "one after the other"])
 @pytest.mark.parametrize("lengths", [[1], [17, 0, 3, 40], [300, 129]], ids=str)
 def test_layers_together_are_the_layers(lengths: list[int], layout: str, symmetric: bool, kind: str) -> None:
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     tokens = torch.randn(int(starts[-1]), 48)
-    weights = layers_of(3, layout, H=48, F=100, C=24)
+    mixed = [EVERY_LAYOUT[i % len(EVERY_LAYOUT)] for i in range(18)]
+    layouts = [layout] * 18 if layout in EVERY_LAYOUT else mixed
+    weights = layers_of(3, layouts, H=48, F=100, C=24)
     position_bias = torch.randn(3, max(lengths), max(lengths))
     q, q_scale, zero = quantize_per_token(tokens, 8, symmetric)
     codes = q, q_scale, None if symmetric else zero
-    together = (*weights, layout, "gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], position_bias, False)
+    together = (*weights, layouts, "gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], position_bias, False)
     for _ in range(2):  # the second time with weights that are edited: what was made of the first must not be taken
         got = encoder_cpu.encoder_layers(tokens, *codes, *together)
-        expected = layer_by_layer(tokens, codes, weights, starts, layout, "gelu", 1e-5, 8, symmetric, 3, position_bias)
+        expected = layer_by_layer(tokens, codes, weights, starts, layouts, "gelu", 1e-5, 8, symmetric, 3, position_bias)
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True) if b is not None)
         weights[1][4].mul_(2.0)
         weights[0][0].zero_()
@@ -388,15 +419,16 @@ def test_layers_together_are_the_layers(lengths: list[int], layout: str, symmetr
 def test_layers_together_that_keep_first_tokens(lengths: list[int], symmetric: bool, kind: str) -> None:
     starts = torch.tensor([0, *lengths]).cumsum(0).int()
     tokens = torch.randn(int(starts[-1]), 48)
-    weights = layers_of(2, "ternary", H=48, F=100, C=24)
+    weights = layers_of(2, ["ternary"] * 12, H=48, F=100, C=24)
     position_bias = torch.randn(3, max(lengths), max(lengths))
     q, q_scale, zero = quantize_per_token(tokens, 8, symmetric)
     codes = q, q_scale, None if symmetric else zero
-    options = ("ternary", "gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], position_bias)
+    options = ("gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], position_bias)
     real = starts.diff().nonzero().squeeze(1)
     for own in (weights, [part[: len(part) // 2] for part in weights]):  # two layers; one, which is the first too
-        every = encoder_cpu.encoder_layers(tokens, *codes, *own, *options, False)
-        got = encoder_cpu.encoder_layers(tokens, *codes, *own, *options, True)
+        layouts = ["ternary"] * len(own[0])
+        every = encoder_cpu.encoder_layers(tokens, *codes, *own, layouts, *options, False)
+        got = encoder_cpu.encoder_layers(tokens, *codes, *own, layouts, *options, True)
         for first, all_of_it in zip(got[: 3 if symmetric else 4], every, strict=False):
             assert len(first) == len(lengths)
             assert torch.equal(first[real], all_of_it[starts[real].long()])
@@ -406,12 +438,12 @@ def test_layers_together_that_keep_first_tokens(lengths: list[int], symmetric: b
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_layers_together_hold_what_they_point_to(symmetric: bool, kind: str) -> None:
     """Nothing is kept for inference tensors: scales of a whole tensor, repeated for every row, were gone too early."""
-    packed, scale, bias, norms = layers_of(3, "ternary", H=48, F=100, C=24)
+    packed, scale, bias, norms = layers_of(3, ["ternary"] * 18, H=48, F=100, C=24)
     weights = packed, [own[:1] for own in scale], bias, norms
     tokens, starts = torch.randn(24, 48), torch.tensor([0, 24], dtype=torch.int32)
     q, q_scale, zero = quantize_per_token(tokens, 8, symmetric)
     codes = q, q_scale, None if symmetric else zero
-    options = ("ternary", "gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], None, False)
+    options = (["ternary"] * 18, "gelu", 1e-5, 8, symmetric, starts, 3, 0.2, [], None, False)
     expected = encoder_cpu.encoder_layers(tokens, *codes, *weights, *options)
     with torch.inference_mode():
         weights = [[None if tensor is None else tensor.clone() for tensor in tensors] for tensors in weights]
@@ -421,9 +453,9 @@ def test_layers_together_hold_what_they_point_to(symmetric: bool, kind: str) -> 
 
 @needs_native
 def test_layers_together_keep_no_weights_alive(kind: str) -> None:
-    weights = layers_of(2, "ternary", H=32, F=64, C=32)
+    weights = layers_of(2, ["ternary"] * 12, H=32, F=64, C=32)
     starts, tokens = torch.tensor([0, 2, 5], dtype=torch.int32), torch.randn(5, 32)
-    options = ("ternary", "gelu", 1e-5, 8, True, starts, 2, 0.2, [], None, False)
+    options = (["ternary"] * 12, "gelu", 1e-5, 8, True, starts, 2, 0.2, [], None, False)
     torch.library.opcheck(encoder_cpu.encoder_layers, (tokens, *quantize_per_token(tokens), *weights, *options))
     gone = [weakref.ref(tensor) for tensors in weights for tensor in tensors if tensor is not None]
     del weights
@@ -442,7 +474,18 @@ def test_gelu_in_a_layer_is_that_of_torch(activation: str, approximate: str, kin
     scale = [torch.zeros(2), torch.ones(1), torch.tensor([1.0, 0.0])]
     eps, norm = 1e16, [torch.tensor([2e8, 0.0]), torch.zeros(2)]
     got, *_ = encoder_cpu.encoder_rest(
-        torch.zeros(len(x), 1), tokens, packed, scale, [None] * 3, norm * 2, "ternary", activation, eps, 8, True, True
+        torch.zeros(len(x), 1),
+        tokens,
+        packed,
+        scale,
+        [None] * 3,
+        norm * 2,
+        ["ternary"] * 3,
+        activation,
+        eps,
+        8,
+        True,
+        True,
     )
     expected = torch.nn.functional.gelu(x.double(), approximate=approximate)
     error = (got[:, 0].double() - x.double() - expected).abs()

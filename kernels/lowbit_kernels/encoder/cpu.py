@@ -38,7 +38,7 @@ def _attention_cpu(
     packed: Sequence[torch.Tensor],
     scale: Sequence[torch.Tensor],
     bias: Sequence[torch.Tensor | None],
-    layout: str,
+    layouts: Sequence[str],
     cu_seqlens: torch.Tensor,
     max_seqlen: int,
     heads: int,
@@ -53,14 +53,14 @@ def _attention_cpu(
     x, x_scale, cu_seqlens = x.contiguous(), x_scale.contiguous(), cu_seqlens.contiguous()
     x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
     position_bias = None if position_bias is None else position_bias.float()
-    weights = Weights.packed(packed, scale, bias, layout, K, x_zero_point is not None)
+    weights = Weights.packed(packed, scale, bias, layouts, K, x_zero_point is not None)
     products = weights.array()
     by_head = context.new_zeros(heads, T) if importance else None
     mode = Mode(scaling, bits, asymmetric, importance=importance)
     op = native_attention(T, heads, context.shape[1] // heads, mode, position_bias, context, None, by_head)
     native.function("attention_half")(
-        x.data_ptr(), K, x_scale.data_ptr(), native.pointer(x_zero_point), products, len(packed),
-        weights.layout, op, cu_seqlens.data_ptr(), len(cu_seqlens) - 1,
+        x.data_ptr(), K, x_scale.data_ptr(), native.pointer(x_zero_point), products, len(packed), op,
+        cu_seqlens.data_ptr(), len(cu_seqlens) - 1,
     )  # fmt: skip
     if by_head is not None:
         torch.sum(by_head, 0, out=received)
@@ -78,7 +78,7 @@ def _attention_outputs(
 
 encoder_attention = define(
     "encoder_attention(Tensor x, Tensor x_scale, Tensor? x_zero_point, Tensor[] packed, Tensor[] scale, "
-    "Tensor?[] bias, str layout, Tensor cu_seqlens, SymInt max_seqlen, int heads, float scaling, int bits, "
+    "Tensor?[] bias, str[] layouts, Tensor cu_seqlens, SymInt max_seqlen, int heads, float scaling, int bits, "
     "str[] asymmetric, Tensor? position_bias, str? importance) -> (Tensor, Tensor)",
     cpu=_attention_cpu,
     fake=lambda x, x_scale, x_zero_point, packed, *others: _attention_outputs(x, packed, others[-1]),
@@ -91,15 +91,16 @@ class _Linears(NamedTuple):
     packed: Sequence[torch.Tensor]
     scale: Sequence[torch.Tensor]
     bias: Sequence[torch.Tensor | None]
+    layouts: Sequence[str]
 
     def part(self, start: int, stop: int) -> _Linears:
-        return _Linears(self.packed[start:stop], self.scale[start:stop], self.bias[start:stop])
+        own = slice(start, stop)
+        return _Linears(self.packed[own], self.scale[own], self.bias[own], self.layouts[own])
 
 
 class _Options(NamedTuple):
     """What all layers share."""
 
-    layout: str
     activation: str
     eps: float
     bits: int
@@ -111,14 +112,14 @@ def _rest_of(
     linears: _Linears, norms: Sequence[torch.Tensor], options: _Options, C: int
 ) -> tuple[native.Rest, list[torch.Tensor | None]]:
     """The second half of a layer as the kernel takes it, of a context [T, C], and the tensors that it points to."""
-    layout, activation, eps, bits, symmetric, ffn_symmetric = options
+    activation, eps, bits, symmetric, ffn_symmetric = options
     norms = [tensor.contiguous() for tensor in norms]
     H, F = len(norms[0]), linears.packed[1].shape[0]
     weights = [
-        Weights.packed(*linears.part(i, i + 1), layout, K, not is_symmetric)
+        Weights.packed(*linears.part(i, i + 1), K, not is_symmetric)
         for i, (K, is_symmetric) in enumerate([(C, symmetric), (H, symmetric), (F, ffn_symmetric)])
     ]
-    rest = native.Rest(H=H, C=C, layout=weights[0].layout, activation=ACTIVATIONS.index(activation), bits=bits)
+    rest = native.Rest(H=H, C=C, activation=ACTIVATIONS.index(activation), bits=bits)
     rest.ffn_symmetric = ffn_symmetric
     rest.attention_output, rest.ffn_input, rest.ffn_output = (own.products[0] for own in weights)
     rest.attention_norm, rest.ffn_norm = native.norm(norms[0], norms[1], eps), native.norm(norms[2], norms[3], eps)
@@ -132,7 +133,7 @@ def _rest_cpu(
     scale: Sequence[torch.Tensor],
     bias: Sequence[torch.Tensor | None],
     norms: Sequence[torch.Tensor],
-    layout: str,
+    layouts: Sequence[str],
     activation: str,
     eps: float,
     bits: int,
@@ -141,8 +142,8 @@ def _rest_cpu(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     context, tokens = context.contiguous(), tokens.contiguous()
     T, C = context.shape
-    options = _Options(layout, activation, eps, bits, symmetric, ffn_symmetric)
-    op, _alive = _rest_of(_Linears(packed, scale, bias), norms, options, C)
+    options = _Options(activation, eps, bits, symmetric, ffn_symmetric)
+    op, _alive = _rest_of(_Linears(packed, scale, bias, layouts), norms, options, C)
     out = torch.empty_like(tokens)
     codes = outputs(out, symmetric, T)
     if T:
@@ -159,7 +160,7 @@ def _rest_fake(
 
 encoder_rest = define(
     "encoder_rest(Tensor context, Tensor tokens, Tensor[] packed, Tensor[] scale, Tensor?[] bias, Tensor[] norms, "
-    "str layout, str activation, float eps, int bits, bool symmetric, bool ffn_symmetric) "
+    "str[] layouts, str activation, float eps, int bits, bool symmetric, bool ffn_symmetric) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_rest_cpu,
     fake=_rest_fake,
@@ -182,13 +183,14 @@ def _layers_of(
         layers, kept = [], []
         for i in range(len(linears.packed) // 6):
             of_layer, own_norms = linears.part(6 * i, 6 * i + 6), norms[4 * i : 4 * i + 4]
-            first = Weights.packed(*of_layer.part(0, 3), options.layout, len(own_norms[0]), not options.symmetric)
+            first = Weights.packed(*of_layer.part(0, 3), len(own_norms[0]), not options.symmetric)
             rest, alive = _rest_of(of_layer.part(3, 6), own_norms, options, of_layer.packed[0].shape[0])
             layers.append(native.Layer(first.array(), rest))
             kept += [tensor for tensor in (*alive, *first.tensors) if tensor is not None and id(tensor) not in own]
         return (native.Layer * len(layers))(*layers), kept
 
-    return _layers.get(given, (options, native.Layer), make)  # of which a reloaded module has another one
+    # Of `native.Layer` a reloaded module has another one.
+    return _layers.get(given, (options, tuple(linears.layouts), native.Layer), make)
 
 
 def _layers_cpu(
@@ -200,7 +202,7 @@ def _layers_cpu(
     scale: Sequence[torch.Tensor],
     bias: Sequence[torch.Tensor | None],
     norms: Sequence[torch.Tensor],
-    layout: str,
+    layouts: Sequence[str],
     activation: str,
     eps: float,
     bits: int,
@@ -216,7 +218,7 @@ def _layers_cpu(
     x_zero_point = None if x_zero_point is None else x_zero_point.contiguous()
     position_bias = None if position_bias is None else position_bias.float()
     symmetric, T, B = x_zero_point is None, len(tokens), len(cu_seqlens) - 1
-    linears, options = _Linears(packed, scale, bias), _Options(layout, activation, eps, bits, symmetric, ffn_symmetric)
+    linears, options = _Linears(packed, scale, bias, layouts), _Options(activation, eps, bits, symmetric, ffn_symmetric)
     layers, _alive = _layers_of(linears, norms, options)
     rows = max(T, B) if first_only else T  # layers before the last put all tokens here
     out = tokens.new_empty(rows, tokens.shape[1])
@@ -243,7 +245,7 @@ def _layers_fake(tokens: torch.Tensor, x: torch.Tensor, x_scale: torch.Tensor, x
 
 encoder_layers = define(
     "encoder_layers(Tensor tokens, Tensor x, Tensor x_scale, Tensor? x_zero_point, Tensor[] packed, Tensor[] scale, "
-    "Tensor?[] bias, Tensor[] norms, str layout, str activation, float eps, int bits, bool ffn_symmetric, "
+    "Tensor?[] bias, Tensor[] norms, str[] layouts, str activation, float eps, int bits, bool ffn_symmetric, "
     "Tensor cu_seqlens, int heads, float scaling, str[] asymmetric, Tensor? position_bias, bool first_only) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     cpu=_layers_cpu,

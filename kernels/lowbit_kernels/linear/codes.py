@@ -7,7 +7,7 @@ import math
 import torch
 
 from .._ops import check_device, define
-from ..packing import launch_pack
+from ..packing import UNIFORM_CODES, has_offset, launch_pack
 from .cpu import codes_linear_cpu
 from .gpu import launch
 
@@ -22,6 +22,9 @@ def _codes_cuda(
     layout: str,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
+    if layout in UNIFORM_CODES:
+        own = "uniform8" if has_offset(layout) else "int8"
+        return launch(x, codes.contiguous(), scale, bias, x_scale, x_zero_point, None, out_dtype, own)
     # Codes come from a quantizer, so their range needs no check, which would stall the device.
     packed, w_sum = launch_pack(codes, layout)
     return launch(x, packed, scale, bias, x_scale, x_zero_point, None, out_dtype, layout, w_sum=w_sum)
@@ -65,7 +68,7 @@ def codes_linear(
         x: int8 [..., K].
         codes: int8 [N, K]; [2, N, K] for layout "split".
         scale, bias, x_scale, x_zero_point, out_dtype: as `ternary_linear`.
-        layout: "ternary", "binary" or "split".
+        layout: as in `packing.CODES_IN_A_BYTE`.
 
     Returns:
         [..., N].

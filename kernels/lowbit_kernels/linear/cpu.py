@@ -20,21 +20,27 @@ import torch
 from .. import native
 from .._derived import Derived
 from .._ops import define, stored, traced_on_cpu
-from ..packing import unpacked
+from ..packing import has_offset, unpacked
 from . import native as linear_native
 from .native import row_scale
 
 
 @dataclass
 class Expanded:
-    """Signed int8 codes [N, K] (a split pair stacked to [2N, K]), prepacked by oneDNN where it can be."""
+    """Signed int8 codes [N, K] (a split pair stacked to [2N, K]), prepacked by oneDNN where it can be.
+
+    Where oneDNN's products of large codes are not exact (`_saturates`), they are twice those of `weight` and once those
+    of `odd`.
+    """
 
     K: int
     rows: int
     weight: torch.Tensor
     scale: torch.Tensor  # float32 [rows]
-    row_sum: torch.Tensor  # float32 [rows], exact
+    row_sum: torch.Tensor  # float32 [rows]
     prepacked: bool
+    offset: torch.Tensor | None = None  # float32 [rows]
+    odd: torch.Tensor | None = None
 
 
 _kept = Derived()
@@ -74,22 +80,41 @@ def expand(packed: Sequence[torch.Tensor], scale: Sequence[torch.Tensor], K: int
     return _kept.get([*packed, *scale], (K, layout), make) if _keep else make()
 
 
-def expand_codes(codes: torch.Tensor, scale: torch.Tensor) -> Expanded:
-    """Expansion of int8 codes [rows, K] with one scale a row."""
-    K = codes.shape[1]
+def expand_codes(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor | None = None) -> Expanded:
+    """Expansion of int8 codes [rows, K] with one scale, and maybe one offset, a row."""
+    rows, K = codes.shape
     row_sum = codes.sum(1, dtype=torch.int32).float()
-    # oneDNN returns the accumulators as float32: exact below 2^24, which |x| <= 128 and |w| <= 1 keep up to this K.
-    prepacked = _has_onednn() and codes.numel() > 0 and 128 * K < 2**24
+    most = max((abs(int(extreme)) for extreme in codes.aminmax()), default=0) if codes.numel() else 0
+    if most > 63 and _saturates():  # halves stay below 64: two products of theirs and of bytes fit into 16 bits
+        odd = (codes & 1).contiguous()
+        return Expanded(K, rows, ((codes - odd) >> 1).contiguous(), scale, row_sum, False, offset, odd)
+    # oneDNN returns the accumulators as float32: exact below 2^24, which |x| <= 128 keeps up to this K. Above, their
+    # rounding is that of any float32 epilogue, but that of a code of many bits at a time: the sum itself is int32.
+    prepacked = _has_onednn() and codes.numel() > 0 and 128 * K * max(most, 1) < 2 ** (24 if most <= 1 else 31)
     weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None) if prepacked else codes.contiguous()
-    return Expanded(K, codes.shape[0], weight, scale, row_sum, prepacked)
+    return Expanded(K, rows, weight, scale, row_sum, prepacked, offset)
+
+
+@functools.cache
+def _saturates() -> bool:
+    """Whether torch's int8 products are wrong for large codes, as oneDNN's are on processors without VNNI.
+
+    There two products are added in 16 bits.
+    """
+    x, w = torch.full((32, 64), 127, dtype=torch.int8), torch.full((64, 48), -128, dtype=torch.int8)
+    return bool((torch._int_mm(x, w) != -127 * 128 * 64).any())
 
 
 def joint_codes(
     packed: Sequence[torch.Tensor], scale: Sequence[torch.Tensor], K: int, layout: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes int8 [rows, K] of several packed linears one below the other, and the scale of each row."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes int8 [rows, K] of several packed linears one below the other, the scale of each row, and the offset."""
     codes = torch.cat([unpacked(tensor, K, layout).flatten(0, -2) for tensor in packed])
-    return codes, torch.cat([row_scale(own, tensor.shape[0]) for own, tensor in zip(scale, packed, strict=True)])
+    scales = [row_scale(own, tensor.shape[0]) for own, tensor in zip(scale, packed, strict=True)]
+    if not has_offset(layout):
+        return codes, torch.cat(scales), None
+    steps, offsets = zip(*(own.chunk(2) for own in scales), strict=True)
+    return codes, torch.cat(steps), torch.cat(offsets)
 
 
 @functools.lru_cache(maxsize=64)
@@ -100,8 +125,9 @@ def _ones_zeros(n: int) -> tuple[torch.Tensor, torch.Tensor]:
 def accumulate(x: torch.Tensor, expanded: Expanded, scaled: bool = False) -> torch.Tensor:
     """x int8 [M, K] times the expanded codes -> float32 [M, rows]: exact integers, or times the scales of the rows."""
     if not expanded.prepacked or x.shape[0] == 0:
-        acc = _int_mm(x, expanded.weight).float() if x.shape[0] else x.new_zeros(0, expanded.rows, dtype=torch.float32)
-        return acc.mul_(expanded.scale) if scaled else acc
+        acc = _int_mm(x, expanded.weight) if x.shape[0] else x.new_zeros(0, expanded.rows)
+        acc = acc if expanded.odd is None or not x.shape[0] else acc.mul_(2).add_(_int_mm(x, expanded.odd))
+        return acc.float().mul_(expanded.scale) if scaled else acc.float()
     ones, zeros = _ones_zeros(expanded.rows)
     scale = expanded.scale if scaled else ones
     return torch.ops.onednn.qlinear_pointwise(
@@ -129,7 +155,9 @@ def linears_cpu(
 ) -> torch.Tensor:
     """Linears on one input: one product, one epilogue, results side by side [M, sum N]."""
     if not torch.compiler.is_compiling() and native.available():
-        weights = linear_native.Weights.packed(packed, scale, bias, layout, x.shape[1], x_zero_point is not None)
+        weights = linear_native.Weights.packed(
+            packed, scale, bias, [layout] * len(packed), x.shape[1], x_zero_point is not None
+        )
         y = linear_native.linears(x, x_scale, x_zero_point, weights)
         return _activated(y, activation, out_dtype).to(out_dtype)
     scaled = scaled_op if traced_on_cpu(x) else _scaled
@@ -152,7 +180,7 @@ def dynamic_linears_cpu(
     layout: str,
 ) -> torch.Tensor:
     """The same of x float32 [M, K], quantized token by token; by the native kernels only."""
-    weights = linear_native.Weights.packed(packed, scale, bias, layout, x.shape[1], not symmetric)
+    weights = linear_native.Weights.packed(packed, scale, bias, [layout] * len(packed), x.shape[1], not symmetric)
     return _activated(linear_native.dynamic_linears(x, bits, symmetric, weights), activation, torch.float32)
 
 
@@ -178,8 +206,10 @@ def codes_linear_cpu(
     if native.available():
         weights = linear_native.Weights.codes(codes, scale, bias, layout, x_zero_point is not None)
         return linear_native.linears(x, x_scale, x_zero_point, weights).to(out_dtype)
-    rows = math.prod(codes.shape[:-1])
-    expanded = expand_codes(codes.reshape(rows, x.shape[1]), row_scale(scale, codes.shape[-2]))
+    rows, scale, offset = math.prod(codes.shape[:-1]), row_scale(scale, codes.shape[-2]), None
+    if has_offset(layout):
+        scale, offset = scale.chunk(2)
+    expanded = expand_codes(codes.reshape(rows, x.shape[1]), scale, offset)
     y = _product(x, expanded, x_zero_point)
     y = y[:, : y.shape[1] // 2] + y[:, y.shape[1] // 2 :] if layout == "split" else y
     return _finish(y, bias, x_scale, None, out_dtype)
@@ -193,9 +223,17 @@ def _product(x: torch.Tensor, expanded: Expanded, x_zero_point: torch.Tensor | N
     """scale[n] * sum_k (x[m, k] - x_zero_point[m]) * w[n, k] -> float32 [M, rows]."""
     x = x.contiguous()
     if x_zero_point is None:
-        return accumulate(x, expanded, scaled=True)
-    y = accumulate(x, expanded)
-    return y.addcmul_(x_zero_point.float().unsqueeze(-1), expanded.row_sum, value=-1).mul_(expanded.scale)
+        y = accumulate(x, expanded, scaled=True)
+    else:
+        y = accumulate(x, expanded)
+        y = y.addcmul_(x_zero_point.float().unsqueeze(-1), expanded.row_sum, value=-1).mul_(expanded.scale)
+    return y if expanded.offset is None else y.addr_(sum_of_values(x, x_zero_point), expanded.offset)
+
+
+def sum_of_values(x: torch.Tensor, x_zero_point: torch.Tensor | None) -> torch.Tensor:
+    """sum_k (x[m, k] - x_zero_point[m]) -> float32 [M]: what an offset of the weights is multiplied with."""
+    total = x.sum(1, dtype=torch.int32).float()
+    return total if x_zero_point is None else total - x.shape[1] * x_zero_point.float()
 
 
 def _scaled(

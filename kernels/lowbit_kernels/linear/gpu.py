@@ -12,6 +12,7 @@ from .._derived import Derived, outlives_capture
 from .._triton import INTERPRET, triton
 from ..packing import unpacked
 from .gpu_kernels import BINARY, SPLIT, TERNARY, _linear_kernel, _small_kernel
+from .gpu_uniform import launch_uniform
 
 LAYOUTS = {"ternary": TERNARY, "binary": BINARY, "split": SPLIT}
 
@@ -123,6 +124,9 @@ def launch(
     `tile` the tensor-core kernel runs, however few the tokens. `concat` chooses between one product of all planes and
     one a plane; default: what suits the device.
     """
+    if layout not in LAYOUTS:
+        more = {"residual": residual, "out_scale": out_scale}
+        return launch_uniform(x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype, layout, **more)
     M, K = x.shape
     N, row_bytes = packed.shape
     out = torch.empty(M, N, dtype=out_dtype, device=x.device)

@@ -15,6 +15,7 @@ from .._ops import check_choice, check_device, check_flag, define, traced_on_cpu
 from ..quantize.op import quantize_per_token
 from .cpu import dynamic_linears_cpu, joint_bias, linears_cpu
 from .gpu import ACTIVATIONS, launch, w_sums
+from .native import row_scale
 
 
 def _joint_cuda(
@@ -43,7 +44,7 @@ def _joined(
     sizes = [tensor.shape[0] for tensor in packed]
 
     def make() -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [own.expand(*own.shape[:-1], N) for own, N in zip(scale, sizes, strict=True)]
+        rows = [row_scale(own, N).view(*own.shape[:-1], N) for own, N in zip(scale, sizes, strict=True)]
         return torch.cat([*packed]), torch.cat(rows, -1)
 
     weights = _joint_weights.get([*packed, *scale], (), make)
@@ -100,7 +101,7 @@ def joint_linear(
         x: int8 [..., K].
         packed, scale, bias: of each linear, as `ternary_linear`.
         x_scale, x_zero_point, activation, out_dtype: as `ternary_linear`.
-        layout: "ternary", "binary" or "split".
+        layout: of all, as in `packing.CODES_IN_A_BYTE`.
 
     Returns:
         [..., sum of N], one result beside the other.

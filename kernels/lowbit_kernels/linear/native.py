@@ -11,9 +11,13 @@ import torch
 
 from .. import native
 from .._derived import Derived
-from ..packing import check_packed, unpacked
+from ..packing import check_layout, has_offset, unpacked
 
-LAYOUTS = ("ternary", "binary", "split", "codes", "codes of a split pair")  # `Layout` of native/linear.h
+# `Layout` of native/linear.h.
+_LAYOUTS = {
+    **{"ternary": 0, "binary": 1, "split": 2, "codes": 3, "codes of a split pair": 4, "int8": 5, "uniform8": 5},
+    **{"uniform4": 6, "uniform2": 0},
+}
 
 ACTIVATIONS = (None, "gelu", "gelu_tanh")  # `Activation`
 
@@ -21,10 +25,16 @@ _row_sums = Derived()
 
 
 def row_scale(scale: torch.Tensor, N: int) -> torch.Tensor:
-    """[N] or [1] -> [N]; of a pair [2, N] or [2, 1] -> [2N]."""
-    if scale.shape[-1] == N and scale.is_contiguous():
+    """[N], [1] or one for each of G groups of rows -> [N]; of a pair [2, N] and so on -> [2N].
+
+    Row n is of group floor(n G / N).
+    """
+    G = scale.shape[-1]
+    if N == G and scale.is_contiguous():
         return scale.view(-1)
-    return scale.expand(*scale.shape[:-1], N).reshape(-1).contiguous()
+    if G == 1:
+        return scale.expand(*scale.shape[:-1], N).reshape(-1).contiguous()
+    return scale[..., torch.arange(N, device=scale.device) * G // N].reshape(-1)
 
 
 class Weights:
@@ -32,13 +42,11 @@ class Weights:
 
     Attributes:
         products: for the kernels.
-        layout: index into LAYOUTS.
         features: sum of N.
         tensors: what the products point to.
     """
 
-    def __init__(self, layout: str) -> None:
-        self.layout = LAYOUTS.index(layout)
+    def __init__(self) -> None:
         self.products: list[native.Product] = []
         self.tensors: list[torch.Tensor | None] = []
 
@@ -56,18 +64,18 @@ class Weights:
         packed: Sequence[torch.Tensor],
         scale: Sequence[torch.Tensor],
         bias: Sequence[torch.Tensor | None],
-        layout: str,
+        layouts: Sequence[str],
         K: int,
         with_sums: bool,
     ) -> Self:
-        """Of packed codes uint8 [N, bytes], scales and biases, as the ops take them; sums serve zero points."""
-        weights = cls(layout)
-        for own, own_scale, own_bias in zip(packed, scale, bias, strict=True):
-            check_packed(own, K, 8 if layout == "binary" else 4)  # the kernels would read past its end
+        """Of packed codes [N, bytes], scales, biases and layouts, as the ops take them; sums serve zero points."""
+        weights = cls()
+        for own, own_scale, own_bias, layout in zip(packed, scale, bias, layouts, strict=True):
+            check_layout(own, K, layout)  # the kernels would read past its end
             sums = None
             if with_sums:
                 sums = _row_sums.get([own], (K, layout), functools.partial(_sums_of_packed, own, K, layout))
-            weights._add(own, own.shape[0], own_scale, own_bias, sums)
+            weights._add(own, own.shape[0], own_scale, own_bias, sums, layout)
         return weights
 
     @classmethod
@@ -75,17 +83,28 @@ class Weights:
         cls, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, layout: str, with_sums: bool
     ) -> Self:
         """Of codes int8 [N, K], for layout "split" [2, N, K]."""
-        weights = cls("codes of a split pair" if layout == "split" else "codes")
-        weights._add(codes, codes.shape[-2], scale, bias, _sums(codes) if with_sums else None)
+        of_bytes = {"ternary": "codes", "binary": "codes", "split": "codes of a split pair", "int8": "int8"}
+        own = of_bytes.get(layout, "uniform8")
+        weights = cls()
+        weights._add(codes, codes.shape[-2], scale, bias, _sums(codes) if with_sums else None, own)
         return weights
 
     def _add(
-        self, codes: torch.Tensor, N: int, scale: torch.Tensor, bias: torch.Tensor | None, sums: torch.Tensor | None
+        self,
+        codes: torch.Tensor,
+        N: int,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+        sums: torch.Tensor | None,
+        layout: str,
     ) -> None:
         bias = None if bias is None else bias.float().contiguous()
-        tensors = [codes.contiguous(), row_scale(scale, N), sums, bias]
+        if scale.shape[-1] != N or not scale.is_contiguous():  # a view would hold the tensor that it is of
+            scale = row_scale(scale, N)
+        tensors = [codes.contiguous(), scale, sums, bias]
         first, *others = map(native.pointer, tensors)
-        self.products.append(native.Product(first, codes.shape[-1], N, *others))
+        offset = scale.data_ptr() + 4 * N if has_offset(layout) else None
+        self.products.append(native.Product(first, codes.shape[-1], N, *others, offset, _LAYOUTS[layout]))
         self.tensors += tensors
 
 
@@ -108,7 +127,7 @@ def linears(
     if y.numel():
         native.function("linears")(
             x.data_ptr(), M, K, x_scale.data_ptr(), int(len(x_scale) > 1), native.pointer(x_zero_point),
-            weights.array(), len(weights.products), weights.layout, y.data_ptr(), y.shape[1],
+            weights.array(), len(weights.products), y.data_ptr(), y.shape[1],
         )  # fmt: skip
     return y
 
@@ -119,7 +138,6 @@ def dynamic_linears(x: torch.Tensor, bits: int, symmetric: bool, weights: Weight
     y = x.new_empty(x.shape[0], weights.features)
     if y.numel():
         native.function("dynamic_linears")(
-            x.data_ptr(), *x.shape, bits, symmetric, weights.array(), len(weights.products), weights.layout,
-            y.data_ptr(), y.shape[1],
+            x.data_ptr(), *x.shape, bits, symmetric, weights.array(), len(weights.products), y.data_ptr(), y.shape[1],
         )  # fmt: skip
     return y

@@ -1,9 +1,11 @@
-"""Linears on packed weights: int8 activations [M, K] x ternary, binary or split-pair codes [N, K] -> float [M, N].
+"""Linears on packed weights: int8 activations [M, K] x codes [N, K] -> float [M, N].
 
     sum[m, n] = sum_k x[m, k] * w[n, k]                                          exact, int32
     acc[m, n] = sum[m, n] - x_zero_point[m] * sum_k w[n, k]                      float32 from here on
     y[m, n]   = act(x_scale[m] * scale[n] * acc[m, n] + bias[n])                 one rounding per factor
     split     y = act(x_scale[m] * (scale[0, n] * acc1[m, n] + scale[1, n] * acc2[m, n]) + bias[n])
+    uniform   y = act(x_scale[m] * (scale[0, n] * acc[m, n] + scale[1, n] * x_sum[m]) + bias[n]),
+              x_sum[m] = sum_k (x[m, k] - x_zero_point[m])
     then      y + residual[m, n], and with out_scale clamp(rint(y * (1/out_scale)), -127, 127) as int8
 
 The ops, for `cpu.py` and `gpu.py` to run.
@@ -18,6 +20,7 @@ from typing import Any
 import torch
 
 from .._ops import FLOATS, check_choice, check_device, check_tensor, define
+from ..packing import UNIFORM_CODES, code_dtype, has_offset, row_bytes
 from ..quantize.cpu import static_codes
 from ..quantize.op import quantize_per_token
 from .cpu import linears_cpu
@@ -71,7 +74,7 @@ def _define(layout: str) -> Any:
     )
 
 
-_OPS = {layout: _define(layout) for layout in LAYOUTS}
+_OPS = {layout: _define(layout) for layout in (*LAYOUTS, *UNIFORM_CODES)}
 
 
 def _linear(
@@ -88,8 +91,9 @@ def _linear(
     out_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     check_tensor("x", x, (torch.int8, *FLOATS))
-    check_tensor("packed", packed, (torch.uint8,), ndim=2)
-    check_tensor("scale", scale, (torch.float32,), ndim=2 if layout == "split" else 1)
+    check_tensor("packed", packed, (code_dtype(layout),), ndim=2)
+    pairs = layout == "split" or has_offset(layout)
+    check_tensor("scale", scale, (torch.float32,), ndim=2 if pairs else 1)
     check_choice("activation", activation, tuple(ACTIVATIONS))
     tensors = {"bias": bias, "x_scale": x_scale, "x_zero_point": x_zero_point}
     check_device(x=x, packed=packed, scale=scale, **tensors, residual=residual, out_scale=out_scale)
@@ -100,14 +104,16 @@ def _linear(
             raise ValueError(f"out_dtype={out_dtype} with out_scale, whose result is int8: pass one of them")
         out_dtype = torch.int8
     N, K = packed.shape[0], x.shape[-1]
-    block = 256 if layout == "binary" else 128
-    if packed.shape[1] != -(-K // block) * 32:
+    if packed.shape[1] != row_bytes(K, layout):
         raise ValueError(
-            f"x has K={K} columns, which needs {-(-K // block) * 32} packed bytes a row, got {packed.shape[1]}"
+            f"x has K={K} columns, which needs {row_bytes(K, layout)} packed bytes a row, got {packed.shape[1]}"
         )
-    lead = (2,) if layout == "split" else ()
-    if tuple(scale.shape) not in ((*lead, N), (*lead, 1)):
+    lead = (2,) if pairs else ()
+    grouped = has_offset(layout) and scale.shape[0] == 2 and 1 <= scale.shape[1] <= N
+    if tuple(scale.shape) not in ((*lead, N), (*lead, 1)) and not grouped:
         raise ValueError(f"scale has shape {tuple(scale.shape)}, expected {(*lead, N)} or {(*lead, 1)}")
+    if layout in UNIFORM_CODES and K >= 2**16:
+        raise ValueError(f"x has K={K} columns, sums of products of {layout} codes stay below 2^31 up to {2**16 - 1}")
     if bias is not None:
         check_tensor("bias", bias, FLOATS)
         if tuple(bias.shape) != (N,):
@@ -222,3 +228,47 @@ def split_linear(
     (Bai et al. 2021, eq. 8).
     """
     return _linear("split", x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype, residual, out_scale)
+
+
+def int8_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    x_scale: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Linear on symmetric int8 weights (W8A8); as `ternary_linear`, with codes int8 [N, K], K below 2^16."""
+    return _linear("int8", x, packed, scale, bias, x_scale, x_zero_point, activation, out_dtype, residual, out_scale)
+
+
+def uniform_linear(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    bits: int,
+    x_scale: torch.Tensor | None = None,
+    x_zero_point: torch.Tensor | None = None,
+    activation: str | None = None,
+    out_dtype: torch.dtype | None = None,
+    residual: torch.Tensor | None = None,
+    out_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Linear on evenly spaced weights between a least and a largest one (Shen et al. 2020, Q-BERT).
+
+    As `ternary_linear`, with packed codes of `pack_uniform(codes, f"uniform{bits}")`, K below 2^16, and
+
+        scale: float32 [2, G], steps and offsets of G groups of consecutive rows (row n is of group floor(n G / N)):
+            a code w stands for scale[0] * w + scale[1].
+        bits: 2, 4 or 8.
+    """
+    check_choice("bits", bits, (2, 4, 8))
+    rest = bias, x_scale, x_zero_point, activation, out_dtype, residual, out_scale
+    return _linear(f"uniform{bits}", x, packed, scale, *rest)

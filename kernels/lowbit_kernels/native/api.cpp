@@ -24,7 +24,7 @@ void normalize_lot(
 // Products of tokens that `take` makes lots of codes of.
 template <class Take>
 void linears(
-    int64_t M, int64_t K, bool symmetric, Take take, const Product* products, int count, int layout, float* out,
+    int64_t M, int64_t K, bool symmetric, Take take, const Product* products, int count, float* out,
     int64_t features) {
     static thread_local CodesBuffer buffer;
     static thread_local Scratch<float> scratch;
@@ -42,7 +42,7 @@ void linears(
                 const auto [row, taken] = lot_of(lot, codes.M);
                 take({start + row, taken}, lot, codes);
             }
-            team_linears(codes, products, count, layout, NONE, sums, features);
+            team_linears(codes, products, count, NONE, sums, features);
 #pragma omp for schedule(static)
             for (int64_t lot = 0; lot < lots; lot++) {
                 const auto [row, taken] = lot_of(lot, codes.M);
@@ -129,15 +129,15 @@ int lowbit_embedding_layernorm(
 // x int8 [M, K] times `count` weights -> out float [M, features], the sum of their N.
 void lowbit_linears(
     int8_t* x, int64_t M, int64_t K, float* scale, int64_t scale_stride, int32_t* zero_point, const Product* products,
-    int count, int layout, float* out, int64_t features) {
+    int count, float* out, int64_t features) {
     const Rows rows{M, K, x, scale, zero_point, scale_stride};
     const auto take = [&](const Lot& from, int64_t lot, const Codes& codes) { take_lot(rows, from, lot, codes); };
-    linears(M, K, zero_point == nullptr, take, products, count, layout, out, features);
+    linears(M, K, zero_point == nullptr, take, products, count, out, features);
 }
 
 // The same of x float [M, K], each token quantized by its own range.
 void lowbit_dynamic_linears(
-    const float* x, int64_t M, int64_t K, int bits, bool symmetric, const Product* products, int count, int layout,
+    const float* x, int64_t M, int64_t K, int bits, bool symmetric, const Product* products, int count,
     float* out, int64_t features) {
     const auto take = [&](const Lot& from, int64_t lot, const Codes& codes) {
         static thread_local Scratch<float> scratch;
@@ -145,7 +145,7 @@ void lowbit_dynamic_linears(
         const Extremes seen = load_lot(x + from.row * K, K, from.count, K, own, symmetric);
         quantize_lot(own, seen.quantizer(bits), lot, codes);
     };
-    linears(M, K, symmetric, take, products, count, layout, out, features);
+    linears(M, K, symmetric, take, products, count, out, features);
 }
 
 // Sequences of `starts` int32 [B + 1].
@@ -159,7 +159,7 @@ void lowbit_attention(const Attention* op, const int32_t* starts, int64_t B) {
 
 // x int8 [T, K] -> projections -> attention: `op` without query, key, value.
 void lowbit_attention_half(
-    int8_t* x, int64_t K, float* scale, int32_t* zero_point, const Product* products, int count, int layout,
+    int8_t* x, int64_t K, float* scale, int32_t* zero_point, const Product* products, int count,
     const Attention* op, const int32_t* starts, int64_t B) {
     const Rows rows{op->T, K, x, scale, zero_point};
     const Batch batch(starts, B);
@@ -167,7 +167,7 @@ void lowbit_attention_half(
 #pragma omp parallel
     {
         Tiles tiles;
-        team_attention_half(rows, products, count, layout, *op, starts, batch, work);
+        team_attention_half(rows, products, count, *op, starts, batch, work);
     }
 }
 
@@ -210,7 +210,7 @@ void lowbit_layers(
             const bool begins = layer == layers, drops = first_only && layer + 1 == layers + count;
             const float *context = op->out, *own = begins ? tokens : out;
             team_attention_half(
-                begins ? entering : codes, layer->projections, 3, layer->rest.layout, drops ? of_first : *op, starts,
+                begins ? entering : codes, layer->projections, 3, drops ? of_first : *op, starts,
                 batch, attention);
             if (drops) {
                 team_first_rows(context, T, shape.C, starts, B, first_context);

@@ -52,8 +52,7 @@ struct AttentionWork {
 
 // Codes [T, K] -> queries, keys and values, of a group at a time -> `op.out`. `op` has no inputs.
 inline void team_attention_half(
-    const Rows& x, const Product* products, int count, int layout, const Attention& op, const int32_t* starts,
-    const Batch& batch, const AttentionWork& work) {
+    const Rows& x, const Product* products, int count, const Attention& op, const int32_t* starts, const Batch& batch, const AttentionWork& work) {
     static thread_local AttentionBuffers buffers;
     const int64_t head = op.D * LANES, width = op.H * head, stride = 3 * width;
     Codes codes = work.codes;
@@ -62,7 +61,7 @@ inline void team_attention_half(
         codes.M = group.lots * LANES;
 #pragma omp for schedule(static)
         for (int64_t lot = 0; lot < group.lots; lot++) take_lot(x, batch.lots[group.first_lot + lot], lot, codes);
-        team_linears(codes, products, count, layout, NONE, projected, 3 * op.H * op.D);
+        team_linears(codes, products, count, NONE, projected, 3 * op.H * op.D);
         const int64_t sequences = group.last - group.first;
         // Heads in order, as their features were shared out: most of what a thread reads it has written.
 #pragma omp for schedule(static)
@@ -78,7 +77,7 @@ struct Rest {
     int64_t H, C;  // of the tokens and of the context, which has fewer values where a model has lost heads
     Product attention_output, ffn_input, ffn_output;
     Norm attention_norm, ffn_norm;
-    int layout, activation, bits;
+    int activation, bits;
     bool ffn_symmetric;
 };
 
@@ -116,7 +115,7 @@ inline void team_rest(
             const Extremes seen = load_lot(context + (start + row) * C, C, count, C, own, inner.zero == nullptr);
             quantize_lot(own, seen.quantizer(op.bits), lot, inner);
         }
-        team_linears(inner, &op.attention_output, 1, op.layout, NONE, sums, H);
+        team_linears(inner, &op.attention_output, 1, NONE, sums, H);
 #pragma omp for schedule(static)
         for (int64_t lot = 0; lot < lots; lot++) {
             const auto [row, count] = lot_of(lot, M);
@@ -126,13 +125,13 @@ inline void team_rest(
             const Extremes seen = layernorm_lot(sums + lot * lot_size, own, H, op.attention_norm, y, symmetric);
             quantize_lot(y, seen.quantizer(op.bits), lot, narrow);
         }
-        team_linears(narrow, &op.ffn_input, 1, op.layout, op.activation, sums, wide.K);
+        team_linears(narrow, &op.ffn_input, 1, op.activation, sums, wide.K);
 #pragma omp for schedule(static)
         for (int64_t lot = 0; lot < lots; lot++) {
             const float* x = sums + lot * wide.K * LANES;
             quantize_lot(x, quantizer_of(x, wide.K, op.bits, op.ffn_symmetric), lot, wide);
         }
-        team_linears(wide, &op.ffn_output, 1, op.layout, NONE, sums, H);
+        team_linears(wide, &op.ffn_output, 1, NONE, sums, H);
 #pragma omp for schedule(static)
         for (int64_t lot = 0; lot < lots; lot++) {
             const auto [row, count] = lot_of(lot, M);

@@ -1,7 +1,9 @@
 // y[m, n] = act(x_scale[m] * scale[n] * (sum_k x[m, k] w[n, k] - x_zero_point[m] * w_sum[n]) + bias[n])
 //
+// and with an offset of the weights, x_scale[m] * offset[n] * (sum_k x[m, k] - K x_zero_point[m]) more.
+//
 // Packed weights are expanded, 32 rows of them at a time, to bytes that the matrix instructions take, used for up to
-// 256 tokens and forgotten: in memory a weight stays at its 1 or 2 bits. Layouts and their codes: packing.py.
+// 256 tokens and forgotten: in memory a weight stays at its bits. Layouts and their codes: packing.py.
 #pragma once
 
 #include "tokens.h"
@@ -10,11 +12,20 @@ namespace lowbit {
 
 constexpr int64_t GROUP = 256;  // tokens that share an expansion, which then costs a tenth of their products
 
-// Of packed weights; CODES and CODES_SPLIT: -1, 0 and 1, a byte each, as training has them ([N, K], [2, N, K]).
-enum Layout { TERNARY, BINARY, SPLIT, CODES, CODES_SPLIT };
+// Of packed weights; CODES and CODES_SPLIT: -1, 0 and 1, a byte each, as training has them ([N, K], [2, N, K]). TERNARY
+// takes the code 2, too.
+enum Layout { TERNARY, BINARY, SPLIT, CODES, CODES_SPLIT, INT8, INT4 };
 enum Activation { NONE, GELU, GELU_TANH };
 
 constexpr bool is_pair(int layout) { return layout == SPLIT || layout == CODES_SPLIT; }
+
+// Codes in a byte.
+constexpr int values_of(int layout) {
+    return layout == BINARY ? 8 : layout == TERNARY || layout == SPLIT ? 4 : layout == INT4 ? 2 : 1;
+}
+
+// What is added to codes so that none is negative, as a power of two; binary ones are doubled besides.
+constexpr int shift_of(int layout) { return layout == INT8 ? 7 : layout == INT4 ? 3 : 0; }
 
 // Weights of a linear; native.py has the same.
 struct Product {
@@ -23,17 +34,20 @@ struct Product {
     const float* scale;  // [N], of a pair [2, N]
     const float* w_sum;  // likewise; null where no zero point meets them
     const float* bias;   // [N] or null
+    const float* offset; // of the weights, [N] or null
+    int64_t layout;
 };
 
 // Codes of 16 rows -> tiles; rows past the last repeat it. Of a pair, codes 2 * b1 + b2, those of one plane.
 template <int VALUES>
 void expand(const uint8_t* packed, int64_t row_bytes, int64_t rows, int plane, bool split, uint8_t* tiles) {
+    constexpr int BITS = 8 / VALUES;
     constexpr int TILES = VALUES / 2;  // that 32 bytes of a row go to, half of a row from each shift
-    const Ints mask = _mm512_set1_epi8(split || VALUES == 8 ? 1 : 3);
+    const Ints mask = _mm512_set1_epi8(split ? 1 : (1 << BITS) - 1);
     const int more = split && plane == 0 ? 1 : 0;
     Ints shifts[TILES];
     for (int t = 0; t < TILES; t++) {
-        const auto shift = [&](int i) { return _mm256_set1_epi16(static_cast<short>((VALUES == 8 ? i : 6 - 2 * i) + more)); };
+        const auto shift = [&](int i) { return _mm256_set1_epi16(static_cast<short>((VALUES == 8 ? i : 8 - BITS - BITS * i) + more)); };
         shifts[t] = _mm512_inserti64x4(_mm512_castsi256_si512(shift(2 * t)), shift(2 * t + 1), 1);
     }
     for (int64_t byte = 0; byte < row_bytes; byte += 32) {
@@ -48,14 +62,14 @@ void expand(const uint8_t* packed, int64_t row_bytes, int64_t rows, int plane, b
     }
 }
 
-// The same of 16 rows of codes in bytes, as ternary ones.
-inline void expand_bytes(const uint8_t* codes, int64_t K, int64_t rows, uint8_t* tiles) {
-    const Ints one = _mm512_set1_epi8(1);
+// The same of 16 rows of codes in bytes, to which `more` is added.
+inline void expand_bytes(const uint8_t* codes, int64_t K, int64_t rows, int more, uint8_t* tiles) {
+    const Ints added = _mm512_set1_epi8(static_cast<char>(more));
     for (int64_t k = 0; k < K; k += STEP) {
         const __mmask64 mask = K - k >= STEP ? ~0ull : (1ull << (K - k)) - 1;
         for (int64_t row = 0; row < LANES; row++, tiles += STEP) {
             const Ints bytes = _mm512_maskz_loadu_epi8(mask, codes + std::min(row, rows - 1) * K + k);
-            _mm512_store_si512(tiles, _mm512_add_epi8(bytes, one));
+            _mm512_store_si512(tiles, _mm512_add_epi8(bytes, added));
         }
     }
 }
@@ -64,12 +78,11 @@ inline void expand_bytes(const uint8_t* codes, int64_t K, int64_t rows, uint8_t*
 template <int LAYOUT>
 void expand_rows(const Product& w, int64_t n0, int64_t rows, int plane, uint8_t* tiles) {
     const uint8_t* first = w.packed + n0 * w.row_bytes;
-    if constexpr (LAYOUT == CODES) {
-        expand_bytes(first, w.row_bytes, rows, tiles);
-    } else if constexpr (LAYOUT == CODES_SPLIT) {
-        expand_bytes(first + plane * w.N * w.row_bytes, w.row_bytes, rows, tiles);
+    if constexpr (values_of(LAYOUT) == 1) {
+        const int64_t skipped = LAYOUT == CODES_SPLIT ? plane * w.N * w.row_bytes : 0;
+        expand_bytes(first + skipped, w.row_bytes, rows, 1 << shift_of(LAYOUT), tiles);
     } else {
-        expand<LAYOUT == BINARY ? 8 : 4>(first, w.row_bytes, rows, plane, LAYOUT == SPLIT, tiles);
+        expand<values_of(LAYOUT)>(first, w.row_bytes, rows, plane, LAYOUT == SPLIT, tiles);
     }
 }
 
@@ -104,14 +117,19 @@ struct Finish {
         const Ints x_sum = _mm512_load_si512(x.sum + own * LANES);
         const Floats zero = ZERO ? _mm512_load_ps(x.zero + own * LANES) : floats(0.0f);
         const auto scaled = [&](const int32_t* sums, int64_t of) {
-            Ints exact = _mm512_load_si512(sums + side * LANES);  // codes are w + 1, or (w + 1) / 2
+            Ints exact = _mm512_load_si512(sums + side * LANES);  // codes are w + 1 (8, 128), or (w + 1) / 2
             if (LAYOUT == BINARY || LAYOUT == SPLIT) exact = _mm512_slli_epi32(exact, 1);
-            Floats sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(exact, x_sum));
+            Floats sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(exact, _mm512_slli_epi32(x_sum, shift_of(LAYOUT))));
             if (ZERO) sum = _mm512_sub_ps(sum, _mm512_mul_ps(zero, floats(w.w_sum[of])));
             return _mm512_mul_ps(sum, floats(w.scale[of]));
         };
         Floats y = scaled(c + j * BLOCK, n);
         if (is_pair(LAYOUT)) y = _mm512_add_ps(y, scaled(c + (LANES + j) * BLOCK, w.N + n));
+        if (!is_pair(LAYOUT) && w.offset) {
+            Floats sum = _mm512_cvtepi32_ps(x_sum);
+            if (ZERO) sum = _mm512_sub_ps(sum, _mm512_mul_ps(zero, floats(static_cast<float>(x.K))));
+            y = _mm512_add_ps(y, _mm512_mul_ps(sum, floats(w.offset[n])));
+        }
         y = _mm512_fmadd_ps(y, _mm512_load_ps(x.scale + own * LANES), floats(w.bias ? w.bias[n] : 0.0f));
         _mm512_store_ps(out + (own * features + n) * LANES, activated<ACTIVATION>(y));
     }
@@ -124,10 +142,9 @@ inline void fetch(const uint8_t* first, int64_t bytes) {
 
 template <int LAYOUT, int ACTIVATION, bool ZERO>
 void team_linear(const Codes& x, const Product& w, float* out, int64_t features) {
-    constexpr int VALUES = LAYOUT == BINARY ? 8 : LAYOUT == TERNARY || LAYOUT == SPLIT ? 4 : 1;  // in a byte
     constexpr int WIDTH = is_pair(LAYOUT) ? LANES : BLOCK;
     constexpr int64_t LOTS = GROUP / LANES;
-    const int64_t tile_bytes = round_up(w.row_bytes * VALUES, STEP) * LANES, lots = lots_of(x.M);
+    const int64_t tile_bytes = round_up(w.row_bytes * values_of(LAYOUT), STEP) * LANES, lots = lots_of(x.M);
     const int64_t blocks = (w.N + WIDTH - 1) / WIDTH, groups = (lots + LOTS - 1) / LOTS;
     const int64_t steps = x.width / STEP;
     const int64_t share = steps ? (WIDTH + steps - 1) / steps : 0;
@@ -173,13 +190,17 @@ void team_linear(const Codes& x, const Product& w, int activation, float* out, i
 
 // Linears on one input -> lots of [features][16], one result after the other.
 inline void team_linears(
-    const Codes& x, const Product* products, int count, int layout, int activation, float* out, int64_t features) {
+    const Codes& x, const Product* products, int count, int activation, float* out, int64_t features) {
     for (const Product* w = products; w != products + count; out += w->N * LANES, w++) {
-        if (layout == TERNARY) team_linear<TERNARY>(x, *w, activation, out, features);
-        if (layout == BINARY) team_linear<BINARY>(x, *w, activation, out, features);
-        if (layout == SPLIT) team_linear<SPLIT>(x, *w, activation, out, features);
-        if (layout == CODES) team_linear<CODES, NONE>(x, *w, out, features);
-        if (layout == CODES_SPLIT) team_linear<CODES_SPLIT, NONE>(x, *w, out, features);
+        switch (w->layout) {
+            case TERNARY: team_linear<TERNARY>(x, *w, activation, out, features); break;
+            case BINARY: team_linear<BINARY>(x, *w, activation, out, features); break;
+            case SPLIT: team_linear<SPLIT>(x, *w, activation, out, features); break;
+            case INT8: team_linear<INT8>(x, *w, activation, out, features); break;
+            case INT4: team_linear<INT4>(x, *w, activation, out, features); break;
+            case CODES: team_linear<CODES, NONE>(x, *w, out, features); break;
+            case CODES_SPLIT: team_linear<CODES_SPLIT, NONE>(x, *w, out, features); break;
+        }
     }
 #pragma omp barrier
 }

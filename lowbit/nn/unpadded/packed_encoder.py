@@ -38,7 +38,6 @@ class Settings(NamedTuple):
 
     heads: int
     head_dim: int
-    layout: str  # of packed weights
     bits: int  # of activations
     symmetric: dict[str, bool]  # by site: "linear", "ffn_output"
     gelu: str | None  # of `lowbit_kernels`, None: the module of the layer is called
@@ -61,16 +60,14 @@ def settings_of(architecture: Architecture, layer: nn.Module) -> Settings | str:
     quantizers = {path: linear.input_quantizer for path, linear in linears.items()}
     output = quantizers.pop(architecture.ffn_output)
     kinds = {(own.bits, own.symmetric) for own in quantizers.values()}
-    layouts = {linear.layout for linear in linears.values()}
-    if len(kinds) > 1 or output.bits != quantizers[architecture.ffn_input].bits or len(layouts) > 1:
-        return "the linears have several kinds of weights or activations"
+    if len(kinds) > 1 or output.bits != quantizers[architecture.ffn_input].bits:
+        return "the linears have several kinds of activations"
     if norms[0].eps != norms[1].eps:
         return f"the LayerNorms add {norms[0].eps} and {norms[1].eps} (eps), one number expected"
     ((bits, symmetric),) = kinds
     return Settings(
         architecture.heads(layer),
         architecture.head_dim(layer),
-        layouts.pop(),
         bits,
         {"linear": symmetric, "ffn_output": output.symmetric},
         gelu_of(layer.get_submodule(architecture.ffn_activation)),
@@ -255,10 +252,11 @@ class PackedEncoder(UnpaddedEncoder):
         of the first token of each sequence."""
         own = self.settings
         products = [product for own in weights for product in own.products]
-        packed, scale, biases = (list(itertools.chain.from_iterable(of)) for of in zip(*products, strict=True))
+        every = (list(itertools.chain.from_iterable(of)) for of in zip(*products, strict=True))
+        packed, scale, biases, layouts = every
         norms = [tensor for own in weights for norm in own.norms for tensor in norm]
         tokens, q, q_scale, zero_point = encoder_cpu.encoder_layers(
-            tokens, *codes, packed, scale, biases, norms, own.layout, own.gelu, own.eps, own.bits,
+            tokens, *codes, packed, scale, biases, norms, layouts, own.gelu, own.eps, own.bits,
             own.symmetric["ffn_output"], sequences.cu_seqlens, own.heads, own.attention["scaling"],
             own.attention["asymmetric"], bias, first_only,
         )  # fmt: skip
@@ -296,7 +294,7 @@ class PackedEncoder(UnpaddedEncoder):
         own = self.settings
         if self._native(codes[0].device, dtype):
             context, received = encoder_cpu.encoder_attention(
-                *codes, *projections, own.layout, *sequences[:2], own.heads, own.attention["scaling"],
+                *codes, *projections, *sequences[:2], own.heads, own.attention["scaling"],
                 own.attention["bits"], own.attention["asymmetric"], bias, importance,
             )  # fmt: skip
             return context, received if importance else None
@@ -312,9 +310,9 @@ class PackedEncoder(UnpaddedEncoder):
         if self._native(tokens.device, dtype):
             first, second, third = weights.attention_output, weights.ffn_input, weights.ffn_output
             packed, scale = first.packed + second.packed + third.packed, first.scale + second.scale + third.scale
-            biases = first.bias + second.bias + third.bias
+            biases, layouts = first.bias + second.bias + third.bias, first.layouts + second.layouts + third.layouts
             tokens, q, q_scale, zero_point = encoder_cpu.encoder_rest(
-                context, tokens, packed, scale, biases, [*weights.attention_norm, *weights.ffn_norm], own.layout,
+                context, tokens, packed, scale, biases, [*weights.attention_norm, *weights.ffn_norm], layouts,
                 own.gelu, own.eps, own.bits, symmetric["linear"], symmetric["ffn_output"],
             )  # fmt: skip
             return tokens, (q, q_scale, None if symmetric["linear"] else zero_point)
@@ -350,7 +348,11 @@ class PackedEncoder(UnpaddedEncoder):
         self, product: Product, codes: Codes, dtype: torch.dtype, activation: str | None = None
     ) -> list[torch.Tensor]:
         x, scale, zero_point = codes
-        y = joint_linear(x, *product, scale, zero_point, self.settings.layout, activation, dtype)
+        layouts = product.layouts
+        if any(layout != layouts[0] for layout in layouts):
+            each = [Product([p], [s], [b], [kind]) for p, s, b, kind in zip(*product, strict=True)]
+            return [y for one in each for y in self._multiply(one, codes, dtype, activation)]
+        y = joint_linear(x, *product[:3], scale, zero_point, layouts[0], activation, dtype)
         return list(y.split([tensor.shape[0] for tensor in product.packed], -1))
 
     def _weights(self) -> list[Weights]:

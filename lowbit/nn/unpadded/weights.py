@@ -17,11 +17,12 @@ from ...models import Architecture
 
 
 class Product(NamedTuple):
-    """Weights of linears that share an input: packed codes, scales, biases."""
+    """Weights of linears that share an input: packed codes, scales, biases, layouts of the codes."""
 
     packed: list[torch.Tensor]
     scale: list[torch.Tensor]
     bias: list[torch.Tensor | None]
+    layouts: list[str]
 
 
 class Norm(NamedTuple):
@@ -80,7 +81,9 @@ def find(layers: nn.ModuleList, paths: Architecture) -> Found:
     def product(layer: nn.Module, *names: str) -> Product:
         linears = [child(layer, name) for name in names]
         packed, scale = ([step(own._buffers, name) for own in linears] for name in ("weight", "weight_scale"))
-        return Product(packed, scale, [step(own._parameters, "bias") for own in linears])
+        biases = [step(own._parameters, "bias") for own in linears]
+        layouts = [step(vars(own), "layout") for own in linears]
+        return Product(packed, scale, biases, layouts)
 
     def norm(layer: nn.Module, name: str) -> Norm:
         own = child(layer, name)._parameters
