@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .archive import archive_bytes, from_archive, to_archive
     from .embedding.op import quantized_embedding
     from .fused_embedding.op import embedding_layernorm
     from .layernorm.op import add_layernorm
@@ -40,6 +41,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AttentionOutput": "varlen_attention.cpu",
     "add_layernorm": "layernorm.op",
+    "archive_bytes": "archive",
     "attention": "varlen_attention.op",
     "attention_eager": "varlen_attention.cpu",
     "binarize": "weights.op",
@@ -48,6 +50,7 @@ _HOME = {
     "embedding_layernorm": "fused_embedding.op",
     "expanded_bytes": "linear.cpu",
     "fake_quantize_per_token": "quantize.op",
+    "from_archive": "archive",
     "gather_tokens": "prune.op",
     "joint_dynamic_linear": "linear.joint",
     "joint_linear": "linear.joint",
@@ -65,6 +68,7 @@ _HOME = {
     "split_ternary": "split.op",
     "ternarize": "weights.op",
     "ternary_linear": "linear.op",
+    "to_archive": "archive",
     "unpack_binary": "packing",
     "unpack_split": "packing",
     "unpack_ternary": "packing",
@@ -74,6 +78,7 @@ _HOME = {
 __all__ = [
     "AttentionOutput",
     "add_layernorm",
+    "archive_bytes",
     "attention",
     "attention_eager",
     "binarize",
@@ -82,6 +87,7 @@ __all__ = [
     "embedding_layernorm",
     "expanded_bytes",
     "fake_quantize_per_token",
+    "from_archive",
     "gather_tokens",
     "joint_dynamic_linear",
     "joint_linear",
@@ -99,6 +105,7 @@ __all__ = [
     "split_ternary",
     "ternarize",
     "ternary_linear",
+    "to_archive",
     "unpack_binary",
     "unpack_split",
     "unpack_ternary",
