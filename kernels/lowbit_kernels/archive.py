@@ -34,7 +34,14 @@ _AT_A_TIME = 2**19  # codes: so many stay in cache, and take little memory besid
 
 
 def archive_bytes(K: int, layout: str) -> int:
-    """Bytes a row in a file; layout "ternary", "binary" or "split"."""
+    """Bytes a row in a file; layout "ternary", "binary" or "split".
+
+    Raises:
+        TypeError, ValueError: K is no whole number from 0, or another layout.
+    """
+    _check_columns(K)
+    if K < 0 or not isinstance(layout, str) or layout not in _SHIFTS:
+        raise ValueError(f"K={K}, layout={layout!r}; accepted: K from 0, {', '.join(map(repr, _SHIFTS))}")
     return -(-K // (5 if layout == "ternary" else len(_SHIFTS[layout])))
 
 
@@ -50,8 +57,9 @@ def to_archive(packed: torch.Tensor, K: int, layout: str) -> torch.Tensor:
         uint8 [N, `archive_bytes(K, layout)`]; `packed` itself where nothing is left out.
 
     Raises:
-        TypeError, ValueError: another dtype or rank, bytes a row that do not fit K, a byte that holds no ternary codes.
+        TypeError, ValueError: another dtype, rank or layout, bytes a row that do not fit K, codes that are not ternary.
     """
+    archive_bytes(K, layout)  # refuses what is no K and no layout
     shifts = _SHIFTS[layout]
     check_packed(packed, K, len(shifts))
     if layout == "ternary":
@@ -67,13 +75,12 @@ def from_archive(stored: torch.Tensor, K: int, layout: str) -> torch.Tensor:
     """Inverse of `to_archive`: uint8 [N, `archive_bytes(K, layout)`] -> the layout that kernels read.
 
     Raises:
-        TypeError, ValueError: another dtype or rank, bytes a row that do not fit K, bits that stand for no code.
+        TypeError, ValueError: another dtype, rank or layout, bytes a row that do not fit K, bits that are no code.
     """
     check_tensor("stored", stored, (torch.uint8,), ndim=2)
-    _check_columns(K)
     rows, length = stored.shape
-    if K < 0 or length != archive_bytes(K, layout):
-        raise ValueError(f"stored has {length} bytes a row, K={K} needs {archive_bytes(K, layout)} in a file")
+    if length != (needed := archive_bytes(K, layout)):
+        raise ValueError(f"stored has {length} bytes a row, K={K} needs {needed} in a file")
     shifts = _SHIFTS[layout]
     start, _, width = _last_block(K, shifts)
     if layout != "ternary" and width in (0, BLOCK_BYTES):

@@ -178,6 +178,9 @@ BAD_INPUT = [
     (from_archive, (ROW, None, "binary"), TypeError, "whole number"),
     (from_archive, (ROW[0], 384, "binary"), ValueError, "2 dimensions"),
     (from_archive, (ROW.char(), 384, "binary"), TypeError, "int8"),
+    (to_archive, (ROW, 384, "int8"), ValueError, "layout='int8'; accepted: .*'ternary', 'split', 'binary'"),
+    (archive_bytes, (384, ["binary"]), ValueError, "layout="),
+    (archive_bytes, (1.5, "binary"), TypeError, "whole number"),
     (from_archive, (ROW + 243, 240, "ternary"), ValueError, "holds 243"),
 ]
 
