@@ -187,6 +187,13 @@ def trits(codes: Tensor) -> Tensor:
     return packed.to(torch.uint8)
 
 
+def untrits(packed: Tensor, K: int) -> Tensor:
+    assert packed.dtype == torch.uint8 and packed.dim() == 2 and packed.shape[1] == -(-K // 5)
+    digits = torch.stack([packed.long() // 3**place % 3 for place in range(5)], 1).flatten(1)
+    assert not packed.numel() or packed.max() < 243
+    return (digits[:, :K] - 1).to(torch.int8)
+
+
 def unpacking_case(integer: Integer) -> Case:
     """Any bytes, also those that no packing gives."""
     layout = choose(integer, ("ternary", "binary", "split", "trits"))
@@ -194,12 +201,6 @@ def unpacking_case(integer: Integer) -> Case:
     block = {"ternary": 128, "binary": 256, "split": 128, "trits": 5}[layout]
     width = -(-K // block) * (1 if layout == "trits" else 32)
     packed = whole(integer, (size(integer), width), 0, 242 if layout == "trits" else 255, torch.uint8)
-
-    def untrits(packed: Tensor, K: int) -> Tensor:
-        assert packed.dtype == torch.uint8 and packed.dim() == 2 and packed.shape[1] == -(-K // 5)
-        digits = torch.stack([packed.long() // 3**place % 3 for place in range(5)], 1).flatten(1)
-        assert not packed.numel() or packed.max() < 243
-        return (digits[:, :K] - 1).to(torch.int8)
 
     definition = untrits if layout == "trits" else getattr(reference, f"unpack_{layout}")
 
@@ -209,6 +210,76 @@ def unpacking_case(integer: Integer) -> Case:
 
     arguments = {"packed": restrided(integer, packed), "K": K}
     return Case(getattr(lowbit_kernels, f"unpack_{layout}"), arguments, checked, equal)
+
+
+def archive_case(integer: Integer) -> Case:
+    """Rows as files hold them, to and fro."""
+    layout, K = choose(integer, ("ternary", "binary", "split")), length(integer)
+    per_byte, shape = {"ternary": 5, "binary": 8, "split": 4}, (size(integer, 9), K)
+    codes = [whole(integer, shape, -1, 1) if layout == "ternary" else signs(integer, shape)]
+    if layout == "split":
+        codes.append(signs(integer, shape))
+    packed = getattr(reference, f"pack_{layout}")(*codes)
+
+    def row_bytes(K: int, layout: str) -> int:
+        assert type(K) is int and K >= 0
+        return -(-K // per_byte[layout])
+
+    def stored(packed: Tensor, K: int, layout: str) -> Tensor:
+        block = {"ternary": 128, "binary": 256, "split": 128}[layout]
+        assert packed.dtype == torch.uint8 and packed.shape[1] == -(-K // block) * 32
+        return archived(getattr(reference, f"unpack_{layout}")(packed, K), layout)
+
+    def restored(stored: Tensor, K: int, layout: str) -> Tensor:
+        assert stored.dtype == torch.uint8 and stored.shape[1] == row_bytes(K, layout)
+        if layout == "ternary":
+            return reference.pack_ternary(untrits(stored, K))
+        fields = unarchived(stored, K, per_byte[layout])
+        codes = (fields // 2 * 2 - 1, fields % 2 * 2 - 1) if layout == "split" else fields * 2 - 1
+        equal(archived(codes, layout), stored)  # no bit past K
+        return getattr(reference, f"pack_{layout}")(*(codes if layout == "split" else (codes,)))
+
+    same: dict[str, Any] = {"K": K, "layout": layout}
+    which = integer(0, 4)
+    if which == 0:
+        return Case(lowbit_kernels.archive_bytes, same, row_bytes, _same, on_meta=False)
+    if which < 3:
+        return Case(lowbit_kernels.to_archive, {"packed": restrided(integer, packed), **same}, stored, equal)
+    given = archived(codes if layout == "split" else codes[0], layout)
+    return Case(lowbit_kernels.from_archive, {"stored": restrided(integer, given), **same}, restored, equal)
+
+
+def archived(codes: Any, layout: str) -> Tensor:
+    """Rows as files hold them by their definition: byte t of a block of C holds the values t, t + C, t + 2C, ..."""
+    if layout == "ternary":
+        return trits(codes)
+    fields = (codes[0] + 1) + (codes[1] + 1) // 2 if layout == "split" else (codes + 1) // 2
+    per_byte, (rows, K) = 4 if layout == "split" else 8, fields.shape
+    packed = torch.zeros(rows, -(-K // per_byte), dtype=torch.int64)
+    for k in range(K):
+        byte, shift = place(k, packed.shape[1], per_byte)
+        packed[:, byte] += fields[:, k].long() << shift
+    return packed.to(torch.uint8)
+
+
+def unarchived(stored: Tensor, K: int, per_byte: int) -> Tensor:
+    """The fields int8 [N, K] that `archived` put there."""
+    fields = torch.zeros(len(stored), K, dtype=torch.int8)
+    for k in range(K):
+        byte, shift = place(k, stored.shape[1], per_byte)
+        fields[:, k] = stored[:, byte].long() >> shift & (1 if per_byte == 8 else 3)
+    return fields
+
+
+def place(k: int, row_bytes: int, per_byte: int) -> tuple[int, int]:
+    """(byte, bit) of value k in a row of a file."""
+    start = k // (32 * per_byte) * 32
+    plane, t = divmod(k - start * per_byte, min(32, row_bytes - start))
+    return start + t, plane if per_byte == 8 else 6 - 2 * plane
+
+
+def _same(got: Any, expected: Any) -> None:
+    assert type(got) is type(expected) and got == expected
 
 
 def tokens_shape(integer: Integer) -> tuple[int, ...]:
@@ -782,6 +853,7 @@ def gather_case(integer: Integer) -> Case:
 CASES: dict[str, Callable[[Integer], Case]] = {
     "pack_*": packing_case,
     "unpack_*": unpacking_case,
+    "to_archive, from_archive, archive_bytes": archive_case,
     "quantize_per_token, fake_quantize_per_token": quantize_case,
     "quantize_per_tensor": per_tensor_case,
     "ternarize, binarize": weight_case,

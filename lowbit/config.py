@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-FORMAT_VERSION = 2  # of ternary weights in files: 1 had 2 bits each, 2 has 1.6
+FORMAT_VERSION = 3  # of packed weights in files: 1 as in memory, 2 ternary ones at 1.6 bits, 3 no rows with padding
 
 # (field, accepted values); None means "left in float".
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -24,7 +24,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "embedding_granularity": ("per_row", "per_tensor"),
     "activation_granularity": ("per_token", "per_tensor"),
     "stage": ("float", "prepared", "packed"),
-    "format_version": (1, FORMAT_VERSION),
+    "format_version": tuple(range(1, FORMAT_VERSION + 1)),
     "quant_method": ("lowbit",),
 }
 _SITES = ("linear", "ffn_output", "query", "key", "attention_probs", "value")
@@ -68,8 +68,8 @@ class LowbitConfig:
             compares them with these heads of the teacher, which should be the model that was slimmed, or a copy. Set by
             `lowbit.slim`.
         stage: "float" (only slimmed), "prepared" (fake-quantized) or "packed". Set by `prepare` and `convert`.
-        format_version: version of the packed checkpoint format: 2, or 1 to write ternary weights with 2 bits instead
-            of 1.6. What is read as version 1 is saved as version 2.
+        format_version: version of the packed checkpoint format: 3. 2 writes rows of binary weights padded to 256 values
+            (pairs: 128), 1 ternary weights with 2 bits instead of 1.6 as well. What is read as 1 or 2 is saved as 3.
     """
 
     weight_bits: int | None = 2

@@ -89,8 +89,8 @@ class LowbitQuantizer(HfQuantizer):
                 raise CheckpointError(f"config.json: {error}") from error
             # Without files there is a state dict from memory, which has the modules' form.
             if checkpoint_files:
-                if self.quantization_config.stage == "packed" and self.quantization_config.format_version >= 2:
-                    weights.expect_trits(model)
+                if self.quantization_config.stage == "packed":
+                    weights.expect_archive(model, self.quantization_config.format_version)
                 weights.verify_files(model, checkpoint_files)
         return model
 
@@ -108,7 +108,7 @@ class LowbitQuantizer(HfQuantizer):
             wanted, model.config.quantization_config, model.hf_quantizer = self.quantization_config, None, None
             return _set_asked_attention(quantize(model, wanted), self.asked_attention)
         if self.quantization_config.stage == "packed":
-            weights.expand_trits(model)
+            weights.expand_archive(model)
             weights.verify_modules(model)
         saving.attach(model, self.quantization_config.replace(format_version=FORMAT_VERSION))
         if self.quantization_config.stage == "packed":

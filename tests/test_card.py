@@ -28,7 +28,13 @@ def test_saving_writes_a_card_with_bits_and_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [lowbit.TernaryConfig(), lowbit.BinaryConfig(embedding_bits=8), lowbit.TernaryConfig(format_version=1)],
+    [
+        lowbit.TernaryConfig(),
+        lowbit.BinaryConfig(embedding_bits=8),
+        lowbit.BinaryConfig(),
+        lowbit.TernaryConfig(format_version=1),
+        lowbit.BinaryConfig(format_version=2),
+    ],
 )
 def test_sizes_are_those_of_the_files(config: lowbit.LowbitConfig, tmp_path: Path) -> None:
     model = tiny()

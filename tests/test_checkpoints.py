@@ -23,6 +23,7 @@ import lowbit
 import lowbit_kernels
 from helpers import HEADS, batch, identical, outputs, outputs_by_module, tiny
 from lowbit.files.atomic import staging
+from lowbit.nn._packed import Packed
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 
@@ -96,7 +97,7 @@ def test_ternary_files_hold_five_codes_a_byte_and_modules_four(tmp_path: Path) -
     assert safetensors.torch.load_file(files[0]).keys() == safetensors.torch.load_file(files[1]).keys()
 
 
-def test_files_of_version_1_load_and_are_saved_as_version_2(tmp_path: Path) -> None:
+def test_files_of_version_1_load_and_are_saved_as_version_3(tmp_path: Path) -> None:
     old = lowbit.quantize(tiny(), lowbit.TernaryConfig(format_version=1))
     old.save_pretrained(tmp_path)
     stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
@@ -104,14 +105,111 @@ def test_files_of_version_1_load_and_are_saved_as_version_2(tmp_path: Path) -> N
     loaded = load(tmp_path)
     assert same(old, loaded)
     loaded.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"] == 2
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"] == 3
     assert safetensors.torch.load_file(tmp_path / "model.safetensors")[f"{QUERY}.weight"].shape == (64, 13)
     assert same(old, load(tmp_path))
 
 
-@pytest.mark.parametrize(("written", "claimed"), [(1, 2), (2, 1)])
-def test_a_file_of_another_version_than_it_says_is_refused(written: int, claimed: int, tmp_path: Path) -> None:
-    lowbit.quantize(tiny(), lowbit.TernaryConfig(format_version=written)).save_pretrained(tmp_path)
+def binary() -> torch.nn.Module:
+    return lowbit.quantize(tiny(), lowbit.BinaryConfig())
+
+
+def pair() -> torch.nn.Module:
+    return lowbit.convert(lowbit.split(lowbit.prepare(tiny(), lowbit.TernaryConfig())))
+
+
+ONE_BIT = {"binary": (binary, 8), "pair": (pair, 4)}
+
+
+def codes_of(model: torch.nn.Module) -> dict[str, Packed]:
+    return {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Packed)}
+
+
+def test_one_bit_of_minilms_shape_takes_one_bit(tmp_path: Path) -> None:
+    model = tiny(hidden_size=384, intermediate_size=1536, num_hidden_layers=1, num_attention_heads=12)
+    lowbit.quantize(model, lowbit.BinaryConfig()).save_pretrained(tmp_path)
+    stored, modules = safetensors.torch.load_file(tmp_path / "model.safetensors"), codes_of(model)
+    for name, module in modules.items():
+        assert stored[name].nbytes == module.weight.shape[0] * -(-module.row_length // 8)
+    in_layer = sum(stored[name].nbytes for name in modules if ".layer.0." in name)
+    assert in_layer == (4 * 384 * 384 + 2 * 384 * 1536) // 8
+    assert same(model, load(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ONE_BIT)
+@pytest.mark.parametrize("route", ["whole", "sharded", "state dict", "a state dict of the file"])
+def test_one_bit_files_hold_no_padding_and_load_as_it_was(route: str, kind: str, tmp_path: Path) -> None:
+    make, per_byte = ONE_BIT[kind]
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, **({"max_shard_size": "20KB"} if route == "sharded" else {}))
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(files) > 1) == (route == "sharded")
+    stored = {name: value for file in files for name, value in safetensors.torch.load_file(file).items()}
+    for name, module in codes_of(model).items():
+        assert stored[name].shape == (module.weight.shape[0], -(-module.row_length // per_byte)), name
+    lowbit.verify(tmp_path)
+    if route.startswith(("a ", "state")):
+        loaded = make()
+        loaded.load_state_dict(stored if route.startswith("a ") else before)
+    else:
+        loaded = load(tmp_path)
+    after = loaded.state_dict()  # saving changed nothing in memory, and loading gives it back
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    assert same(model, loaded)
+
+
+@pytest.mark.parametrize("kind", ONE_BIT)
+@pytest.mark.parametrize("version", [1, 2])
+def test_one_bit_files_of_earlier_versions_are_padded_and_saved_anew_without(
+    version: int, kind: str, tmp_path: Path
+) -> None:
+    model = ONE_BIT[kind][0]()
+    model.config.quantization_config.format_version = version
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    assert all(safetensors.torch.load_file(path)[name].shape[1] % 32 == 0 for name in codes_of(model))
+    loaded = load(tmp_path)
+    assert same(model, loaded)
+    loaded.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["format_version"] == 3
+    assert safetensors.torch.load_file(path)[f"{QUERY}.weight"].shape == (64, 64 // ONE_BIT[kind][1])
+    assert same(model, load(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ONE_BIT)
+def test_bits_past_the_last_value_are_refused(kind: str, tmp_path: Path) -> None:
+    ONE_BIT[kind][0]().save_pretrained(tmp_path)
+    name = "bert.encoder.layer.0.output.dense.weight"  # 150 columns: the last byte of a row has bits to spare
+
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name][5, -1] |= 0b10000000 if kind == "binary" else 0b00000011
+
+    rewrite(tmp_path, damage)  # without checksums, which would notice it first
+    with pytest.raises(lowbit.CheckpointError, match=r"output\.dense: .*past K=150.*damaged"):
+        load(tmp_path)
+
+
+def test_one_bit_loaded_in_inference_mode_is_no_inference_tensor(tmp_path: Path) -> None:
+    binary().save_pretrained(tmp_path)
+    with torch.inference_mode():
+        model = load(tmp_path)
+    assert not model.get_submodule(QUERY).weight.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("kind", "written", "claimed"),
+    [
+        (lowbit.TernaryConfig, 1, 2),
+        (lowbit.TernaryConfig, 2, 1),
+        (lowbit.BinaryConfig, 2, 3),
+        (lowbit.BinaryConfig, 3, 2),
+    ],
+)
+def test_a_file_of_another_version_than_it_says_is_refused(
+    kind: type, written: int, claimed: int, tmp_path: Path
+) -> None:
+    lowbit.quantize(tiny(), kind(format_version=written)).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"]["format_version"] = claimed

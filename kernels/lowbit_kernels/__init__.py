@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .archive import archive_bytes, from_archive, to_archive
     from .embedding.op import quantized_embedding
     from .fused_embedding.op import embedding_layernorm
     from .layernorm.op import add_layernorm
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 _HOME = {
     "AttentionOutput": "varlen_attention.cpu",
     "add_layernorm": "layernorm.op",
+    "archive_bytes": "archive",
     "attention": "varlen_attention.op",
     "attention_eager": "varlen_attention.cpu",
     "binarize": "weights.op",
@@ -50,6 +52,7 @@ _HOME = {
     "embedding_layernorm": "fused_embedding.op",
     "expanded_bytes": "linear.cpu",
     "fake_quantize_per_token": "quantize.op",
+    "from_archive": "archive",
     "gather_tokens": "prune.op",
     "int8_linear": "linear.op",
     "joint_dynamic_linear": "linear.joint",
@@ -69,6 +72,7 @@ _HOME = {
     "split_ternary": "split.op",
     "ternarize": "weights.op",
     "ternary_linear": "linear.op",
+    "to_archive": "archive",
     "uniform_linear": "linear.op",
     "unpack_binary": "packing",
     "unpack_split": "packing",
@@ -80,6 +84,7 @@ _HOME = {
 __all__ = [
     "AttentionOutput",
     "add_layernorm",
+    "archive_bytes",
     "attention",
     "attention_eager",
     "binarize",
@@ -88,6 +93,7 @@ __all__ = [
     "embedding_layernorm",
     "expanded_bytes",
     "fake_quantize_per_token",
+    "from_archive",
     "gather_tokens",
     "int8_linear",
     "joint_dynamic_linear",
@@ -107,6 +113,7 @@ __all__ = [
     "split_ternary",
     "ternarize",
     "ternary_linear",
+    "to_archive",
     "uniform_linear",
     "unpack_binary",
     "unpack_split",

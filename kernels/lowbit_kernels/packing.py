@@ -1,4 +1,4 @@
-"""The bit layouts: the one definition that checkpoints, GPU and CPU share.
+"""The bit layouts: the one definition that GPU and CPU share, and checkpoints but for what `archive` leaves out.
 
     lb2   uint8 [N, ceil(K/128)*32]   blocks of 128 values -> 32 bytes, K-planar: byte t of a block holds the values
                                       t, t+32, t+64, t+96 in bits 7:6, 5:4, 3:2, 1:0
@@ -99,10 +99,13 @@ def aot_cases(arch: int) -> list[tuple]:
 # ---------------------------------------------------------------------------------------------------------- layouts
 
 
-def _pack(codes: torch.Tensor, shifts: list[int]) -> torch.Tensor:
-    """Codes uint8 [N, K] (K a multiple of the block) -> bytes; plane p of a block goes to bit `shifts[p]`."""
-    rows, blocks = codes.shape[0], codes.shape[1] // (len(shifts) * BLOCK_BYTES)
-    planes = codes.view(rows, blocks, len(shifts), BLOCK_BYTES)
+def _pack(codes: torch.Tensor, shifts: list[int], width: int = BLOCK_BYTES) -> torch.Tensor:
+    """Codes uint8 [N, K] (K a multiple of the block) -> bytes; plane p of a block goes to bit `shifts[p]`.
+
+    Blocks are `width` bytes.
+    """
+    rows, blocks = codes.shape[0], codes.shape[1] // (len(shifts) * width)
+    planes = codes.view(rows, blocks, len(shifts), width)
     first, *others = sorted(range(len(shifts)), key=lambda plane: -shifts[plane])
     packed = planes[:, :, first].clone(memory_format=torch.contiguous_format)
     for plane in others:  # in place: loading a model packs all its weights
@@ -110,10 +113,10 @@ def _pack(codes: torch.Tensor, shifts: list[int]) -> torch.Tensor:
     return packed.flatten(1)
 
 
-def _unpack(packed: torch.Tensor, shifts: list[int], mask: int, columns: int) -> torch.Tensor:
+def _unpack(packed: torch.Tensor, shifts: list[int], mask: int, columns: int, width: int = BLOCK_BYTES) -> torch.Tensor:
     """Inverse of `_pack`: bytes -> codes int8 [N, columns]."""
     rows = packed.shape[0]
-    blocks = packed.view(rows, packed.shape[1] // BLOCK_BYTES, BLOCK_BYTES)
+    blocks = packed.view(rows, packed.shape[1] // width, width)
     planes = [(blocks >> shift) & mask for shift in shifts]
     return torch.stack(planes, 2).view(torch.int8).flatten(1)[:, :columns]
 

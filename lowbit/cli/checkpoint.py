@@ -209,7 +209,7 @@ def _module(name: str, tensors: dict[str, torch.Tensor], built: nn.Module | None
 
 def _codes(module: Any, tensors: dict[str, torch.Tensor]) -> tuple[str, torch.Tensor, torch.Tensor]:
     """Kind, codes [N, K] (of a pair [2, N, K]) and scales of a lowbit module."""
-    from lowbit_kernels import unpack_binary, unpack_split, unpack_ternary, unpack_trits
+    from lowbit_kernels import unpack_binary, unpack_split, unpack_ternary
 
     from ..nn._packed import Packed
     from ..nn.embedding import table_codes
@@ -226,15 +226,13 @@ def _codes(module: Any, tensors: dict[str, torch.Tensor]) -> tuple[str, torch.Te
             bits = WEIGHT_QUANTIZERS[quantizer][0]
         kind = "split" if codes.dim() == 3 else {2: "ternary", 1: "binary", 8: "int8"}[bits]
         return f"{kind}, in training", codes, scale
-    K, kind = module.row_length, module.layout
+    K, kind, weight = module.row_length, module.layout, module.from_file(weight)
     if kind == "int8":
         codes = weight
     elif kind == "split":
         codes = torch.stack(unpack_split(weight, K))
-    elif kind == "binary":
-        codes = unpack_binary(weight, K)
-    else:  # five codes a byte, or as in version 1 four
-        codes = (unpack_trits if weight.shape[1] == -(-K // 5) else unpack_ternary)(weight, K)
+    else:
+        codes = (unpack_binary if kind == "binary" else unpack_ternary)(weight, K)
     return kind, codes, tensors["weight_scale"]
 
 

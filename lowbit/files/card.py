@@ -14,11 +14,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowbit_kernels import archive_bytes
+
 from .. import models
 from ..config import LengthConfig, LowbitConfig
 from ..errors import check_import
 from ..nn import PackedDecoder, QuantDecoder
 from ..nn._packed import Packed
+from . import weights
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -217,8 +220,8 @@ def sizes(model: PreTrainedModel) -> tuple[int, int]:
             continue
         rows = module.weight.shape[0]
         as_float += 4 * (rows * module.row_length - module.weight.numel() - module.weight_scale.numel())
-        if module.layout == "ternary" and version >= 2:
-            stored += rows * -(-module.row_length // 5) - module.weight.nbytes
+    for module in weights.archived(model, version).values():
+        stored += module.weight.shape[0] * archive_bytes(module.row_length, module.layout) - module.weight.nbytes
     return stored, as_float
 
 

@@ -1,8 +1,9 @@
 """Weights in files, and in modules: what is written, what is expected, what is refused.
 
-Files hold ternary codes five to a byte, modules four to a byte, both as `weight`. So ternary modules get a buffer of
-the file's shape before transformers loads (by whatever route: shards, other heads, device maps), and the codes are
-expanded where they have landed. `state_dict()` gives the modules' form; `load_state_dict` takes either.
+Files hold ternary codes five to a byte, modules four to a byte, and rows without the padding to whole blocks, both as
+`weight`. So modules get a buffer of the file's shape before transformers loads (by whatever route: shards, other heads,
+device maps), and the rows are expanded where they have landed. `state_dict()` gives the modules' form;
+`load_state_dict` takes either.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lowbit_kernels import pack_ternary, pack_trits, unpack_ternary, unpack_trits
+from lowbit_kernels import archive_bytes, to_archive
 
 from ..config import LowbitConfig
 from ..errors import CheckpointError
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_EXPANDED_AT_A_TIME = 2**19  # codes: so many stay in cache, and take little memory beside the packed model
+_ARCHIVED_SINCE = {"ternary": 2, "binary": 3, "split": 3}  # layout -> format version; before it files had the modules'
 
 
 def verify_files(model: PreTrainedModel, files: list[str]) -> None:
@@ -103,40 +104,35 @@ def _is_of_decoder(model: PreTrainedModel, bare: str) -> bool:
     )
 
 
-def _ternary_modules(model: PreTrainedModel) -> dict[str, Packed]:
-    return {name: module for name, module in _packed_modules(model).items() if module.layout == "ternary"}
+def archived(model: PreTrainedModel, version: int) -> dict[str, Packed]:
+    """Modules whose rows have a form of their own in files of a format version."""
+    return {
+        name: module
+        for name, module in _packed_modules(model).items()
+        if version >= _ARCHIVED_SINCE.get(module.layout, version + 1)
+    }
 
 
-def expect_trits(model: PreTrainedModel) -> None:
-    """Give ternary modules, still on the meta device, a `weight` of the file's shape: uint8 [N, ceil(K/5)]."""
-    for module in _ternary_modules(model).values():
-        module.weight = module.weight.new_empty(module.weight.shape[0], -(-module.row_length // 5))
+def expect_archive(model: PreTrainedModel, version: int) -> None:
+    """Give modules, still on the meta device, a `weight` of the file's shape."""
+    for module in archived(model, version).values():
+        row_bytes = archive_bytes(module.row_length, module.layout)
+        module.weight = module.weight.new_empty(module.weight.shape[0], row_bytes)
 
 
-def expand_trits(model: PreTrainedModel) -> None:
-    """Replace what `expect_trits` made room for by layout lb2: uint8 [N, ceil(K/128)*32].
+def expand_archive(model: PreTrainedModel) -> None:
+    """Replace what `expect_archive` made room for by the layouts that kernels read.
 
     Raises:
-        CheckpointError: a byte that five ternary codes do not reach.
+        CheckpointError: bytes that stand for no codes.
     """
-    for name, module in _ternary_modules(model).items():
-        if module.weight.shape[1] != -(-module.row_length // 5):
-            continue  # lb2 already (version 1, or a state dict); its rows are always longer
+    for name, module in _packed_modules(model).items():
         try:
             # As in PackedLinear: of an inference tensor the CPU path could not keep its int8 expansion.
             with torch.inference_mode(False):
-                module.weight = _expanded(module.weight, module.row_length)
+                module.weight = module.from_file(module.weight)
         except ValueError as error:
             raise CheckpointError(f"{name}: {error}; the checkpoint is damaged") from error
-
-
-def _expanded(trits: torch.Tensor, columns: int) -> torch.Tensor:
-    """Layout b3 [N, ceil(columns/5)] -> lb2."""
-    expanded = trits.new_empty(trits.shape[0], -(-columns // 128) * 32)
-    rows = max(1, _EXPANDED_AT_A_TIME // columns)
-    for source, target in zip(trits.split(rows), expanded.split(rows), strict=True):
-        target.copy_(pack_ternary(unpack_trits(source, columns)))
-    return expanded
 
 
 def _expected_tensors(model: PreTrainedModel) -> dict[str, tuple[torch.dtype | None, torch.Size]]:
@@ -166,7 +162,7 @@ def to_write(
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors as files hold them, checksums for the file header) of a state dict; None: the model's own."""
     state = dict(model.state_dict() if state is None else state)
-    if config.stage == "packed" and config.format_version >= 2:
-        for name, module in _ternary_modules(model).items():
-            state[f"{name}.weight"] = pack_trits(unpack_ternary(state[f"{name}.weight"], module.row_length))
+    if config.stage == "packed":
+        for name, module in archived(model, config.format_version).items():
+            state[f"{name}.weight"] = to_archive(state[f"{name}.weight"], module.row_length, module.layout)
     return state, records.record(model, state)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch._C import _get_tracing_state  # `torch.jit.is_tracing` takes twice as long, and runs in every module
 
-from lowbit_kernels import pack_ternary, unpack_trits
+from lowbit_kernels import archive_bytes, from_archive
 
 
 class Packed(nn.Module):
@@ -29,12 +29,19 @@ class Packed(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the form of files, five ternary codes a byte, too: `Trainer` resumes from them by `load_state_dict`."""
+        """Take the form of files, rows without padding, too: `Trainer` resumes from them by `load_state_dict`."""
         weight = state_dict.get(f"{prefix}weight")
-        if self.layout == "ternary" and weight is not None and weight.shape[-1] == -(-self.row_length // 5):
-            expanded = pack_ternary(unpack_trits(weight, self.row_length))
-            state_dict = {**state_dict, f"{prefix}weight": expanded}
+        if weight is not None:
+            state_dict = {**state_dict, f"{prefix}weight": self.from_file(weight)}
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def from_file(self, weight: torch.Tensor) -> torch.Tensor:
+        """`weight` as this module holds it, of one as files of any format version do; ValueError for damaged bytes."""
+        if self.layout == "int8" or weight.dtype != torch.uint8:
+            return weight
+        if weight.shape[-1] != archive_bytes(self.row_length, self.layout):
+            return weight  # the module's form, or none: rows of the two forms have one length only where they are equal
+        return from_archive(weight, self.row_length, self.layout)
 
     @staticmethod
     def check_finite(scale: torch.Tensor) -> None:

@@ -45,27 +45,30 @@ def packed(config: lowbit.LowbitConfig, kind: type = BertForSequenceClassificati
     return lowbit.quantize(tiny(kind), config)
 
 
-def split_half() -> Any:
-    return lowbit.split(lowbit.prepare(lowbit.slim(tiny(), 0.5), lowbit.TernaryConfig()))
+def split_half(version: int) -> Any:
+    return lowbit.split(lowbit.prepare(lowbit.slim(tiny(), 0.5), lowbit.TernaryConfig(format_version=version)))
 
 
 def shortened() -> Any:
-    return lowbit.set_length(packed(lowbit.TernaryConfig()), lowbit.LengthConfig(keep=(0.9, 0.6)))
+    return lowbit.set_length(packed(lowbit.TernaryConfig(format_version=2)), lowbit.LengthConfig(keep=(0.9, 0.6)))
 
 
 MODELS: dict[str, Callable[[], Any]] = {
-    "slimmed, format 2": lambda: lowbit.slim(tiny(), 0.5),
-    "prepared ternary, format 2": lambda: prepared(lowbit.TernaryConfig()),
-    "prepared binary, format 2": lambda: prepared(lowbit.BinaryConfig()),
-    "prepared split at half width, format 2": split_half,
+    "slimmed, format 2": lambda: lowbit.slim(tiny(), 0.5),  # written when 2 was the newest; nothing in it is packed
+    "prepared ternary, format 2": lambda: prepared(lowbit.TernaryConfig(format_version=2)),
+    "prepared binary, format 2": lambda: prepared(lowbit.BinaryConfig(format_version=2)),
+    "prepared split at half width, format 2": lambda: split_half(2),
     "packed ternary, format 1": lambda: packed(lowbit.TernaryConfig(format_version=1)),
-    "packed ternary, format 2": lambda: packed(lowbit.TernaryConfig()),
-    "packed binary, format 2": lambda: packed(lowbit.BinaryConfig()),
-    "packed split at half width, format 2": lambda: lowbit.convert(split_half()),
+    "packed ternary, format 2": lambda: packed(lowbit.TernaryConfig(format_version=2)),
+    "packed binary, format 2": lambda: packed(lowbit.BinaryConfig(format_version=2)),
+    "packed split at half width, format 2": lambda: lowbit.convert(split_half(2)),
     "packed ternary with lengths, format 2": shortened,
     "packed decoder of 8 bits, format 2": lambda: packed(
-        lowbit.TernaryConfig(output_embedding_bits=8), BertForMaskedLM
+        lowbit.TernaryConfig(output_embedding_bits=8, format_version=2), BertForMaskedLM
     ),
+    "packed ternary, format 3": lambda: packed(lowbit.TernaryConfig(format_version=3)),
+    "packed binary, format 3": lambda: packed(lowbit.BinaryConfig(format_version=3)),
+    "packed split at half width, format 3": lambda: lowbit.convert(split_half(3)),
 }
 
 
