@@ -103,7 +103,9 @@ def keep_layers(model: PreTrainedModel, kept: Sequence[int]) -> None:
     """The encoder's layers become those of these numbers, from 0, in this order."""
     path = models.describe(model).layers
     layers = [layer for _, layer in models.layers(model)]
-    model.base_model.set_submodule(path, nn.ModuleList([layers[index] for index in kept]))
+    new = nn.ModuleList([layers[index] for index in kept])
+    new.training = model.base_model.get_submodule(path).training  # a new list is in train mode, which encoders look at
+    model.base_model.set_submodule(path, new)
     model.config.num_hidden_layers = len(kept)
 
 
