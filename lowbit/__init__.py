@@ -3,6 +3,7 @@
     lowbit.quantize(model, lowbit.TernaryConfig())     post-training, one line
     lowbit.prepare / lowbit.convert                    quantization-aware training, then packing
     lowbit.slim / lowbit.split                         half width and ternary weight splitting (BinaryBERT)
+    lowbit.rewire / lowbit.extract / prune_heads       narrower and shallower models (DynaBERT, Michel et al.)
     lowbit.DistillationTrainer                         transformers.Trainer with a teacher
     lowbit.add_exits / lowbit.set_exit                 sentences leave a classifier early
 
@@ -24,7 +25,11 @@ if TYPE_CHECKING:
     from .deploy.graphs import compile_for
     from .distill.objectives import AttentionScoreLoss, HiddenStateLoss, LogitsLoss, TaskLoss
     from .distill.trainer import DistillationTrainer
+    from .elastic.importance import importance
+    from .elastic.pruning import prune_heads
+    from .elastic.rewire import rewire
     from .elastic.slim import slim
+    from .elastic.subnet import Subnet, extract
     from .errors import CheckpointError
     from .exits.criteria import Certainty, Entropy, NormalizedEntropy, Patience
     from .exits.objectives import ExitCertaintyLoss, ExitLogitsLoss, ExitTaskLoss
@@ -80,7 +85,12 @@ _HOME = {
     "SoftLengthTrainer": "length.training",
     "from_pretrained": "files.loading",
     "set_length": "stages.unpadding",
+    "importance": "elastic.importance",
+    "prune_heads": "elastic.pruning",
+    "rewire": "elastic.rewire",
     "slim": "elastic.slim",
+    "Subnet": "elastic.subnet",
+    "extract": "elastic.subnet",
     "verify": "files.records",
 }
 
@@ -107,6 +117,7 @@ __all__ = [
     "Patience",
     "SoftExtract",
     "SoftLengthTrainer",
+    "Subnet",
     "TaskLoss",
     "TernaryConfig",
     "add_exits",
@@ -116,13 +127,17 @@ __all__ = [
     "compile_for",
     "convert",
     "export",
+    "extract",
     "freeze_backbone",
     "from_pretrained",
     "fuse",
+    "importance",
     "left_in_float",
     "nn",
     "prepare",
+    "prune_heads",
     "quantize",
+    "rewire",
     "set_exit",
     "set_length",
     "slim",

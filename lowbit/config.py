@@ -37,6 +37,12 @@ def names(entry: str, module_name: str) -> bool:
     return any(name == entry or name.endswith("." + entry) for name in ancestors)
 
 
+def _are_counts(values: Any) -> bool:
+    """Whether it is a list of whole numbers from 1."""
+    numbers = values if isinstance(values, list) else []
+    return bool(numbers) and all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
+
+
 @dataclass
 class LowbitConfig:
     """How a model's linears, embeddings, activations and attention are quantized.
@@ -63,10 +69,11 @@ class LowbitConfig:
         modules_to_not_convert: modules left in float, with all inside them: full names, or endings of names that
             start at a dot ("pooler", "layer.0", "output.dense").
         split: each quantized weight is a pair of binary planes (ternary weight splitting). Set by `lowbit.split`.
-        num_attention_heads: attention heads kept by `lowbit.slim`, None for all. Set by `lowbit.slim`.
+        num_attention_heads: attention heads kept, None for all: a number for every layer, or a list of one a layer. Set
+            by `lowbit.slim`, `prune_heads` and `extract`, as are the next two.
         kept_heads: which ones, a list of ascending numbers for each layer; None where that is not known. Distillation
-            compares them with these heads of the teacher, which should be the model that was slimmed, or a copy. Set by
-            `lowbit.slim`.
+            compares them with these heads of the teacher, which should be the model that was slimmed, or a copy.
+        intermediate_sizes: neurons of each layer's FFN, a list, where layers differ; None where they do not.
         stage: "float" (only slimmed), "prepared" (fake-quantized) or "packed". Set by `prepare` and `convert`.
         format_version: version of the packed checkpoint format: 3. 2 writes rows of binary weights padded to 256 values
             (pairs: 128), 1 ternary weights with 2 bits instead of 1.6 as well. What is read as 1 or 2 is saved as 3.
@@ -87,8 +94,9 @@ class LowbitConfig:
     quantize_pooler: bool = True
     modules_to_not_convert: list[str] = field(default_factory=list)
     split: bool = False
-    num_attention_heads: int | None = None
+    num_attention_heads: int | list[int] | None = None
     kept_heads: list[list[int]] | None = None
+    intermediate_sizes: list[int] | None = None
     stage: str = "float"
     format_version: int = FORMAT_VERSION
     quant_method: str = "lowbit"
@@ -110,11 +118,7 @@ class LowbitConfig:
         unknown = sorted(set(self.asymmetric) - set(_SITES))
         if unknown:
             raise ValueError(f"{type(self).__name__}: asymmetric={unknown}; accepted: {', '.join(_SITES)}")
-        if self.kept_heads is not None and not self._are_kept_heads(self.kept_heads):
-            raise ValueError(
-                f"{type(self).__name__}: kept_heads={self.kept_heads!r}; accepted: None, or for each layer a list of "
-                f"num_attention_heads={self.num_attention_heads} ascending numbers from 0"
-            )
+        self._check_widths()
         clip = self.activation_clip
         if clip is not None and not (isinstance(clip, int | float) and clip > 0):
             raise ValueError(f"{type(self).__name__}: activation_clip={clip!r}; accepted: None or > 0")
@@ -124,16 +128,46 @@ class LowbitConfig:
                 f"{self.weight_bits} and {self.embedding_bits}"
             )
 
+    def _check_widths(self) -> None:
+        heads, sizes = self.num_attention_heads, self.intermediate_sizes
+        if not (heads is None or _are_counts([heads]) or _are_counts(heads)):
+            raise ValueError(
+                f"{type(self).__name__}: num_attention_heads={heads!r}; accepted: None, a whole number from 1, or a list "
+                "of one a layer"
+            )
+        if not (sizes is None or (_are_counts(sizes) and heads is not None)):
+            raise ValueError(
+                f"{type(self).__name__}: intermediate_sizes={sizes!r}; accepted: None, or beside num_attention_heads a "
+                "list of whole numbers from 1, one a layer"
+            )
+        lengths = {len(each) for each in (heads, sizes, self.kept_heads) if isinstance(each, list)}
+        if self.kept_heads is not None and not self._are_kept_heads(self.kept_heads):
+            raise ValueError(
+                f"{type(self).__name__}: kept_heads={self.kept_heads!r}; accepted: None, or for each layer a list of "
+                f"num_attention_heads={heads} ascending numbers from 0"
+            )
+        if len(lengths) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: num_attention_heads, kept_heads and intermediate_sizes are of "
+                f"{' and '.join(map(str, sorted(lengths)))} layers; one number expected"
+            )
+
     def _are_kept_heads(self, layers: Any) -> bool:
         if not isinstance(layers, list) or not layers:
             return False
-        return all(
+        counts = self.num_attention_heads
+        counts = counts if isinstance(counts, list) else [counts] * len(layers)  # type: ignore[list-item]
+        return len(counts) == len(layers) and all(
             isinstance(heads, list)
-            and len(heads) == self.num_attention_heads
+            and len(heads) == count
             and all(isinstance(head, int) and not isinstance(head, bool) and head >= 0 for head in heads)
             and heads == sorted(set(heads))
-            for heads in layers
+            for count, heads in zip(counts, layers, strict=True)
         )
+
+    def widths(self) -> dict[str, Any]:
+        """The fields that say which heads and neurons the layers have: of the float model, whatever becomes of it."""
+        return {name: getattr(self, name) for name in ("num_attention_heads", "kept_heads", "intermediate_sizes")}
 
     def skips(self, module_name: str) -> bool:
         """Whether `modules_to_not_convert` names this module or one that it is in."""

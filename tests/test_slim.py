@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2Model
 
 import lowbit
 from helpers import HEADS, batch, identical, outputs, tiny
-from lowbit.elastic.slim import resize
+from lowbit.elastic.layout import lead
 
 LINEARS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
 
@@ -56,32 +56,36 @@ def test_dropping_live_ones_does_change_the_output() -> None:
     assert not torch.allclose(outputs(lowbit.slim(model, 0.5), inputs)[0], before, atol=1e-4)
 
 
-def derivative(model: Any, columns: tuple[torch.Tensor, slice], inputs: dict[str, torch.Tensor]) -> float:
-    """|dL/dmask| by central difference; scaling the columns that read a head or neuron is masking it."""
-    weight, chosen = columns
-    original, step = weight[:, chosen].clone(), 1e-4
+def derivative(model: Any, parts: list[torch.Tensor], inputs: dict[str, torch.Tensor]) -> float:
+    """|dL/dgate| by central difference; scaling weights into or out of a head or neuron is gating it."""
+    originals, step = [part.clone() for part in parts], 1e-4
     values = []
     for factor in (1 + step, 1 - step):
-        weight[:, chosen] = original * factor
+        for part, original in zip(parts, originals, strict=True):
+            part.copy_(original * factor)
         values.append(model(**inputs).loss.item())
-    weight[:, chosen] = original
+    for part, original in zip(parts, originals, strict=True):
+        part.copy_(original)
     return abs(values[0] - values[1]) / (2 * step)
 
 
 @torch.no_grad()
 def test_the_kept_ones_have_the_largest_numerical_derivative() -> None:
+    """Of the loss of one example after the other; of neurons before and behind the activation."""
     model = tiny(intermediate_size=20).double()
     batches, size = labelled(), model.config.hidden_size // model.config.num_attention_heads
+    examples = [{key: value[i : i + 1] for key, value in each.items()} for each in batches for i in range(4)]
     expected = []
     for layer in layers(model):
-        masked = {
-            "head": [(layer.attention.output.dense.weight, slice(h * size, (h + 1) * size)) for h in range(4)],
-            "neuron": [(layer.output.dense.weight, slice(j, j + 1)) for j in range(20)],
+        context, first, second = layer.attention.output.dense, layer.intermediate.dense, layer.output.dense
+        gated = {
+            "head": [[[context.weight[:, h * size : (h + 1) * size]]] for h in range(4)],
+            "neuron": [[[first.weight[j], first.bias[j : j + 1]], [second.weight[:, j]]] for j in range(20)],
         }
         ranked = {}
-        for what, columns in masked.items():
-            importance = [sum(derivative(model, column, inputs) for inputs in batches) for column in columns]
-            ranked[what] = sorted(sorted(range(len(columns)), key=lambda i: -importance[i])[: len(columns) // 2])
+        for what, units in gated.items():
+            importance = [sum(derivative(model, parts, one) for one in examples for parts in gates) for gates in units]
+            ranked[what] = sorted(sorted(range(len(units)), key=lambda i: -importance[i])[: len(units) // 2])
         expected.append(ranked)
     original = copy.deepcopy(model)
     with torch.enable_grad():
@@ -137,10 +141,10 @@ def test_every_head_slims_copies_and_survives_saving(head: str, tmp_path: Path) 
     assert layers(loaded)[0].attention.self.num_attention_heads == 2
 
 
-def test_resize_needs_no_data() -> None:
+def test_leading_heads_and_neurons_need_no_data() -> None:
     with torch.device("meta"):
         model = type(tiny())(tiny().config)
-    resize(model, num_attention_heads=3, intermediate_size=10)
+    lead(model, 3, 10)
     shapes = {name: parameter.shape for name, parameter in model.bert.encoder.layer[1].named_parameters()}
     assert shapes["attention.self.value.weight"] == (48, 64)
     assert shapes["attention.output.dense.weight"] == (64, 48)

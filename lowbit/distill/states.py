@@ -41,13 +41,13 @@ def _note(found: list[Any], index: int, which: int) -> Any:
 def of_kept_heads(
     model: PreTrainedModel, student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor]:
-    """The teacher's scores [B, H, S, S] of each layer, only of the heads that a slimmed student kept."""
+    """The teacher's scores [B, H, S, S] of each layer, only of the heads that a slimmed or pruned student kept."""
     config = slimmed(model)
     if config is None or config.kept_heads is None or len(teacher) % len(config.kept_heads):
         return teacher
     kept = config.kept_heads
     full = model.config.num_attention_heads
-    if any(s.shape[1] != len(kept[0]) for s in student) or any(t.shape[1] != full for t in teacher):
+    if [s.shape[1] for s in student] != [*map(len, kept)] or any(t.shape[1] != full for t in teacher):
         return teacher
     step = len(teacher) // len(kept)  # as uniform maps pair them: a layer learns from the last of `step`
     # Stacked views: an index would be copied to the GPU in every layer, and each copy waits for it.

@@ -148,7 +148,7 @@ def _title(config: LowbitConfig, parent: str | None, head: str) -> str:
 def _description(model: PreTrainedModel, config: LowbitConfig, parent: str | None, head: str) -> str:
     source = f", made from `{parent}`" if parent else ""
     if config.stage == "float":
-        lines = [f"`{head}`{source}, float, with {config.num_attention_heads} attention heads a layer."]
+        lines = [f"`{head}`{source}, float, with {_heads(config)}."]
     else:
         kind = {2: "ternary (2-bit)", 1: "binary (1-bit)", None: "float"}[config.weight_bits]
         pairs = ", each the sum of a pair of binary matrices" if config.split else ""
@@ -165,7 +165,7 @@ def _description(model: PreTrainedModel, config: LowbitConfig, parent: str | Non
             f"{'quantized too' if config.quantize_attention and config.activation_bits else 'float'}",
         ]
         if config.num_attention_heads is not None:
-            lines.append(f"- width: {config.num_attention_heads} attention heads a layer")
+            lines.append(f"- width: {_heads(config)}")
         if config.modules_to_not_convert:
             lines.append(f"- left in float: {', '.join(f'`{name}`' for name in config.modules_to_not_convert)}")
     lengths = getattr(model.config, "length_config", None)
@@ -176,6 +176,13 @@ def _description(model: PreTrainedModel, config: LowbitConfig, parent: str | Non
     if exits is not None:
         lines.append(f"- {exits_in_words(exits)}")
     return "\n".join(lines)
+
+
+def _heads(config: LowbitConfig) -> str:
+    heads = config.num_attention_heads
+    if isinstance(heads, list):
+        return f"{', '.join(map(str, heads))} attention heads in layers 0 to {len(heads) - 1}"
+    return f"{'all' if heads is None else heads} attention heads a layer"
 
 
 def exits_in_words(config: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from .. import models
 from ..config import LowbitConfig
-from ..elastic.slim import resize
+from ..elastic.layout import lead
 from ..errors import CheckpointError
 from ..nn import QuantLinear
 from ..nn._packed import Packed
@@ -32,7 +32,7 @@ def build(model: PreTrainedModel, config: LowbitConfig) -> None:
         heads = model.config.num_attention_heads
         if any(head >= heads for layer in config.kept_heads or () for head in layer):
             raise CheckpointError(f"kept_heads={config.kept_heads} of a model that had {heads} heads: 0 to {heads - 1}")
-        resize(model, config.num_attention_heads, models.intermediate_size(model))
+        lead(model, config.num_attention_heads, config.intermediate_sizes or models.intermediate_size(model))
     if config.stage == "float":
         return
     if config.stage == "prepared":

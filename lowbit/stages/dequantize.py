@@ -71,8 +71,7 @@ def dequantize(model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreT
     if has_exits(model):
         unpadded_encoder(model)
     if config.num_attention_heads is not None or has_exits(model):
-        heads, kept = config.num_attention_heads, config.kept_heads
-        saving.attach(model, LowbitConfig(stage="float", num_attention_heads=heads, kept_heads=kept))
+        saving.attach(model, LowbitConfig(stage="float", **config.widths()))
     return model if dtype is None else model.to(dtype)
 
 

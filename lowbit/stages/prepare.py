@@ -60,9 +60,7 @@ def prepare(model: PreTrainedModel, config: LowbitConfig) -> PreTrainedModel:
         raise ValueError(f"the model is already {current.stage}; prepare takes a float model")
     if models.has_plain_attention(model):
         check_encoder(model)
-    config = config.replace(
-        stage="prepared", split=False, num_attention_heads=current.num_attention_heads, kept_heads=current.kept_heads
-    )
+    config = config.replace(stage="prepared", split=False, **current.widths())
     check_weight_quantizer(config.weight_quantizer, config.weight_bits)
     _check_names(model, config)
     models.check_single(model, config.skips)
