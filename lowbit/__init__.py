@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .elastic.rewire import rewire
     from .elastic.slim import slim
     from .elastic.subnet import Subnet, extract
+    from .elastic.training import Elastic
     from .errors import CheckpointError
     from .exits.criteria import Certainty, Entropy, NormalizedEntropy, Patience
     from .exits.objectives import ExitCertaintyLoss, ExitLogitsLoss, ExitTaskLoss
@@ -91,6 +92,7 @@ _HOME = {
     "slim": "elastic.slim",
     "Subnet": "elastic.subnet",
     "extract": "elastic.subnet",
+    "Elastic": "elastic.training",
     "verify": "files.records",
 }
 
@@ -102,6 +104,7 @@ __all__ = [
     "Certainty",
     "CheckpointError",
     "DistillationTrainer",
+    "Elastic",
     "Entropy",
     "ExitCertaintyLoss",
     "ExitLogitsLoss",

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .. import models
 from ..config import LowbitConfig
 from ..nn import UnpaddedEncoder
+from . import layer_maps
 from .columns import arguments, options
 from .objectives import Objective, sizes_of
 
@@ -72,6 +73,31 @@ def check_models(
                 f"{'teacher' if model is teacher else 'student'} drops tokens on the way; call "
                 "lowbit.set_length(model, None), or pass objectives=[LogitsLoss()]"
             )
+
+
+def check_elastic(elastic: Any, student: Any, teacher: PreTrainedModel | None, objectives: Sequence[Objective]) -> None:
+    """Raise TypeError or ValueError where sub-networks of a student cannot be trained by these objectives."""
+    elastic.check(student, teacher)
+    layers = student.config.num_hidden_layers
+    for objective in objectives:
+        if lost := {"scores", "qkv"} & set(objective.needs):
+            raise ValueError(
+                f"{_class_of(objective)} compares {' and '.join(sorted(lost))}, and sub-networks have other heads than "
+                "their teacher; accepted with elastic: objectives of logits and hidden states"
+            )
+        if getattr(objective, "view", None) is not None:
+            raise ValueError(f"{_class_of(objective)} has a view, which elastic training does not run")
+        given = getattr(objective, "map", "uniform")
+        for subnet in elastic.subnets() if "hidden_states" in objective.needs else ():
+            kept = len(subnet.shape(student).layers)
+            found = layer_maps.resolve(given, kept, kept, _class_of(objective))
+            if kept < layers and getattr(objective, "layer_weights", None) is not None:
+                raise ValueError(f"{_class_of(objective)}: layer_weights are for one depth, and depths={elastic.depths}")
+            if any(row != (number,) for number, row in found.taught()):
+                raise ValueError(
+                    f"{_class_of(objective)}: map={given!r}; accepted with elastic: 'uniform', since each sub-network is "
+                    "compared with the teacher's layers of its own numbers"
+                )
 
 
 def inside_peft(model: Any) -> PreTrainedModel:

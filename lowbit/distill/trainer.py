@@ -13,10 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from .. import models
+from ..elastic.training import Elastic, states_of
 from ..files.records import read_json
 from ..nn.attention import NAME as LOWBIT_ATTENTION
 from . import parameters as of_objectives
-from .checks import check_models, check_prompt, inside_peft, slimmed
+from .checks import check_elastic, check_models, check_prompt, inside_peft, slimmed
 from .columns import arguments, options, parameters
 from .objectives import AttentionScoreLoss, HiddenStateLoss, LogitsLoss, Objective, TaskLoss
 from .states import captured, of_kept_heads
@@ -37,6 +38,8 @@ class DistillationTrainer(Trainer):
             which the stage ends, ascending, the last one 1.0. BinaryBERT's two stages are
             `[(0.5, [HiddenStateLoss(), AttentionScoreLoss()]), (1.0, [LogitsLoss()])]`.
         teacher_dropout: leave the teacher in train mode, as some published codes do.
+        elastic: which sub-networks of the student each step trains, all with the same objectives, whose losses are
+            summed; afterwards `lowbit.extract` takes any of them (DynaBERT).
         *args, **kwargs: `Trainer`'s own.
 
     Objectives that are modules with parameters (learned projections) are trained with the student: in its optimizer, at
@@ -80,6 +83,7 @@ class DistillationTrainer(Trainer):
         objectives: Sequence[Objective] | None = None,
         stages: Sequence[tuple[float, Sequence[Objective]]] | None = None,
         teacher_dropout: bool = False,
+        elastic: Elastic | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(teacher, PreTrainedModel) and (teacher is not None or self.needs_teacher):
@@ -93,7 +97,7 @@ class DistillationTrainer(Trainer):
             raise ValueError(f"stages end at {ends}; accepted: ascending fractions, the last one 1.0")
         if not all(objectives for _, objectives in stages):
             raise ValueError("every stage needs at least one objective")
-        self.stages, self.teacher = list(stages), teacher
+        self.stages, self.teacher, self.elastic = list(stages), teacher, elastic
         self.parametrised = of_objectives.modules_of(self.stages)
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
@@ -104,6 +108,13 @@ class DistillationTrainer(Trainer):
             raise ValueError(
                 "a view that is trained against the student (alternate) freezes it for a forward pass, which gradient "
                 "checkpointing runs again when it is not; set gradient_checkpointing=False"
+            )
+        if elastic is not None and (
+            self.args.gradient_checkpointing or self.args.n_gpu > 1 or self.is_deepspeed_enabled or self.is_fsdp_enabled
+        ):
+            raise ValueError(
+                "elastic runs parts of the student's weights, on one device a process and without "
+                "gradient_checkpointing; DeepSpeed, FSDP and DataParallel are not supported"
             )
         self.model_accepts_loss_kwargs = False
         student = self.accelerator.unwrap_model(self.model)
@@ -175,6 +186,8 @@ class DistillationTrainer(Trainer):
         for _, objectives in self.stages:
             check_prompt(student, objectives)
         check_models(inside_peft(student), self.teacher, [*self._objectives], self.lifts_lengths)
+        if self.elastic is not None:
+            check_elastic(self.elastic, student, self.teacher, [*self._objectives])
 
     def _expose_scores(self, model: PreTrainedModel) -> None:
         if self._needs_scores:
@@ -247,7 +260,7 @@ class DistillationTrainer(Trainer):
             self._note([(f"{name}_ascent", value) for name, value in losses])
             loss = -sum(value for _, value in losses)
         else:
-            losses, outputs = self._losses(model, objectives, inputs)
+            losses, outputs = self._losses_of_subnets(model, objectives, inputs)
             self._note(losses)
             loss = sum(value for _, value in losses)
         return (loss, outputs) if return_outputs else loss
@@ -256,10 +269,32 @@ class DistillationTrainer(Trainer):
         ascends = getattr(objective, "ascends", None)
         return ascends is not None and ascends(self.state.global_step)
 
-    def _losses(
-        self, model: Any, objectives: Sequence[Objective], inputs: Mapping[str, Any], ascend: bool = False
+    def _losses_of_subnets(
+        self, model: Any, objectives: Sequence[Objective], inputs: Mapping[str, Any]
     ) -> tuple[list[tuple[str, Any]], Any]:
-        """Names and losses of objectives, each view run once; the student's outputs, of the loader's batch if run."""
+        """`_losses` of the student, or of each sub-network that the step trains; outputs of the last, the largest."""
+        if self.elastic is None:
+            return self._losses(model, objectives, inputs)
+        losses, outputs, student = [], None, self.accelerator.unwrap_model(model)
+        for subnet in self.elastic.draw(self.state.global_step):
+            shape = subnet.shape(student)
+            with self.elastic.running(shape, student, self.teacher):
+                found, outputs = self._losses(model, objectives, inputs, layers=shape.layers)
+            losses += found
+        return losses, outputs
+
+    def _losses(
+        self,
+        model: Any,
+        objectives: Sequence[Objective],
+        inputs: Mapping[str, Any],
+        ascend: bool = False,
+        layers: tuple[int, ...] | None = None,
+    ) -> tuple[list[tuple[str, Any]], Any]:
+        """Names and losses of objectives, each view run once; the student's outputs, of the loader's batch if run.
+
+        `layers` are those of the teacher's that a sub-network has, None for all.
+        """
         views: dict[int, Any] = {id(view): view for view in (getattr(each, "view", None) for each in objectives)}
         outputs, losses = [], []
         for view in sorted(views.values(), key=lambda view: view is not None):
@@ -271,6 +306,8 @@ class DistillationTrainer(Trainer):
             needs = {need for each in of_view for need in each.needs}
             student = self._run_student(model, batch, needs)
             teacher = self._run_teacher(student, teachers_batch, needs, ascend)
+            if layers is not None and "hidden_states" in needs and teacher is not None:
+                teacher["hidden_states"] = states_of(teacher["hidden_states"], layers)
             losses += [(each.name, each(student, teacher, batch)) for each in of_view]
             outputs.append(student)
         return losses, outputs[0]
