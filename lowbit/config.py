@@ -132,8 +132,8 @@ class LowbitConfig:
         heads, sizes = self.num_attention_heads, self.intermediate_sizes
         if not (heads is None or _are_counts([heads]) or _are_counts(heads)):
             raise ValueError(
-                f"{type(self).__name__}: num_attention_heads={heads!r}; accepted: None, a whole number from 1, or a list "
-                "of one a layer"
+                f"{type(self).__name__}: num_attention_heads={heads!r}; accepted: None, a whole number from 1, or a "
+                "list of one a layer"
             )
         if not (sizes is None or (_are_counts(sizes) and heads is not None)):
             raise ValueError(

@@ -130,7 +130,8 @@ def test_importance_is_the_sum_that_its_definition_says(definition: str) -> None
             expected = explicit(definition, [c[..., head] for c in heads])
             assert float(found.heads[number][head]) == pytest.approx(expected, rel=1e-9)
         for neuron in range(6):
-            expected = sum(explicit(definition, [e[k][number][..., neuron] for e in seen]) for k in ("before", "behind"))
+            gates = ([e[k][number][..., neuron] for e in seen] for k in ("before", "behind"))
+            expected = sum(explicit(definition, each) for each in gates)
             assert float(found.neurons[number][neuron]) == pytest.approx(expected, rel=1e-9)
 
 
@@ -254,7 +255,7 @@ def test_what_is_left_of_a_rewired_model_is_what_slim_keeps() -> None:
     assert close(outputs(half, inputs), outputs(slimmed, inputs))
 
 
-# ----------------------------------------------------------------------------------------------------------- sub-networks
+# --------------------------------------------------------------------------------------------------------- sub-networks
 
 
 @pytest.mark.parametrize(
@@ -284,7 +285,7 @@ def test_every_rule_keeps_as_many_layers_as_it_is_asked_to(strategy: str, layers
         if strategy == "alternate" and 2 * kept < layers:
             continue
         found = kept_layers(strategy, layers, kept / layers, similar)
-        assert len(found) == kept and [*found] == sorted(set(found)) and 0 <= found[0] and found[-1] < layers
+        assert len(found) == kept and [*found] == sorted(set(found)) and found[0] >= 0 and found[-1] < layers
 
 
 def test_contribution_drops_the_layers_that_change_least() -> None:
@@ -380,7 +381,7 @@ def test_layers_of_different_widths_run_one_by_one_with_the_same_results() -> No
     packed, inputs = lowbit.quantize(pruned, lowbit.TernaryConfig()), batch()
     assert packed.bert.encoder.problem() is not None
     assert near(outputs(packed, inputs), outputs_by_module(packed, inputs))  # embeddings are fused, and round otherwise
-    with pytest.raises(ValueError, match="differs from layer.0 in heads"):
+    with pytest.raises(ValueError, match=r"differs from layer\.0 in heads"):
         lowbit.fuse(packed)
     back = packed.dequantize()
     assert back.config.quantization_config.kept_heads == pruned.config.quantization_config.kept_heads

@@ -92,11 +92,11 @@ def check_elastic(elastic: Any, student: Any, teacher: PreTrainedModel | None, o
             kept = len(subnet.shape(student).layers)
             found = layer_maps.resolve(given, kept, kept, _class_of(objective))
             if kept < layers and getattr(objective, "layer_weights", None) is not None:
-                raise ValueError(f"{_class_of(objective)}: layer_weights are for one depth, and depths={elastic.depths}")
+                raise ValueError(f"{_class_of(objective)}: layer_weights are for one depth, not for {elastic.depths}")
             if any(row != (number,) for number, row in found.taught()):
                 raise ValueError(
-                    f"{_class_of(objective)}: map={given!r}; accepted with elastic: 'uniform', since each sub-network is "
-                    "compared with the teacher's layers of its own numbers"
+                    f"{_class_of(objective)}: map={given!r}; accepted with elastic: 'uniform', since each sub-network "
+                    "is compared with the teacher's layers of its own numbers"
                 )
 
 

@@ -2,7 +2,7 @@
 
 dynabert      floor(i / depth), i = 0, 1, ..: layers 3, 7 and 11 of 12 go at 0.75, every other one at 0.5
               (Hou et al. 2020, section 2.2, and its code)
-top, bottom   the last, or the first, layers go                        (Sajjad et al. 2020, "Poor Man's BERT", and below)
+top, bottom   the last, or the first, layers go                      (Sajjad et al. 2020, "Poor Man's BERT", and below)
 alternate     every other layer goes, from the last one down: at most half
 symmetric     the layers in the middle go
 contribution  the layers go whose output is most like their input
@@ -12,6 +12,7 @@ All but `dynabert` are named by what they drop. Layers count from 0.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,9 +38,7 @@ _RULES: dict[str, Callable[[int, int, float], list[int]]] = {
 STRATEGIES = (*_RULES, "contribution")
 
 
-def kept_layers(
-    strategy: str, layers: int, depth: float, similarity: Sequence[float] | None = None
-) -> tuple[int, ...]:
+def kept_layers(strategy: str, layers: int, depth: float, similarity: Sequence[float] | None = None) -> tuple[int, ...]:
     """The layers that a model of `depth` keeps, ascending.
 
     Args:
@@ -89,7 +88,7 @@ def layer_similarity(model: PreTrainedModel, data: Iterable[Mapping[str, Any]]) 
             states = model(**inputs, output_hidden_states=True).hidden_states
             mask = inputs.get("attention_mask")
             mask = torch.ones(states[0].shape[:2], device=device) if mask is None else mask.reshape(states[0].shape[:2])
-            cosines = [F.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in zip(states, states[1:], strict=False)]
+            cosines = [F.cosine_similarity(a.float(), b.float(), dim=-1) for a, b in itertools.pairwise(states)]
             found = torch.stack([(cosine * mask).sum() for cosine in cosines])
             total, tokens = found if total is None else total + found, tokens + float(mask.sum())
     finally:

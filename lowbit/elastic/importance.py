@@ -9,11 +9,11 @@ the gate of one token is c = sum_i ctx_i dL/dctx_i, and importance is a sum of t
     cumulative     sum over batches of |sum of c so far|         (released DynaBERT: gradients are never cleared)
 
 A neuron has two such gates, before its activation function and behind it, whose importances are added. By `per_batch`
-they are DynaBERT's |sum_k w_jk dL/dw_jk + b_j dL/db_j| of the weights into it, and |sum_k w_kj dL/dw_kj| of those out of
-it (Hou et al. 2020, section 2.1).
+they are DynaBERT's |sum_k w_jk dL/dw_jk + b_j dL/db_j| of the weights into it, and |sum_k w_kj dL/dw_kj| of those out
+of it (Hou et al. 2020, section 2.1).
 
-`per_token` and `per_example` are divided by the number of tokens and of rows. The loss is taken for a mean over rows, and
-multiplied by their number, so that examples count alike in batches of any size.
+`per_token` and `per_example` are divided by the number of tokens and of rows. The loss is taken for a mean over rows,
+and multiplied by their number, so that examples count alike in batches of any size.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from .. import models
@@ -111,10 +110,12 @@ def magnitude(model: PreTrainedModel) -> Importance:
     architecture = layout.describe(model, "magnitude")
     heads, neurons = [], []
     for _, layer in models.layers(model):
-        weights = [layer.get_submodule(path).weight.detach() for path in architecture.projections]
-        heads.append(sum(w.view(architecture.heads(layer), -1).square().sum(1) for w in weights))
-        neurons.append(layer.get_submodule(architecture.ffn_input).weight.detach().square().sum(1))  # type: ignore[operator]
-    return Importance(heads, neurons)  # type: ignore[arg-type]
+        paths = [*architecture.projections, architecture.ffn_input]
+        *weights, ffn = (layer.get_submodule(path).get_parameter("weight").detach() for path in paths)
+        norms = [w.view(architecture.heads(layer), -1).square().sum(1) for w in weights]
+        heads.append(torch.stack(norms).sum(0))
+        neurons.append(ffn.square().sum(1))
+    return Importance(heads, neurons)
 
 
 @contextlib.contextmanager

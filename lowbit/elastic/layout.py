@@ -27,7 +27,7 @@ def describe(model: PreTrainedModel, verb: str, stages: Sequence[str] = ("float"
     """The architecture of a model whose heads and neurons can be taken apart; nothing is changed.
 
     Raises:
-        TypeError, ValueError: not a supported model, at another stage, or with linears that are none of torch's or ours.
+        TypeError, ValueError: not a supported model, at another stage, or with linears of another library.
     """
     architecture = models.describe_attention(model, verb)
     models.check_single(model)

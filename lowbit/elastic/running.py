@@ -1,7 +1,7 @@
 """Run a model as one of its sub-networks: for as long as a context is open, linears hold leading rows and columns.
 
 The slices are views of the model's own parameters, which get the gradients. Modules stay the same ones, so that a
-`QuantLinear` quantizes the slice, with scales of the slice: the forward pass is that of the model `lowbit.extract` takes.
+`QuantLinear` quantizes the slice, with scales of the slice: the forward pass is that of what `lowbit.extract` takes.
 """
 
 from __future__ import annotations

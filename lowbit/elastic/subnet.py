@@ -90,7 +90,7 @@ def extract(
         A new model with weights of its own, in eval mode.
 
     Raises:
-        TypeError, ValueError: not a supported model; packed; slimmed, with a width below 1; one that drops tokens or has
+        TypeError, ValueError: not a supported model; packed; slimmed, and a width below 1; one that drops tokens or has
             exits, with fewer layers; a width or depth that gives no head, a part of one, or no layer.
     """
     layout.describe(model, "extract", ("float", "prepared"))
