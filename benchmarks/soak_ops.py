@@ -405,17 +405,27 @@ def split_case(integer: Integer) -> Case:
 
 
 def packed_weight(integer: Integer, layout: str, N: int, K: int) -> tuple[Tensor, list[Tensor]]:
+    if layout in UNIFORM:
+        codes = whole(integer, (N, K), *UNIFORM[layout])
+        return reference.pack_uniform(codes, layout), [codes]
     planes = [whole(integer, (N, K), -1, 1)] if layout == "ternary" else [signs(integer, (N, K))]
     if layout == "split":
         planes.append(signs(integer, (N, K)))
     return getattr(reference, f"pack_{layout}")(*planes), planes
 
 
+# Layout -> least and largest code.
+UNIFORM = {"int8": (-127, 127), "uniform2": (-1, 2), "uniform4": (-8, 7), "uniform8": (-128, 127)}
+
+
 def linear_arguments(integer: Integer, layout: str) -> dict[str, Any]:
     N, K, tokens = size(integer), length(integer), tokens_shape(integer)
     packed, _ = packed_weight(integer, layout, N, K)
-    scale = positive(integer, (*((2,) if layout == "split" else ()), choose(integer, (N, 1))))
+    pairs = layout == "split" or layout.startswith("uniform")
+    scale = positive(integer, (*((2,) if pairs else ()), choose(integer, (N, 1))))
     arguments: dict[str, Any] = {"packed": restrided(integer, packed), "scale": restrided(integer, scale)}
+    if layout.startswith("uniform"):
+        arguments["bits"] = int(layout[-1])
     if integer(0, 1):
         arguments["bias"] = restrided(integer, floats(integer, (N,), choose(integer, FLOATS)))
     if integer(0, 1):
@@ -439,9 +449,10 @@ def linear_arguments(integer: Integer, layout: str) -> dict[str, Any]:
 
 
 def linear_case(integer: Integer) -> Case:
-    layout = choose(integer, ("ternary", "binary", "split"))
+    layout = choose(integer, ("ternary", "binary", "split", *UNIFORM))
     arguments = linear_arguments(integer, layout)
-    op, definition = getattr(lowbit_kernels, f"{layout}_linear"), getattr(reference, f"{layout}_linear")
+    name = f"{layout.rstrip('248') if layout.startswith('uniform') else layout}_linear"
+    op, definition = getattr(lowbit_kernels, name), getattr(reference, name)
 
     def wide(**given: Any) -> Any:
         """(result in float64 or as codes, bound of the rounding errors, dtype)."""
@@ -458,7 +469,13 @@ def linear_case(integer: Integer) -> Case:
             codes, scale, zero = reference.quantize_per_token(x)
         shift = torch.zeros_like(scale) if zero is None else zero
         terms = (codes.double().abs() + shift.double().abs().unsqueeze(-1)).sum(-1) * scale.double().abs()
-        planes = given["scale"].double() if layout != "split" else given["scale"].double().sum(0)
+        planes = given["scale"].double()
+        if layout == "split":
+            planes = planes.sum(0)
+        elif layout in UNIFORM:  # of all groups the largest: codes are many times a scale
+            step = planes if layout == "int8" else planes[0]
+            most = -UNIFORM[layout][0] if layout != "uniform2" else 2
+            planes = 4 * (most * step.max() + (0 if layout == "int8" else planes[1].max())) if step.numel() else step
         rounding = 12 * 2.0**-24 * terms.unsqueeze(-1) * planes
         for part in (bias, residual):
             if part is not None:
@@ -859,7 +876,7 @@ CASES: dict[str, Callable[[Integer], Case]] = {
     "ternarize, binarize": weight_case,
     "ternarize, loss-aware": loss_aware_case,
     "split_ternary": split_case,
-    "ternary_linear, binary_linear, split_linear": linear_case,
+    "ternary_linear, binary_linear, split_linear, int8_linear, uniform_linear": linear_case,
     "codes_linear, joint_linear": trained_linear_case,
     "joint_dynamic_linear": dynamic_linear_case,
     "keep_expanded, expanded_bytes": expansion_case,

@@ -193,4 +193,4 @@ def test_what_does_not_fit_is_said_before_training(tmp_path: Path) -> None:
         trainer(student=lowbit.quantize(four(), lowbit.TernaryConfig()))
     with pytest.raises(ValueError, match="mpnet"):
         config = transformers.MPNetConfig(num_hidden_layers=1, vocab_size=101)
-        trainer(student=transformers.MPNetForSequenceClassification(config))
+        trainer(student=transformers.MPNetForSequenceClassification(config), teacher=four(num_labels=2))

@@ -242,7 +242,7 @@ def test_data_without_labels_is_refused_and_the_model_stays_whole() -> None:
         lowbit.slim(model, 0.5, [inputs])
     with pytest.raises(ValueError, match="empty"):
         lowbit.slim(model, 0.5, [])
-    with pytest.raises(TypeError, match="gives Tensor, expected batches that are mappings"):
+    with pytest.raises(TypeError, match="the data give Tensor, expected batches that are mappings"):
         lowbit.slim(model, 0.5, [inputs["input_ids"]])
     assert model.training
     assert all(torch.equal(x, y) for x, y in zip(outputs(model.eval(), inputs), before, strict=True))

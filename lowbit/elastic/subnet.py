@@ -79,7 +79,7 @@ def extract(
     Args:
         model: float or prepared, of full width where `width` is below 1, of an architecture that `lowbit.models`
             describes, with attention by transformers' interface. It is left as it is. Its first heads and neurons
-            are taken: rewire it before (`lowbit.rewire`).
+            are taken, so rewire it before (`lowbit.rewire`).
         width: share of the heads and FFN neurons of every layer, in (0, 1]; it has to give whole heads.
         depth: share of the layers, in (0, 1].
         layers: which layers: "dynabert", "top", "bottom", "alternate", "symmetric", "contribution", see

@@ -5,6 +5,7 @@ Compiled code relies on it. The host code of each implementation runs on CPU ten
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fake_cuda import fake_cuda, moved
 from launches import launchers, record
+from lowbit_kernels import packing
 
 Case = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -104,6 +106,9 @@ def add_layernorm() -> Iterator[Case]:
 
 def packed_weights(layout: str, N: int = 48) -> tuple[torch.Tensor, tuple[int, ...]]:
     """For K = 256; how the shape of the scales begins."""
+    if layout in packing.UNIFORM_CODES:
+        shape = (2,) if packing.has_offset(layout) else ()
+        return zeros(N, packing.row_bytes(256, layout), dtype=packing.code_dtype(layout)), shape
     return zeros(N, 32 if layout == "binary" else 64, dtype=torch.uint8), (2,) if layout == "split" else ()
 
 
@@ -120,7 +125,7 @@ def linear(layout: str) -> Iterator[Case]:
 
 
 def joint_linear() -> Iterator[Case]:
-    for layout in ("ternary", "binary", "split"):
+    for layout in packing.CODES_IN_A_BYTE:
         packed, lead = packed_weights(layout)
         for x in matrices(20, 256, torch.int8):
             scale, bias = [zeros(*lead, 48), zeros(*lead, 1)], [zeros(48, dtype=torch.float16), None]
@@ -177,6 +182,7 @@ CASES = {
     "codes_linear": codes_linear,
     "embedding_layernorm": embedding_layernorm,
     "fake_quantize_per_token": fake_quantize_per_token,
+    "int8_linear": lambda: linear("int8"),
     "joint_linear": joint_linear,
     "quantize_per_tensor": quantize_per_tensor,
     "quantize_per_token": quantize_per_token,
@@ -186,6 +192,7 @@ CASES = {
     "split_ternary": rows_or_tensor,
     "ternarize": ternarize,
     "ternary_linear": lambda: linear("ternary"),
+    **{f"uniform{bits}_linear": functools.partial(linear, f"uniform{bits}") for bits in (2, 4, 8)},
 }
 
 
