@@ -16,7 +16,7 @@ import torch
 import lowbit
 from benchmarks import features, results, startup, transformers_suite
 from helpers import batch, outputs, tiny
-from lowbit.files import weights
+from lowbit_kernels import archive
 
 RESULTS = Path(__file__).parents[1] / "benchmarks/results"
 
@@ -125,7 +125,7 @@ def test_a_saved_base_model_is_loaded(tmp_path: Path) -> None:
 def test_files_are_expanded_in_parts(at_a_time: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = lowbit.quantize(tiny(), lowbit.TernaryConfig())
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(weights, "_EXPANDED_AT_A_TIME", at_a_time)
+    monkeypatch.setattr(archive, "_AT_A_TIME", at_a_time)
     again = type(model).from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 

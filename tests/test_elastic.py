@@ -18,7 +18,7 @@ from helpers import SIZES, batch, identical, outputs, outputs_by_module, tiny
 from lowbit import models
 from lowbit.elastic import layout
 from lowbit.elastic.depth import STRATEGIES, kept_layers, layer_similarity
-from lowbit.elastic.importance import DEFINITIONS, Importance
+from lowbit.elastic.importance import DEFINITIONS, Importance, magnitude
 from lowbit.nn import PackedEncoder
 
 DISTILBERT = {"vocab_size": 101, "dim": 60, "n_layers": 4, "n_heads": 3, "hidden_dim": 50}
@@ -186,7 +186,7 @@ def test_the_head_that_matters_to_the_loss_ranks_first() -> None:
 def test_importance_of_every_architecture_changes_nothing(prefix: str) -> None:
     model = of_class(prefix).train()
     before = copy.deepcopy(model.state_dict())
-    found = lowbit.importance(model, labelled())
+    found = magnitude(model)
     assert [len(each) for each in found.heads] == [3] * 4 and [len(each) for each in found.neurons] == [50] * 4
     assert all(bool((each > 0).all()) for each in (*found.heads, *found.neurons))
     assert model.training and all(parameter.grad is None for parameter in model.parameters())
@@ -200,7 +200,7 @@ def test_what_importance_cannot_be_taken_of_is_said() -> None:
         (lowbit.quantize(four(), lowbit.TernaryConfig()), "packed"),
     ):
         with pytest.raises(ValueError, match=f"already {state}"):
-            lowbit.importance(model, labelled())
+            magnitude(model)
         with pytest.raises(ValueError, match=f"already {state}"):
             lowbit.rewire(model, Importance([], []))
         with pytest.raises(ValueError, match=f"already {state}"):
@@ -548,3 +548,15 @@ def test_more_heads_than_a_model_has_are_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(lowbit.CheckpointError, match="5 heads and 24 neurons of layer 2, which has 4 and 24"):
         type(model).from_pretrained(tmp_path)
+
+
+def test_a_linear_in_several_places_loses_what_each_place_does() -> None:
+    model, inputs = tiny(), batch()
+    layers = model.base_model.encoder.layer
+    layers[1].attention.self.key = layers[0].attention.self.query
+    layers[1].attention.output.dense = layers[0].attention.output.dense
+    before, ranks = outputs(model, inputs), magnitude(model)
+    lowbit.rewire(model, ranks)
+    for one, other in zip(outputs(model, inputs), before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert layers[1].attention.output.dense is not layers[0].attention.output.dense

@@ -8,6 +8,8 @@ Weights are float or latent (`QuantLinear`, a split pair too). The hidden size d
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +65,7 @@ def select(model: PreTrainedModel, heads: Sequence[torch.Tensor], neurons: Seque
     say "6 heads of 64 at hidden size 768".
     """
     architecture = models.describe(model)
+    _part_shared(model, architecture)
     for (_, layer), head, neuron in zip(models.layers(model), heads, neurons, strict=True):
         size = architecture.head_dim(layer)
         features = (head[:, None] * size + torch.arange(size, device=head.device)).flatten()
@@ -73,6 +76,18 @@ def select(model: PreTrainedModel, heads: Sequence[torch.Tensor], neurons: Seque
         _take(layer.get_submodule(architecture.ffn_output), columns=neuron)
         set_heads(layer.get_submodule(architecture.attention), len(head), len(features))
     setattr(model.config, architecture.intermediate_size, max(len(neuron) for neuron in neurons))
+
+
+def _part_shared(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Linears that stand in several places become one a place: each loses what its own place does."""
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for _, layer in models.layers(model):
+        for path in architecture.layer_linears():
+            linear = layer.get_submodule(path)
+            if places[id(linear)] > 1:
+                own = copy.copy(linear)
+                own._parameters = dict(linear._parameters)
+                layer.set_submodule(path, own)
 
 
 def set_heads(attention: nn.Module, heads: int, width: int) -> None:
