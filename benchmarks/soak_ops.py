@@ -176,6 +176,33 @@ def packing_case(integer: Integer) -> Case:
     return Case(getattr(lowbit_kernels, f"pack_{layout}"), arguments, checked, equal)
 
 
+def uniform_packing_case(integer: Integer) -> Case:
+    """Codes of evenly spaced levels, to and fro; any bytes are codes."""
+    layout, shape = choose(integer, tuple(UNIFORM)), (size(integer), length(integer))
+    codes = whole(integer, shape, *UNIFORM[layout])
+
+    def packed(codes: Tensor, layout: str) -> Tensor:
+        least, most = UNIFORM[layout]
+        assert codes.dim() == 2 and codes.dtype == torch.int8
+        assert not codes.numel() or (codes.min() >= least and codes.max() <= most)
+        return reference.pack_uniform(codes, layout)
+
+    def codes_of(packed: Tensor, K: int, layout: str) -> Tensor:
+        per_byte = {"uniform2": 4, "uniform4": 2}.get(layout)
+        width = K if per_byte is None else -(-K // (32 * per_byte)) * 32
+        assert packed.dim() == 2 and packed.shape[1] == width and not isinstance(K, bool)
+        assert packed.dtype == (torch.int8 if per_byte is None else torch.uint8)
+        return reference.unpack_uniform(packed, K, layout)
+
+    if integer(0, 1):
+        return Case(lowbit_kernels.pack_uniform, {"codes": restrided(integer, codes), "layout": layout}, packed, equal)
+    given = restrided(integer, reference.pack_uniform(codes, layout))
+    if given.dtype == torch.uint8:
+        given = restrided(integer, whole(integer, tuple(given.shape), 0, 255, torch.uint8))
+    arguments = {"packed": given, "K": shape[1], "layout": layout}
+    return Case(lowbit_kernels.unpack_uniform, arguments, codes_of, equal)
+
+
 def trits(codes: Tensor) -> Tensor:
     """Layout b3 by its definition: byte t of a row of C holds the values t, t+C, .., t+4C as digits in base 3."""
     rows, K = codes.shape
@@ -868,8 +895,9 @@ def gather_case(integer: Integer) -> Case:
 
 
 CASES: dict[str, Callable[[Integer], Case]] = {
-    "pack_*": packing_case,
-    "unpack_*": unpacking_case,
+    "pack_ternary, pack_binary, pack_split, pack_trits": packing_case,
+    "unpack_ternary, unpack_binary, unpack_split, unpack_trits": unpacking_case,
+    "pack_uniform, unpack_uniform": uniform_packing_case,
     "to_archive, from_archive, archive_bytes": archive_case,
     "quantize_per_token, fake_quantize_per_token": quantize_case,
     "quantize_per_tensor": per_tensor_case,

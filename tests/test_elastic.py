@@ -556,7 +556,12 @@ def test_a_linear_in_several_places_loses_what_each_place_does() -> None:
     layers[1].attention.self.key = layers[0].attention.self.query
     layers[1].attention.output.dense = layers[0].attention.output.dense
     before, ranks = outputs(model, inputs), magnitude(model)
+    with pytest.raises(ValueError, match=r"importance: .*query stands in several places"):
+        lowbit.importance(model, labelled())
+    with pytest.raises(ValueError, match=r"Elastic: .*query stands in several places"):
+        lowbit.Elastic().check(model, None)
     lowbit.rewire(model, ranks)
     for one, other in zip(outputs(model, inputs), before, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert layers[1].attention.output.dense is not layers[0].attention.output.dense
+    lowbit.importance(model, labelled())

@@ -18,7 +18,7 @@ def test_every_public_op_is_drawn() -> None:
     drawn = set()
     for name in soak_ops.CASES:
         for part in name.removesuffix(", loss-aware").split(", "):
-            drawn |= {op for op in lowbit_kernels.__all__ if op == part or op.startswith(part.removesuffix("*"))}
+            drawn.add(part)
     assert drawn == set(lowbit_kernels.__all__) - {"AttentionOutput"}
 
 

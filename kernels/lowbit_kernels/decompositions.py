@@ -24,7 +24,12 @@ def _product(
     layout: str,
 ) -> torch.Tensor:
     codes, scales, offsets = joint_codes(packed, scale, x.shape[1], layout)
-    y = torch._int_mm(x.contiguous(), codes.t()).float()
+    x = x.contiguous()
+    if layout in ("int8", "uniform8"):  # in halves: where the program runs torch's product may saturate
+        odd = codes & 1
+        y = (2 * torch._int_mm(x, ((codes - odd) >> 1).t()) + torch._int_mm(x, odd.t())).float()
+    else:
+        y = torch._int_mm(x, codes.t()).float()
     if x_zero_point is not None:
         y = y - x_zero_point.float().unsqueeze(-1) * codes.sum(1, dtype=torch.int32).float()
     y = y * scales

@@ -68,9 +68,11 @@ def importance(
             file. They rank differently.
 
     Raises:
-        TypeError, ValueError: not a supported float model, another definition, no batch, or one without labels.
+        TypeError, ValueError: not a supported float model, or one with a linear in several places; another definition,
+            no batch, or one without labels.
     """
     layout.describe(model, "importance")
+    layout.check_parted(model, "importance")
     if definition not in DEFINITIONS:
         raise ValueError(f"definition={definition!r}; accepted: {', '.join(map(repr, DEFINITIONS))}")
     device = next(model.parameters()).device

@@ -65,7 +65,7 @@ def select(model: PreTrainedModel, heads: Sequence[torch.Tensor], neurons: Seque
     say "6 heads of 64 at hidden size 768".
     """
     architecture = models.describe(model)
-    _part_shared(model, architecture)
+    _part_shared(model)
     for (_, layer), head, neuron in zip(models.layers(model), heads, neurons, strict=True):
         size = architecture.head_dim(layer)
         features = (head[:, None] * size + torch.arange(size, device=head.device)).flatten()
@@ -78,16 +78,32 @@ def select(model: PreTrainedModel, heads: Sequence[torch.Tensor], neurons: Seque
     setattr(model.config, architecture.intermediate_size, max(len(neuron) for neuron in neurons))
 
 
-def _part_shared(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Linears that stand in several places become one a place: each loses what its own place does."""
+def _shared(model: PreTrainedModel) -> list[tuple[str, nn.Module, str]]:
+    """(name of a layer, layer, path in it) of the linears that stand in several places of the model."""
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    for _, layer in models.layers(model):
-        for path in architecture.layer_linears():
-            linear = layer.get_submodule(path)
-            if places[id(linear)] > 1:
-                own = copy.copy(linear)
-                own._parameters = dict(linear._parameters)
-                layer.set_submodule(path, own)
+    paths = models.describe(model).layer_linears()
+    found = ((name, layer, path) for name, layer in models.layers(model) for path in paths)
+    return [each for each in found if places[id(each[1].get_submodule(each[2]))] > 1]
+
+
+def check_parted(model: PreTrainedModel, verb: str) -> None:
+    """Raise ValueError where a linear of the layers stands in several places, which gates and slices tell apart."""
+    for name, _, path in _shared(model):
+        raise ValueError(
+            f"{verb}: {name}.{path} stands in several places of the model; give each a module of its own "
+            "(copy.deepcopy of the linear)"
+        )
+
+
+def _part_shared(model: PreTrainedModel) -> None:
+    """Linears that stand in several places become one a place: each loses what its own place does."""
+    for _, layer, path in _shared(model):
+        linear = layer.get_submodule(path)
+        own = copy.copy(linear)
+        own.__dict__ = {
+            name: copy.copy(v) if isinstance(v, dict) else v for name, v in vars(linear).items()
+        }  # hooks, too
+        layer.set_submodule(path, own)
 
 
 def set_heads(attention: nn.Module, heads: int, width: int) -> None:

@@ -66,6 +66,7 @@ class Elastic:
         checked = [student] if teacher is None or self.teacher_width == "full" else [student, teacher]
         for model in checked:
             layout.describe(model, "Elastic", ("float", "prepared"))
+            layout.check_parted(model, "Elastic")
         if min(self.depths) < 1:
             check_depth(student)
         shapes = [[subnet.shape(model) for subnet in self.subnets()] for model in checked]

@@ -168,6 +168,9 @@ def test_products_are_exact_on_older_instruction_sets(isa: str) -> None:
         "x = torch.randint(-128, 128, (33, 130), dtype=torch.int8); x[0] = 127; x[1] = -128\n"
         "y = k.int8_linear(x, codes, torch.ones(1), x_scale=torch.ones(1))\n"
         "assert torch.equal(y.long(), x.long() @ codes.long().T)\n"
+        "from lowbit_kernels.decompositions import _product\n"
+        "y = _product(x, [codes], [torch.ones(1)], None, 'int8')\n"
+        "assert torch.equal(y.long(), x.long() @ codes.long().T)\n"
     )
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": isa, "LOWBIT_CPU": "torch"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -85,12 +85,13 @@ def expand_codes(codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor 
     rows, K = codes.shape
     row_sum = codes.sum(1, dtype=torch.int32).float()
     most = max((abs(int(extreme)) for extreme in codes.aminmax()), default=0) if codes.numel() else 0
-    if most > 63 and _saturates():  # halves stay below 64: two products of theirs and of bytes fit into 16 bits
+    if most > 63 and _saturates():  # halves are -64 to 63: two products of theirs and of bytes fit into 16 bits
         odd = (codes & 1).contiguous()
         return Expanded(K, rows, ((codes - odd) >> 1).contiguous(), scale, row_sum, False, offset, odd)
-    # oneDNN returns the accumulators as float32: exact below 2^24, which |x| <= 128 keeps up to this K. Above, their
-    # rounding is that of any float32 epilogue, but that of a code of many bits at a time: the sum itself is int32.
-    prepacked = _has_onednn() and codes.numel() > 0 and 128 * K * max(most, 1) < 2 ** (24 if most <= 1 else 31)
+    # oneDNN adds in int32, with x + 128 in the place of x, and returns float32: sums of small codes, which stay below
+    # 2^24, as they are, of others rounded once, as every epilogue rounds them.
+    limit = 2**24 // 128 if most <= 1 else 2**31 // (255 * most)
+    prepacked = _has_onednn() and codes.numel() > 0 and limit > K
     weight = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None) if prepacked else codes.contiguous()
     return Expanded(K, rows, weight, scale, row_sum, prepacked, offset)
 

@@ -12,7 +12,7 @@ from ..packing import has_offset, unpacked
 from ..quantize.cpu import static_codes
 from .native import row_scale
 
-_codes = Derived()
+expanded_codes = Derived()
 
 
 def launch_uniform(
@@ -31,7 +31,7 @@ def launch_uniform(
 ) -> torch.Tensor:
     """`launch` for the layouts of `packing.UNIFORM_CODES`; arguments as the op's, already validated."""
     (M, K), N = x.shape, packed.shape[0]
-    codes, sums = _codes.get([packed], (K, layout), lambda: _expanded(packed, K, layout))
+    codes, sums = expanded_codes.get([packed], (K, layout), lambda: _expanded(packed, K, layout))
     acc = _int_mm(x, codes)[:M, :N].float()
     if x_zero_point is not None:
         acc -= x_zero_point.float().unsqueeze(-1) * sums

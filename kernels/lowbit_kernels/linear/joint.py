@@ -15,6 +15,7 @@ from .._ops import check_choice, check_device, check_flag, define, traced_on_cpu
 from ..quantize.op import quantize_per_token
 from .cpu import dynamic_linears_cpu, joint_bias, linears_cpu
 from .gpu import ACTIVATIONS, launch, w_sums
+from .gpu_uniform import expanded_codes
 from .native import row_scale
 
 
@@ -56,7 +57,8 @@ def _joined(
 def made_of(weights: Sequence[torch.Tensor]) -> list[Any]:
     """What is kept beside these weights and read on the GPU, for who holds addresses of it: CUDA graphs."""
     joint = _joint_weights.of(weights)
-    return [*joint, *_joint_biases.of(weights), *w_sums.of([*weights, *(packed for packed, _ in joint)])]
+    packed = [*weights, *(own for own, _ in joint)]
+    return [*joint, *_joint_biases.of(weights), *w_sums.of(packed), *expanded_codes.of(packed)]
 
 
 def _joint_fake(

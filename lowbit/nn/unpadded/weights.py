@@ -82,8 +82,7 @@ def find(layers: nn.ModuleList, paths: Architecture) -> Found:
         linears = [child(layer, name) for name in names]
         packed, scale = ([step(own._buffers, name) for own in linears] for name in ("weight", "weight_scale"))
         biases = [step(own._parameters, "bias") for own in linears]
-        layouts = [step(vars(own), "layout") for own in linears]
-        return Product(packed, scale, biases, layouts)
+        return Product(packed, scale, biases, [str(own.layout) for own in linears])
 
     def norm(layer: nn.Module, name: str) -> Norm:
         own = child(layer, name)._parameters
