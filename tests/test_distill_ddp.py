@@ -40,7 +40,14 @@ SCHEDULES = {
     # Parts of the model that a step may not use: ranks draw the same, as all have one seed.
     "theseus": [(1.0, [LogitsLoss()])],
     # A DistilBERT: the teacher alone reads token types.
+    # Slices of the weights in the place of parameters, several forward passes a step; one that leaves parts unused.
+    "elastic": [(1.0, [HiddenStateLoss(), LogitsLoss()])],
+    "elastic, one a step": [(1.0, [HiddenStateLoss(), LogitsLoss()])],
     "other columns": [(1.0, [HiddenStateLoss(), AttentionScoreLoss(), LogitsLoss()])],
+}
+ELASTIC = {
+    "elastic": lowbit.Elastic(widths=(0.5, 1.0), depths=(0.5, 1.0)),
+    "elastic, one a step": lowbit.Elastic(widths=(0.5, 1.0), depths=(0.5, 1.0), sampler="random"),
 }
 State = dict[str, torch.Tensor]
 
@@ -106,18 +113,20 @@ def train(folder: Path, processes: int) -> tuple[dict[str, list[dict[str, float]
             per_device_train_batch_size=8 // processes,
         )
         trainer = lowbit.DistillationTrainer(
-            model=student, teacher=teacher, args=args, train_dataset=data, stages=stages, callbacks=[*callbacks]
-        )
+            model=student, teacher=teacher, args=args, train_dataset=data, stages=stages, callbacks=[*callbacks],
+            elastic=ELASTIC.get(name),
+        )  # fmt: skip
         assert args.world_size == processes
         for key, value in trainer.parametrised.state_dict().items():
             first[name][f"objectives.{key}"] = value.clone()
         trainer.train()
         first_rank, rows = int(os.environ.get("RANK", 0)), 8 // processes
-        for step, types in enumerate(seen):
-            start = 8 * step + first_rank * rows
+        runs = 4 if name == "elastic" else 1  # of the teacher in a step
+        for number, types in enumerate(seen):
+            start = 8 * (number // runs) + first_rank * rows
             expected = torch.stack([row["token_type_ids"] for row in data[start : start + rows]])
             assert types is not None and torch.equal(types, expected)
-        assert len(seen) == 4
+        assert len(seen) == 4 * runs
         curves[name] = [entry for entry in trainer.state.log_history if "loss" in entry]
         objectives = {f"objectives.{key}": value for key, value in trainer.parametrised.state_dict().items()}
         last[name] = {**trainer.accelerator.unwrap_model(trainer.model).state_dict(), **objectives}
