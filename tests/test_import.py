@@ -54,7 +54,8 @@ def test_everything_public_can_be_the_first_that_is_imported() -> None:
     """Before transformers, whose import brings in the plug-in: it meets files that are half done."""
     program = """
 import importlib, os, sys
-import accelerate, datasets, transformers  # once for all; not yet what lowbit waits for
+# Once for all; not yet what lowbit waits for.
+import accelerate, datasets, scipy.optimize, torch._dynamo, torch.distributed.tensor, transformers
 import lowbit
 assert not {*lowbit._register._REGISTER} & {*sys.modules}
 for name in sorted({*lowbit._HOME.values(), "length", "distill"}):
