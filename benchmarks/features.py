@@ -555,23 +555,28 @@ def column_apart(name: str, wanted: list[str]) -> dict[str, str]:
         return json.loads(path.read_text())
 
 
-def suite(columns: dict[str, dict[str, str]], before: dict[str, Row]) -> dict[str, Any]:
-    """The report of columns, over the cells of an earlier run."""
+def suite(columns: dict[str, dict[str, str]], before: dict[str, Any]) -> dict[str, Any]:
+    """The report of columns, over the cells of an earlier one, whose machine and versions stay those of its cells."""
     from .cpu import machine
 
     versions = {}
     for name, library in LIBRARIES.items():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(library.distribution)
+    earlier = before["results"]["features"] if before else {}
+    own = {**machine(), **versions}
+    ran_on = {**own, **before["machine"], **versions} if before else own
+    if ran_on["cpu"] != own["cpu"]:
+        ran_on["parts run again on"] = own["cpu"]
     rows: dict[str, Row] = {}
     for feature in [*IMPORTS, *PROBES]:
-        cells = before.get(feature, {}) | {name: cells[feature] for name, cells in columns.items() if feature in cells}
+        cells = earlier.get(feature, {}) | {name: cells[feature] for name, cells in columns.items() if feature in cells}
         rows[feature] = {name: cells.get(name, "not measured") for name in LIBRARIES}
     return {
         "suite": "features",
         "model": "BERT with 6 layers (2 to compile and to export), hidden size 384, 30,522 words and a classifier "
         "(91 MB in float32), random weights",
-        "machine": {**machine(), **versions},
+        "machine": ran_on,
         "method": "every cell is the outcome of a probe in its own process; import times are processor seconds beyond "
         "`import torch`",
         "results": {"features": rows},
@@ -614,7 +619,8 @@ def main() -> None:
         return
     path = options.results / "features.json"
     for name in options.libraries:
-        before = read(path)["results"]["features"] if path.exists() else {}
+        again = options.only or options.libraries != list(LIBRARIES) or name != options.libraries[0]
+        before = read(path) if again and path.exists() else {}
         report = suite({name: column_apart(name, options.only)}, before)
         write(report, options.results)  # after each: what is cut off keeps what it has
         write_text(PAGE, render(report))
