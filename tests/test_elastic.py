@@ -565,3 +565,20 @@ def test_a_linear_in_several_places_loses_what_each_place_does() -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert layers[1].attention.output.dense is not layers[0].attention.output.dense
     lowbit.importance(model, labelled())
+
+
+def test_a_layer_in_several_places_stays_one() -> None:
+    model, inputs = tiny(), batch()
+    layers = model.base_model.encoder.layer
+    layers[1] = layers[0]
+    apart = copy.deepcopy(model)
+    apart.base_model.encoder.layer[1] = copy.deepcopy(apart.base_model.encoder.layer[0])
+    small, expected = (lowbit.slim(each, 0.5) for each in (model, apart))
+    assert small.base_model.encoder.layer[1] is small.base_model.encoder.layer[0]
+    for one, other in zip(outputs(small, inputs), outputs(expected, inputs), strict=True):
+        torch.testing.assert_close(one, other)
+    taken = lowbit.extract(apart, depth=0.5)
+    assert len(taken.base_model.encoder.layer) == 1
+    for verb in (lowbit.importance, lambda model, data: lowbit.prune_heads(model, data, 0.3)):
+        with pytest.raises(ValueError, match="stands in several places"):
+            verb(model.float(), labelled())

@@ -66,7 +66,11 @@ def select(model: PreTrainedModel, heads: Sequence[torch.Tensor], neurons: Seque
     """
     architecture = models.describe(model)
     _part_shared(model)
+    done: set[nn.Module] = set()
     for (_, layer), head, neuron in zip(models.layers(model), heads, neurons, strict=True):
+        if layer in done:  # one layer in several places stays one
+            continue
+        done.add(layer)
         size = architecture.head_dim(layer)
         features = (head[:, None] * size + torch.arange(size, device=head.device)).flatten()
         for path in architecture.projections:
